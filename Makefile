@@ -1,0 +1,57 @@
+# Every target sets up what it needs in .venv; `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_DIR ?= demo
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help
+help:  ## show this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# torch first and alone: the constraint picks one build, and nothing installed later can swap it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[teacher,evaluate,dev]'
+	touch $@
+
+.PHONY: setup
+setup: $(STAMP)  ## create .venv and install everything
+
+.PHONY: demo
+demo: $(STAMP)  ## generate data, precompute, train, sample, measure: minutes on a CPU
+	$(BIN)/python pipeline.py demo --out $(DEMO_DIR) $(DEMO_FLAGS)
+
+.PHONY: test
+test: $(STAMP)  ## run the test suite
+	$(BIN)/python -m pytest
+
+.PHONY: check
+check: $(STAMP)  ## format, lint, types, import rules, hooks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/pre-commit validate-config
+
+.PHONY: format
+format: $(STAMP)  ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: bench
+bench: $(STAMP)  ## the benchmarks: tables of ratios measured side by side
+	for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+.PHONY: smoke-sd15
+smoke-sd15: $(STAMP)  ## the ordinary commands on a full-size, rule-made checkpoint (24 GB of memory)
+	$(BIN)/python -m tests.smoke_sd15
+
+.PHONY: clean
+clean:  ## remove the demo's files and caches (keeps .venv)
+	rm -rf $(DEMO_DIR) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""What both stages use and neither owns: errors, configuration, files, seeds, the noise schedule, the network."""

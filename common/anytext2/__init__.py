@@ -1,0 +1,1 @@
+"""The network of AnyText2 and nothing else: UNet with AttnX, WriteNet, VAE, checkpoint keys."""

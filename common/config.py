@@ -1,0 +1,399 @@
+"""The configuration: frozen dataclasses, read from strict TOML.
+
+Hyper-parameters live in TOML; `--set section.key=value` changes one for an invocation. An unknown key is an error
+with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError, UsageError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _require(condition: bool, key: str, received: object, expected: str) -> None:
+    if not condition:
+        raise UsageError(f"config {key}: received {received!r}, expected {expected}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which network, and where its weights lie."""
+
+    network: str = "sd15"
+    """"sd15" (the released AnyText2) or a network TOML (see models/tiny/network.toml)."""
+    checkpoint: str = ""
+    """A .ckpt, a .safetensors, or a folder of .safetensors files, with AnyText2's key names."""
+    clip: str = ""
+    """Folder of the CLIP tokenizer (vocab.json, merges.txt), e.g. a copy of clip-vit-large-patch14."""
+    dtype: str = "float32"
+    """Arithmetic of the frozen networks: float32, float16 or bfloat16."""
+    device: str = "auto"
+    """"auto" (CUDA if there is one), or a torch device such as "cuda:1" or "cpu"."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.dtype in ("float32", "float16", "bfloat16"), "model.dtype", self.dtype, "a float type's name"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherConfig:
+    """How prompts and lines become the teacher's conditioning."""
+
+    prompt_suffix: str = "best quality, extremely detailed"
+    """Appended to every image caption after ", "; empty for none."""
+    negative_prompt: str = ""
+    """Image caption of the unconditional branch."""
+    font: str = ""
+    """Font file that draws glyph lines and glyph maps."""
+    fonts: dict[str, str] = field(default_factory=dict)
+    """Further fonts by name, for prompts that ask for one."""
+    font_hint_prob: float = 1.0
+    """Share of annotation lines whose look in the image is given as a font hint, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.font_hint_prob <= 1, "teacher.font_hint_prob", self.font_hint_prob, "0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecomputeConfig:
+    """What stage one draws and solves."""
+
+    seed: int = 0
+    """Keys every random choice, with the input's id and the choice's purpose."""
+    size: int = 512
+    """Side of the square images, pixels."""
+    source: str = "rollout"
+    """"rollout" (the teacher's solves) or "noised" (data latents noised at drawn timesteps, for `lcm`)."""
+    num_rollouts: int = 1
+    """Solves recorded per input, each from its own noise."""
+    solver_steps: int = 40
+    """DDIM steps of a solve, on the trailing grid."""
+    record_every: int = 5
+    """Keep every this many-th state; solver_steps must be a multiple."""
+    guidance_scale: float = 7.5
+    """s in eps_u + s (eps_c - eps_u)."""
+    batch_size: int = 8
+    """Solves run side by side."""
+    store_predictions: bool = False
+    """Store the one-step predictions x0_cond and x0_uncond (needed by objectives `lcm` and `x0`)."""
+    edit_fraction: float = 0.0
+    """Share of inputs with an image that are recorded in edit mode, 0 to 1."""
+    max_lines: int = 5
+    """Lines used of an annotation that has more."""
+    max_chars: int = 20
+    """Characters used of a line that has more."""
+    watermark_threshold: float = 1.0
+    """Annotations with a larger wm_score are skipped."""
+    max_failures: int = 100
+    """Failed inputs in one task after which it stops."""
+
+    def __post_init__(self) -> None:
+        _require(self.source in ("rollout", "noised"), "precompute.source", self.source, '"rollout" or "noised"')
+        _require(
+            self.size >= 64 and self.size % 8 == 0,
+            "precompute.size",
+            self.size,
+            "a multiple of 8, at least 64",
+        )
+        for key in ("num_rollouts", "solver_steps", "record_every", "batch_size", "max_lines", "max_chars"):
+            _require(getattr(self, key) >= 1, f"precompute.{key}", getattr(self, key), "at least 1")
+        _require(self.solver_steps <= 1000, "precompute.solver_steps", self.solver_steps, "at most 1000")
+        _require(
+            self.solver_steps % self.record_every == 0,
+            "precompute.record_every",
+            self.record_every,
+            f"a divisor of precompute.solver_steps ({self.solver_steps})",
+        )
+        _require(0 <= self.edit_fraction <= 1, "precompute.edit_fraction", self.edit_fraction, "0 to 1")
+        _require(self.max_failures >= 0, "precompute.max_failures", self.max_failures, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsConfig:
+    """How records are packed, and read."""
+
+    samples_per_shard: int = 256
+    """Inputs per shard."""
+    window_shards: int = 8
+    """Shards whose samples are shuffled together in an epoch's order."""
+
+    def __post_init__(self) -> None:
+        for key in ("samples_per_shard", "window_shards"):
+            _require(getattr(self, key) >= 1, f"shards.{key}", getattr(self, key), "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How the student is trained."""
+
+    seed: int = 0
+    """Keys the order of samples and every draw of rollout, phase and noise."""
+    objective: str = "phased"
+    """phased, pcm, lcm or x0."""
+    num_phases: int = 4
+    """M: the steps that the student samples with."""
+    loss: str = "huber"
+    """"huber" (pseudo-Huber), "l2", or "landing" (error of the landed state)."""
+    huber_c: float = 1e-3
+    """Pseudo-Huber's c."""
+    states: str = "starts"
+    """`phased`: train at phase "starts" or at "all" stored states of a phase."""
+    text_region_weight: float = 1.0
+    """Weight of the loss inside `positions`, 1 elsewhere."""
+    max_steps: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Samples per rank and forward."""
+    gradient_accumulation: int = 1
+    """Forwards per optimizer step."""
+    learning_rate: float = 1e-4
+    """Peak of the schedule."""
+    warmup_steps: int = 50
+    """Linear warm-up."""
+    schedule: str = "constant"
+    """After warm-up: "constant" or "cosine" (to zero at max_steps)."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm; 0 for no clipping."""
+    mixed_precision: str = "no"
+    """accelerate's: "no", "fp16" or "bf16"."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    ema_decay: float = 0.0
+    """EMA of the LoRA weights; 0 for none."""
+    num_workers: int = 2
+    """Loader processes per rank; 0 loads in the training process."""
+    log_every: int = 10
+    """Optimizer steps between log lines."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.objective in ("phased", "pcm", "lcm", "x0"),
+            "train.objective",
+            self.objective,
+            "phased, pcm, lcm or x0",
+        )
+        _require(self.num_phases >= 1, "train.num_phases", self.num_phases, "at least 1")
+        _require(self.loss in ("huber", "l2", "landing"), "train.loss", self.loss, "huber, l2 or landing")
+        _require(self.states in ("starts", "all"), "train.states", self.states, "starts or all")
+        _require(self.schedule in ("constant", "cosine"), "train.schedule", self.schedule, "constant or cosine")
+        _require(
+            self.mixed_precision in ("no", "fp16", "bf16"),
+            "train.mixed_precision",
+            self.mixed_precision,
+            "no, fp16 or bf16",
+        )
+        for key in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
+            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to below 1")
+        _require(self.huber_c > 0, "train.huber_c", self.huber_c, "above 0")
+        _require(self.text_region_weight > 0, "train.text_region_weight", self.text_region_weight, "above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """What is adapted."""
+
+    rank: int = 64
+    """Rank of every adapter."""
+    alpha: float = 64.0
+    """The adapter's output is scaled by alpha / rank."""
+    targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "time_emb_proj",
+    )
+    """UNet modules whose dotted name ends with one of these (AnyText2's AttnX included)."""
+    writenet: bool = False
+    """Adapt WriteNet too."""
+    writenet_targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "conv1",
+        "conv2",
+        "controlnet_down_blocks.*",
+        "controlnet_mid_block",
+    )
+    """WriteNet modules, likewise; `*` stands for one name part."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        _require(len(self.targets) > 0, "lora.targets", self.targets, "at least one pattern")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """How text accuracy is measured."""
+
+    num_samples: int = 500
+    """Held-out layouts."""
+    recognizer: str = "ppocr_v4"
+    """Reads the images; never the recogniser that conditions the model."""
+    batch_size: int = 8
+    """Images sampled side by side."""
+    seed: int = 0
+    """Keys the initial noise, the same for every run compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration, and where it was read from."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    source: Path | None = None
+    """The TOML file, against whose folder relative paths are resolved."""
+
+    def resolve(self, path: str, key: str) -> Path:
+        """Find a file or folder named in the configuration.
+
+        Args:
+            path: absolute, or relative to the TOML file's folder or to the project's root.
+            key: the configuration key, for the error.
+
+        Raises:
+            UsageError: the value is empty.
+            DataError: nothing is there.
+        """
+        if not path:
+            raise UsageError(f"config {key} is empty; set it in the TOML file or with --set {key}=PATH")
+        bases = [PROJECT_ROOT] if self.source is None else [self.source.parent, PROJECT_ROOT]
+        tried = list(dict.fromkeys((base / Path(path).expanduser()).resolve() for base in bases))
+        for candidate in tried:
+            if candidate.exists():
+                return candidate
+        raise DataError(f"config {key}: no file or folder {path!r}; looked at {', '.join(map(str, tried))}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the resolved configuration as plain values, without the file's path."""
+        return {name: values for name, values in asdict(self).items() if name != "source"}
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: a TOML file, or None for the defaults.
+        overrides: `section.key=value`, the value in TOML's syntax (a bare word is taken as a string).
+
+    Raises:
+        UsageError: the file is missing or not TOML, or a section, key, type or value is wrong.
+    """
+    tables: dict[str, Any] = {}
+    where = "--set"
+    if path is not None:
+        where = str(path)
+        try:
+            tables = tomllib.loads(path.read_text())
+        except FileNotFoundError:
+            raise UsageError(f"config file {path}: no such file") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UsageError(f"config file {path}: {error}") from None
+    for override in overrides:
+        _apply_override(tables, override)
+    sections = {f.name: f for f in fields(Config) if f.name != "source"}
+    built: dict[str, Any] = {}
+    for name, table in tables.items():
+        if name not in sections:
+            raise UsageError(f"{where}: unknown section [{name}]{_nearest(name, sections)}")
+        if not isinstance(table, dict):
+            raise UsageError(f"{where}: {name} must be a section, as in [{name}]; received {table!r}")
+        factory = typing.cast(Any, sections[name].default_factory)
+        built[name] = _build(factory, table, name, where)
+    return Config(**built, source=None if path is None else path.resolve())
+
+
+def _apply_override(tables: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise UsageError(f"--set {override}: expected section.key=value, e.g. --set train.max_steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    target = tables.setdefault(section, {})
+    *parents, last = key.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {}) if isinstance(target, dict) else {}
+    if isinstance(target, dict):
+        target[last] = value
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
+
+
+def _build(kind: Any, table: dict[str, Any], section: str, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise UsageError(f"{where}: unknown key {section}.{key}{_nearest(key, hints)}")
+        values[key] = _coerce(value, hints[key], f"{where}: {section}.{key}")
+    return kind(**values)
+
+
+def _coerce(value: Any, hint: Any, what: str) -> Any:
+    """Check a TOML value against a field's type; an integer is fine where a float is asked for."""
+    origin = typing.get_origin(hint)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if origin is dict and isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+        return dict(value)
+    if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    expected = {tuple: "a list of strings", dict: "a table of strings"}.get(origin) or getattr(
+        hint, "__name__", hint
+    )
+    raise UsageError(f"{what}: received {value!r}, expected {expected}")

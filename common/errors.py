@@ -1,0 +1,30 @@
+"""Errors meant for people, each with the exit code that the command line documents.
+
+A message is one line: what, where, received, expected, remedy.
+"""
+
+from __future__ import annotations
+
+
+class AppError(Exception):
+    """Base of all errors that a user can act on; anything else that escapes is a bug (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(AppError):
+    """The command, a flag or a configuration value is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(AppError):
+    """An input, a shard, a checkpoint or a prior run is wrong; trying again will not help (exit code 3)."""
+
+    exit_code = 3
+
+
+class Stopped(AppError):
+    """A signal asked for a stop and everything finished so far is committed: run again (exit code 75)."""
+
+    exit_code = 75

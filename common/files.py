@@ -1,0 +1,96 @@
+"""Durable files: a name either holds the whole content or does not exist, also after a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Files with this suffix are leftovers of dead writers unless one is running; they are never read."""
+
+
+def canonical_json(value: Any) -> bytes:
+    """Serialise to the one JSON spelling that is hashed and compared: sorted keys, no spaces, final newline.
+
+    Raises:
+        ValueError: a float is NaN or infinite.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames and new names inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a fresh hidden name in the same folder (same file system, so a rename is atomic)."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file that appears under its name only when complete and on disk.
+
+    Yields:
+        A binary file open for writing (and reading back). On an exception nothing is left behind and
+        what stood under the name before is untouched.
+    """
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write bytes with `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def create_once(path: Path, data: bytes) -> bool:
+    """Create a file unless it exists, complete from its first instant; safe against racing processes.
+
+    A finished temporary file is hard-linked to the name, which fails if the name is taken.
+
+    Returns:
+        True if this call created it, False if it already existed (it is then left as it is).
+    """
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+    return True

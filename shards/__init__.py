@@ -1,0 +1,1 @@
+"""The contract between the stages: records, their codec, shards on disk, their order."""

@@ -1,0 +1,1 @@
+"""Stage one: runs the teacher offline and records what it did."""

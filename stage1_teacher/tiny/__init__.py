@@ -1,0 +1,1 @@
+"""The embedded teacher: its data, its training, its figures."""

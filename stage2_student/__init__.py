@@ -1,0 +1,1 @@
+"""Stage two: trains and samples the LoRA student from records alone."""
