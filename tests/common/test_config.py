@@ -40,7 +40,7 @@ def test_values_come_from_the_file_then_from_overrides(tmp_path: Path) -> None:
 def test_a_wrong_file_is_an_error_that_says_what_where_and_what_was_expected(
     tmp_path: Path, text: str, said: str
 ) -> None:
-    with pytest.raises(UsageError, match=".") as caught:
+    with pytest.raises(UsageError) as caught:
         load_config(write(tmp_path, text))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
