@@ -1,1 +1,1 @@
-"""The network of AnyText2 and nothing else: UNet with AttnX, WriteNet, VAE, checkpoint keys."""
+"""AnyText2's network and nothing else: UNet with AttnX, WriteNet, VAE, checkpoint keys."""
