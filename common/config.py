@@ -147,7 +147,14 @@ class TrainConfig:
     huber_c: float = 1e-3
     """Pseudo-Huber's c."""
     states: str = "starts"
-    """`phased`: train at phase "starts" or at "all" stored states of a phase."""
+    """`phased`: train at phase "starts", "all" stored states, or "interpolated" ones
+    (Rectified Diffusion)."""
+    pcm_target: str = "online"
+    """`pcm`: whose value at the next state is the target, the "online" student's or the "ema" one's."""
+    guidance_scale: float = 7.5
+    """s with which `lcm` and `x0` combine the recorded x0_cond and x0_uncond."""
+    lcm_solver_steps: int = 50
+    """`lcm`: its solver step is 1000 / this many timesteps long."""
     text_region_weight: float = 1.0
     """Weight of the loss inside `positions`, 1 elsewhere."""
     max_steps: int = 2000
@@ -190,7 +197,29 @@ class TrainConfig:
         )
         _require(self.num_phases >= 1, "train.num_phases", self.num_phases, "at least 1")
         _require(self.loss in ("huber", "l2", "landing"), "train.loss", self.loss, "huber, l2 or landing")
-        _require(self.states in ("starts", "all"), "train.states", self.states, "starts or all")
+        _require(
+            self.states in ("starts", "all", "interpolated"),
+            "train.states",
+            self.states,
+            "starts, all or interpolated",
+        )
+        _require(self.pcm_target in ("online", "ema"), "train.pcm_target", self.pcm_target, "online or ema")
+        if self.objective == "pcm" and self.pcm_target == "ema":
+            _require(self.ema_decay > 0, "train.ema_decay", self.ema_decay, 'above 0 with pcm_target = "ema"')
+        if self.objective in ("lcm", "x0"):
+            _require(
+                self.loss != "landing",
+                "train.loss",
+                self.loss,
+                f"huber or l2 with objective {self.objective}",
+            )
+        _require(
+            1 <= self.lcm_solver_steps <= 1000,
+            "train.lcm_solver_steps",
+            self.lcm_solver_steps,
+            "1 to 1000",
+        )
+        _require(self.guidance_scale > 0, "train.guidance_scale", self.guidance_scale, "above 0")
         _require(self.schedule in ("constant", "cosine"), "train.schedule", self.schedule, "constant or cosine")
         _require(
             self.mixed_precision in ("no", "fp16", "bf16"),

@@ -1,0 +1,217 @@
+"""The mathematics of the training objectives: small pure functions, each with its equation and source.
+
+Symbols: alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]); the student predicts eps, and
+its x0 = (z_t - sigma_t eps) / alpha_t. t is where a crossing starts, e where it ends; at the end of the solve
+alphas_cumprod is 1. Every function works in the dtype that it is given; training passes float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.schedule import ddim_step, predict_eps, predict_x0
+
+LCM_SIGMA_DATA = 0.5
+"""sigma_data of the boundary condition (Luo et al. 2023, appendix C)."""
+LCM_TIMESTEP_SCALING = 10.0
+"""What t is multiplied by in the boundary condition (Luo et al. 2023, appendix C)."""
+
+# Targets of a crossing.
+
+
+def phase_target_x0(
+    noisy_latents: Tensor, end_latents: Tensor, alphas_cumprod: Tensor, alphas_cumprod_end: Tensor
+) -> Tensor:
+    """Return the x0 for which one DDIM step from (z_t, t) lands on z_e.
+
+    x0* = (z_e - (sigma_e / sigma_t) z_t) / (alpha_e - sigma_e alpha_t / sigma_t).
+
+    Args:
+        noisy_latents: z_t, (B, C, h, w).
+        end_latents: z_e, same shape.
+        alphas_cumprod: at t, (B, 1, 1, 1), in (0, 1).
+        alphas_cumprod_end: at e, (B, 1, 1, 1), above the one at t; 1 makes x0* = z_e.
+
+    Returns:
+        x0*, same shape as z_t.
+
+    Source: Salimans & Ho 2022, appendix G.
+    """
+    ratio = ((1 - alphas_cumprod_end) / (1 - alphas_cumprod)).sqrt()  # sigma_e / sigma_t
+    return (end_latents - ratio * noisy_latents) / (alphas_cumprod_end.sqrt() - ratio * alphas_cumprod.sqrt())
+
+
+def phase_target_eps(
+    noisy_latents: Tensor, end_latents: Tensor, alphas_cumprod: Tensor, alphas_cumprod_end: Tensor
+) -> Tensor:
+    """Return the eps for which one DDIM step from (z_t, t) lands on z_e: eps* = (z_t - alpha_t x0*) / sigma_t.
+
+    Args and shapes as `phase_target_x0`.
+
+    Source: Salimans & Ho 2022, appendix G.
+    """
+    target = phase_target_x0(noisy_latents, end_latents, alphas_cumprod, alphas_cumprod_end)
+    return predict_eps(noisy_latents, target, alphas_cumprod)
+
+
+def landing_factor(alphas_cumprod: Tensor, alphas_cumprod_end: Tensor) -> Tensor:
+    """Return d z_e / d eps of one DDIM step, sigma_e - sigma_t alpha_e / alpha_t, (B, 1, 1, 1), below 0.
+
+    The step is linear in eps, so an error in eps moves the landing point by this factor times it; squared, it
+    is the weight that Rectified Diffusion gives to an eps error.
+
+    Source: Song et al. 2021 (DDIM), equation 12.
+    """
+    scale = (alphas_cumprod_end / alphas_cumprod).sqrt()
+    return (1 - alphas_cumprod_end).sqrt() - (1 - alphas_cumprod).sqrt() * scale
+
+
+def interpolated_state(x0: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Return the state at t on the first-order path through a phase: z_t = alpha_t x0* + sigma_t eps*.
+
+    Source: Wang et al. 2024 (Rectified Diffusion, arXiv 2410.07303), section 3: with x0 and eps constant along a
+    path, the path is solved exactly by one step.
+    """
+    return alphas_cumprod.sqrt() * x0 + (1 - alphas_cumprod).sqrt() * eps
+
+
+def guided(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
+    """Return classifier-free guidance u + s (c - u), of x0 or of eps (they are linear in each other).
+
+    Source: Ho & Salimans 2022, equation 6, with s = w + 1.
+    """
+    return uncond + guidance_scale * (cond - uncond)
+
+
+# Latent consistency.
+
+
+def boundary_scalings(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return c_skip, c_out at t, (B, 1, 1, 1) float32: f(z, t) = c_skip z + c_out x0, the identity at t = 0.
+
+    c_skip = sigma_data^2 / ((10 t)^2 + sigma_data^2), c_out = 10 t / sqrt((10 t)^2 + sigma_data^2).
+
+    Args:
+        timesteps: t, (B,) int64.
+
+    Source: Song et al. 2023 (consistency models), equation 9, as set by Luo et al. 2023, appendix C.
+    """
+    scaled = LCM_TIMESTEP_SCALING * timesteps.float().view(-1, 1, 1, 1)
+    variance = scaled**2 + LCM_SIGMA_DATA**2
+    return LCM_SIGMA_DATA**2 / variance, scaled / variance.sqrt()
+
+
+def consistency_value(noisy_latents: Tensor, eps: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Return f(z_t, t) = c_skip z_t + c_out x0(z_t, eps), (B, C, h, w).
+
+    Source: Luo et al. 2023 (LCM), equation 9.
+    """
+    c_skip, c_out = boundary_scalings(timesteps)
+    return c_skip * noisy_latents + c_out * predict_x0(noisy_latents, eps, alphas_cumprod)
+
+
+def guided_solver_step(
+    noisy_latents: Tensor, x0: Tensor, alphas_cumprod: Tensor, alphas_cumprod_end: Tensor
+) -> Tensor:
+    """Take one DDIM step with the teacher's guided x0 instead of a network call, (B, C, h, w).
+
+    Source: Luo et al. 2023 (LCM), equation 13 (skipping step, augmented by guidance).
+    """
+    return ddim_step(
+        noisy_latents, predict_eps(noisy_latents, x0, alphas_cumprod), alphas_cumprod, alphas_cumprod_end
+    )
+
+
+# Losses, element by element.
+
+
+def pseudo_huber(error: Tensor, c: float) -> Tensor:
+    """Return sqrt(error^2 + c^2) - c, elementwise: quadratic within c, linear beyond.
+
+    Written as error^2 / (sqrt(error^2 + c^2) + c), which does not cancel for small errors.
+
+    Source: Song & Dhariwal 2023, equation 8 (elementwise, as LCM's training does).
+    """
+    square = error**2
+    return square / ((square + c**2).sqrt() + c)
+
+
+def elementwise_loss(error: Tensor, kind: str, huber_c: float) -> Tensor:
+    """Return the pseudo-Huber ("huber") or squared ("l2" and "landing") loss of an error, same shape."""
+    return pseudo_huber(error, huber_c) if kind == "huber" else error**2
+
+
+def crossing_loss(
+    eps: Tensor,
+    target_eps: Tensor,
+    alphas_cumprod: Tensor,
+    alphas_cumprod_end: Tensor,
+    *,
+    kind: str,
+    huber_c: float,
+) -> Tensor:
+    """Compare a crossing with its target, element by element.
+
+    Args:
+        eps: the student's, (B, C, h, w); compared in float32 whatever it is.
+        target_eps: eps*, same shape.
+        alphas_cumprod: at t, (B, 1, 1, 1).
+        alphas_cumprod_end: at e, (B, 1, 1, 1).
+        kind: "huber" or "l2" of eps - eps*, or "landing": (DDIM(z_t, eps) - z_e)^2.
+        huber_c: pseudo-Huber's c.
+
+    Returns:
+        The loss, (B, C, h, w) float32.
+    """
+    error = eps.float() - target_eps.float()
+    if kind == "landing":
+        error = landing_factor(alphas_cumprod, alphas_cumprod_end) * error
+    return elementwise_loss(error, kind, huber_c)
+
+
+def region_weights(positions: Tensor, size: tuple[int, int], weight: float) -> Tensor:
+    """Weigh latent cells by whether they hold text.
+
+    Args:
+        positions: the lines' summed position masks, (B, 1, H, W), 0 outside text.
+        size: (h, w) of the latents.
+        weight: of cells that any masked pixel falls into; others have 1.
+
+    Returns:
+        Weights, (B, 1, h, w) float32.
+    """
+    inside = functional.adaptive_max_pool2d((positions > 0).float(), size)  # (B, 1, h, w)
+    return 1 + (weight - 1) * inside
+
+
+def per_sample(loss: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Average an elementwise loss over each sample.
+
+    Args:
+        loss: (B, C, h, w).
+        weights: (B, 1, h, w), or None for equal ones. The average is normalised by them, so that a weight moves
+            attention between cells and does not change the loss's scale.
+
+    Returns:
+        (B,).
+    """
+    if weights is None:
+        return loss.mean(dim=(1, 2, 3))
+    weights = weights.expand_as(loss)
+    return (weights * loss).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
+
+
+def alphas_at(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """Look up alphas_cumprod at each sample's t, 1 where t is below 0 (the end of the solve).
+
+    Args:
+        alphas_cumprod: the table, (1000,) float32.
+        timesteps: (B,) int64; -1 for the end.
+
+    Returns:
+        (B, 1, 1, 1) float32.
+    """
+    values = alphas_cumprod[timesteps.clamp(min=0)]
+    return torch.where(timesteps < 0, torch.ones_like(values), values).view(-1, 1, 1, 1)

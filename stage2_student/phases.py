@@ -1,0 +1,116 @@
+"""Phases of a recorded solve, and which of them a sample is trained on in an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import UsageError
+from common.seeding import rng
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    """S called states cut into M phases of equal length; state S is the end of the solve."""
+
+    num_states: int
+    """S: stored states at which the teacher was called."""
+    num_phases: int
+    """M: the student's steps. Divides S, so that every phase starts and ends at a stored state."""
+
+    def __post_init__(self) -> None:
+        if self.num_phases < 1 or self.num_states % self.num_phases:
+            divisors = [str(m) for m in range(1, self.num_states + 1) if self.num_states % m == 0]
+            raise UsageError(
+                f"train.num_phases: received {self.num_phases}, but the shards hold {self.num_states} states"
+                f" of each solve and phases must start and end at stored states; expected {', '.join(divisors)}"
+            )
+
+    @property
+    def states_per_phase(self) -> int:
+        """Called states in a phase, S / M."""
+        return self.num_states // self.num_phases
+
+    def start(self, phase: int) -> int:
+        """Return the index of a phase's first state."""
+        return phase * self.states_per_phase
+
+    def end(self, state: Tensor) -> Tensor:
+        """Return, for indices of called states, the index of the state that ends their phase (int64)."""
+        return (state // self.states_per_phase + 1) * self.states_per_phase
+
+    def student_timesteps(self, rollout_timesteps: Tensor) -> Tensor:
+        """Return the t at which an M-step student is called: the phases' starts.
+
+        Args:
+            rollout_timesteps: t of the called states, (S,) int64.
+
+        Returns:
+            (M,) int64, descending.
+        """
+        return rollout_timesteps[:: self.states_per_phase]
+
+
+def require_distance(solver_steps_between_states: int) -> None:
+    """Refuse targets between adjacent solver steps.
+
+    Their states differ so little that float16 rounding of the record moves the target by 3 % (rms), 8 times more
+    than between states that are 5 steps apart.
+
+    Args:
+        solver_steps_between_states: the shards' precompute.record_every.
+
+    Raises:
+        UsageError: states of adjacent steps were recorded.
+    """
+    if solver_steps_between_states < 2:
+        raise UsageError(
+            "these shards hold every solver step, and targets between adjacent steps are lost in float16 rounding;"
+            " expected precompute.record_every of 2 or more: precompute again, or train objective x0"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """Which part of each sample's record is trained on; keyed by (seed, epoch, sample index) alone."""
+
+    rollout: Tensor
+    """Which of the record's R solves, (B,) int64."""
+    state: Tensor
+    """Which called state, (B,) int64 in [0, S)."""
+    position: Tensor
+    """Where in a phase, (B,) float32 in [0, 1); for states between the stored ones."""
+
+    def to(self, device: torch.device) -> Draws:
+        """Move to a device."""
+        return Draws(
+            rollout=self.rollout.to(device), state=self.state.to(device), position=self.position.to(device)
+        )
+
+
+def draw(
+    *, seed: int, epoch: int, indices: Sequence[int], num_rollouts: int, phases: Phases, starts_only: bool
+) -> Draws:
+    """Draw rollout, state and position for each sample.
+
+    Args:
+        seed: train.seed.
+        epoch: the epoch, from 0.
+        indices: the samples' indices in the set, B of them.
+        num_rollouts: R of the records.
+        phases: the phases of a solve.
+        starts_only: draw among the M phase starts; else among all S called states.
+    """
+    rollouts, states, positions = [], [], []
+    for index in indices:
+        random = rng(seed, epoch, index, "training draw")
+        rollouts.append(random.randrange(num_rollouts))
+        if starts_only:
+            states.append(phases.start(random.randrange(phases.num_phases)))
+        else:
+            states.append(random.randrange(phases.num_states))
+        positions.append(random.random())
+    return Draws(rollout=torch.tensor(rollouts), state=torch.tensor(states), position=torch.tensor(positions))
