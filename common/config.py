@@ -94,8 +94,16 @@ class PrecomputeConfig:
     """Characters used of a line that has more."""
     watermark_threshold: float = 1.0
     """Annotations with a larger wm_score are skipped."""
+    use_images: bool = True
+    """False leaves annotations' image files alone: no edit mode, no font hints, 512 x 512 assumed."""
+    random_fonts: bool = False
+    """Draw each line in a font chosen from teacher.font and teacher.fonts, where it does not name one."""
+    ignore_fields: tuple[str, ...] = ()
+    """Further json fields that annotations and prompts may have; they are not read."""
     max_failures: int = 100
     """Failed inputs in one task after which it stops."""
+    draw_workers: int = 2
+    """Threads that read images and draw while the teacher works."""
 
     def __post_init__(self) -> None:
         _require(self.source in ("rollout", "noised"), "precompute.source", self.source, '"rollout" or "noised"')
@@ -105,8 +113,17 @@ class PrecomputeConfig:
             self.size,
             "a multiple of 8, at least 64",
         )
-        for key in ("num_rollouts", "solver_steps", "record_every", "batch_size", "max_lines", "max_chars"):
+        for key in (
+            "num_rollouts",
+            "solver_steps",
+            "record_every",
+            "batch_size",
+            "max_lines",
+            "max_chars",
+            "draw_workers",
+        ):
             _require(getattr(self, key) >= 1, f"precompute.{key}", getattr(self, key), "at least 1")
+        _require(self.max_lines <= 30, "precompute.max_lines", self.max_lines, "at most 30 (of 77 tokens)")
         _require(self.solver_steps <= 1000, "precompute.solver_steps", self.solver_steps, "at most 1000")
         _require(
             self.solver_steps % self.record_every == 0,

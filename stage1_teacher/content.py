@@ -1,0 +1,210 @@
+"""What an input says, before anything is drawn: its caption, its lines, where its image lies.
+
+Two kinds of trouble, the same for annotations and prompts: a file whose structure is wrong (not JSON, a field that
+nobody knows) is a `DataError` before any work starts; an input whose values are wrong (no image, a two-point
+polygon) is an `InputFailure`, which stage one records and passes over.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import unicodedata
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from common.errors import DataError
+
+UNKNOWN_COLOR = (500.0, 500.0, 500.0)
+"""How upstream writes a line's unknown colour; the network was trained on it."""
+
+Polygon = tuple[tuple[float, float], ...]
+
+ID_DIGITS = 32
+
+_MAX_COORDINATE = 1e6
+"""Pixels. OpenCV's fixed-point filling overflows far beyond any image."""
+
+
+class InputFailure(DataError):
+    """One input cannot be used; the others can.
+
+    Attributes:
+        reason: a short class of trouble by which failures are counted, e.g. "image missing".
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One line of text to be drawn."""
+
+    text: str
+    """Not empty, no control characters."""
+    polygon: Polygon
+    """At least three corners, (x, y) in pixels of the image or frame."""
+    language: str | None = None
+    """As annotated; None if nobody said."""
+    color: tuple[float, float, float] = UNKNOWN_COLOR
+    """r, g, b in 0-255."""
+    font: Path | None = None
+    """Font file asked for; None for the configured one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """One input."""
+
+    where: str
+    """File and entry, for messages."""
+    input_id: str
+    """Hash of what the annotation or prompt says, see `content_id`."""
+    caption: str
+    """Of the image, the watermark phrase included; may be empty."""
+    lines: tuple[Line, ...]
+    """All of them, also those beyond `precompute.max_lines`."""
+    image: Path | None = None
+    """Image file, checked to lie where it may; None if the input has none."""
+    frame: float | None = None
+    """Side in pixels of the square that polygons refer to; None: the image's own size."""
+    mode: str | None = None
+    """"generate" or "edit"; None: `precompute.edit_fraction` decides."""
+    seed: int | None = None
+    """Keys the input's noise; None: `precompute.seed`."""
+    ignored_polygons: tuple[Polygon, ...] = ()
+    """Of text that the annotator marked as not valid: it is in the image and is not drawn."""
+
+
+def content_id(kind: str, value: Any) -> str:
+    """Hash what an input says; where its file lies and what else is in that file do not matter.
+
+    The image counts by the name that the annotation gives it: reading millions of images before the first one is
+    solved would cost hours, in every task.
+
+    Args:
+        kind: how the value is read, so that equal values read differently have different ids.
+        value: any JSON value, wrong ones included: an input that fails has an id too.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    text = json.dumps([kind, value], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:ID_DIGITS]
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Say which known name was probably meant, as the end of a sentence."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def check_fields(value: dict[str, Any], known: Collection[str], where: str, ignored: Collection[str]) -> None:
+    """Refuse a JSON object with a field that nobody reads.
+
+    Raises:
+        DataError: names the field and the nearest known one.
+    """
+    unknown = [field for field in value if field not in known and field not in ignored]
+    if unknown:
+        raise DataError(
+            f"{where}: unknown field {unknown[0]!r}; {nearest(unknown[0], known)}"
+            " (if it is harmless, add it to precompute.ignore_fields)"
+        )
+
+
+def check_text(text: Any, where: str) -> str:
+    """Return a line's text.
+
+    Raises:
+        InputFailure: it is not a string, is empty, or holds what cannot be drawn on one line.
+    """
+    if not isinstance(text, str):
+        raise InputFailure("bad text", f"{where}: text is {text!r:.40}, expected a string")
+    if not text.strip():
+        raise InputFailure("empty text", f"{where}: text is empty; remove the line")
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            raise InputFailure("bad text", f"{where}: text {text!r:.40} holds the control character {character!r}")
+    return text
+
+
+def check_caption(caption: Any, where: str) -> str:
+    """Return a caption.
+
+    Raises:
+        InputFailure: it is not a string of Unicode characters.
+    """
+    if not isinstance(caption, str):
+        raise InputFailure("bad caption", f"{where}: caption is {caption!r:.40}, expected a string")
+    if not caption.isascii() and any(unicodedata.category(character) == "Cs" for character in caption):
+        raise InputFailure("bad caption", f"{where}: caption holds a lone surrogate; it is not valid Unicode")
+    return caption
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Tell whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_polygon(polygon: Any, where: str) -> Polygon:
+    """Return a polygon as pairs of numbers.
+
+    Raises:
+        InputFailure: it is no list of at least three different [x, y] pairs of finite numbers.
+    """
+    points = polygon if isinstance(polygon, list) else []
+    if not points or not all(
+        isinstance(point, list) and len(point) == 2 and all(map(is_number, point)) for point in points
+    ):
+        raise InputFailure(
+            "bad polygon", f"{where}: polygon is {polygon!r:.60}, expected [[x, y], ...] of finite numbers"
+        )
+    checked = tuple((float(x), float(y)) for x, y in points)
+    if max(abs(number) for point in checked for number in point) > _MAX_COORDINATE:
+        raise InputFailure("bad polygon", f"{where}: polygon {polygon!r:.60} lies far outside any image")
+    if len(set(checked)) < 3:
+        raise InputFailure(
+            "bad polygon", f"{where}: polygon has {len(set(checked))} different points, expected at least 3"
+        )
+    return checked
+
+
+def box_corners(box: Any, where: str) -> Polygon:
+    """Return the corners of [x0, y0, x1, y1], clockwise from the top left.
+
+    Raises:
+        InputFailure: it is no such list, or empty.
+    """
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        raise InputFailure("bad polygon", f"{where}: box is {box!r:.60}, expected [x0, y0, x1, y1]")
+    x0, y0, x1, y1 = box
+    if x0 >= x1 or y0 >= y1:
+        raise InputFailure("bad polygon", f"{where}: box {box} is empty; expected x0 < x1 and y0 < y1")
+    return check_polygon([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], where)
+
+
+def check_color(color: Any, where: str) -> tuple[float, float, float]:
+    """Return r, g, b of [r, g, b] in 0-255 (500 each for unknown) or "#rrggbb".
+
+    Raises:
+        InputFailure: it is neither.
+    """
+    if isinstance(color, str) and len(color) == 7 and color[0] == "#":
+        try:
+            channels = bytes.fromhex(color[1:])
+        except ValueError:
+            pass
+        else:
+            return float(channels[0]), float(channels[1]), float(channels[2])
+    if isinstance(color, list) and len(color) == 3 and all(map(is_number, color)):
+        red, green, blue = map(float, color)
+        if (red, green, blue) == UNKNOWN_COLOR or 0 <= min(red, green, blue) <= max(red, green, blue) <= 255:
+            return red, green, blue
+    raise InputFailure("bad color", f'{where}: color is {color!r:.40}, expected [r, g, b] in 0-255 or "#rrggbb"')

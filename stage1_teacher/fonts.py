@@ -1,0 +1,75 @@
+"""Font files: opened once, at any size, always laid out the same way."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import ImageFont, features
+
+from common.errors import DataError
+from common.files import sha256_file
+
+logger = logging.getLogger(__name__)
+
+_PROBE_SIZE = 32
+
+
+@lru_cache(maxsize=1)
+def text_layout() -> str:
+    """Return how Pillow places characters on this machine: "raqm" (kerned and shaped) or "basic".
+
+    Pillow has Raqm only where the system has libfribidi. Text drawn with the other layout differs, so the
+    choice is part of a shard set's identity.
+    """
+    if features.check("raqm"):
+        return "raqm"
+    logger.warning(
+        "text is drawn without kerning or shaping: Pillow finds no libfribidi (Debian: apt install libfribidi0)"
+    )
+    return "basic"
+
+
+@lru_cache(maxsize=512)
+def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    """Open a font at a pixel size.
+
+    Args:
+        path: a TrueType or OpenType file.
+        size: em size in pixels, at least 1.
+
+    Raises:
+        DataError: the file is missing or no font.
+    """
+    engine = ImageFont.Layout.RAQM if text_layout() == "raqm" else ImageFont.Layout.BASIC
+    try:
+        return ImageFont.truetype(str(path), size=size, layout_engine=engine)
+    except OSError as error:
+        raise DataError(f"font {path}: {error}; expected a TrueType or OpenType file") from None
+
+
+@lru_cache(maxsize=512)
+def font_sha256(path: Path) -> str:
+    """Return the SHA-256 of a font file, read once."""
+    return sha256_file(path)
+
+
+@lru_cache(maxsize=64)
+def _missing_glyph(path: Path) -> bytes:
+    return _ink(path, "\U0010ffff")  # a noncharacter: no font has it, so this is the "missing" box
+
+
+def _ink(path: Path, character: str) -> bytes:
+    mask = load_font(path, _PROBE_SIZE).getmask(character)
+    return bytes(mask) + repr(mask.size).encode()
+
+
+@lru_cache(maxsize=65536)
+def _has_character(path: Path, character: str) -> bool:
+    return character.isspace() or _ink(path, character) != _missing_glyph(path)
+
+
+def can_draw(path: Path, text: str) -> bool:
+    """Tell whether a font has a glyph of its own for every character of a text."""
+    return all(_has_character(path, character) for character in text)
