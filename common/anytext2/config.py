@@ -14,7 +14,7 @@ from common.errors import UsageError
 
 T = TypeVar("T")
 GROUPS = 32
-"""Groups of every GroupNorm; channel counts are multiples of it."""
+"""Groups of every GroupNorm of the released model."""
 
 
 def _require(condition: bool, what: str, received: object, expected: str) -> None:
@@ -34,7 +34,9 @@ class UNetConfig:
     """Sizes of the UNet; WriteNet's trunk has the same ones."""
 
     model_channels: int = 320
-    """Channels of the first level, a multiple of 32."""
+    """Channels of the first level, a multiple of norm_groups."""
+    norm_groups: int = GROUPS
+    """Groups of every GroupNorm. With as many as channels a picture's flat colour is normalised away."""
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     """Channels of each level, shallow to deep, in units of model_channels."""
     num_res_blocks: int = 2
@@ -51,8 +53,10 @@ class UNetConfig:
     """AttnX in the blocks on the way down."""
 
     def __post_init__(self) -> None:
-        _require_positive("unet", self, "model_channels", "channel_mult", "num_res_blocks", "num_heads")
-        _require(self.model_channels % GROUPS == 0, "unet.model_channels", self.model_channels, "n x 32")
+        names = ("model_channels", "norm_groups", "channel_mult", "num_res_blocks", "num_heads")
+        _require_positive("unet", self, *names)
+        even = self.model_channels % self.norm_groups == 0
+        _require(even, "unet.model_channels", self.model_channels, f"a multiple of {self.norm_groups}")
         for width in self.block_channels:
             _require(width % self.num_heads == 0, "unet.num_heads", self.num_heads, f"a divisor of {width}")
         allowed = {2**level for level in range(len(self.channel_mult))}
@@ -97,7 +101,9 @@ class VaeConfig:
     """Sizes of the autoencoder."""
 
     channels: int = 128
-    """Channels of the first level, a multiple of 32."""
+    """Channels of the first level, a multiple of norm_groups."""
+    norm_groups: int = GROUPS
+    """Groups of every GroupNorm."""
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     """Channels of each level in units of `channels`; n levels give a stride of 2^(n-1)."""
     num_res_blocks: int = 2
@@ -106,8 +112,10 @@ class VaeConfig:
     """Channels of the latents."""
 
     def __post_init__(self) -> None:
-        _require_positive("vae", self, "channels", "channel_mult", "num_res_blocks", "latent_channels")
-        _require(self.channels % GROUPS == 0, "vae.channels", self.channels, "n x 32")
+        names = ("channels", "norm_groups", "channel_mult", "num_res_blocks", "latent_channels")
+        _require_positive("vae", self, *names)
+        even = self.channels % self.norm_groups == 0
+        _require(even, "vae.channels", self.channels, f"a multiple of {self.norm_groups}")
         _require(len(self.channel_mult) in (2, 3, 4), "vae.channel_mult", self.channel_mult, "2 to 4 levels")
 
 

@@ -77,6 +77,7 @@ class UNet(UNet2DConditionModel):
             up_block_types=tuple(up),
             block_out_channels=sizes.block_channels,
             layers_per_block=sizes.num_res_blocks,
+            norm_num_groups=sizes.norm_groups,
             cross_attention_dim=config.context_dim,
             attention_head_dim=sizes.num_heads,  # diffusers' misnomer: the number of heads
         )

@@ -22,6 +22,7 @@ class VAE(nn.Module):
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=tuple(sizes.channels * mult for mult in sizes.channel_mult),
             layers_per_block=sizes.num_res_blocks,
+            norm_num_groups=sizes.norm_groups,
             latent_channels=sizes.latent_channels,
             scaling_factor=config.scale_factor,
         )

@@ -59,6 +59,7 @@ class WriteNet(ControlNetModel):
             down_block_types=tuple(down),
             block_out_channels=sizes.block_channels,
             layers_per_block=sizes.num_res_blocks,
+            norm_num_groups=sizes.norm_groups,
             cross_attention_dim=config.context_dim,
             attention_head_dim=sizes.num_heads,  # diffusers' misnomer: the number of heads
         )
