@@ -1,0 +1,133 @@
+"""Checkpoints: folders that appear complete under their name, and are believed only by their content.
+
+A checkpoint `step-NNNNNNNN` holds files and, written last, `checkpoint.json` with the size and SHA-256 of each.
+It is written under a temporary name in the same folder, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.files import TEMPORARY_SUFFIX, canonical_json, fsync_dir, sha256_file, write_bytes_atomic
+
+logger = logging.getLogger(__name__)
+
+LIST_FILE = "checkpoint.json"
+PREFIX = "step-"
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of a step, which sorts as steps do."""
+    return f"{PREFIX}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def save_checkpoint(root: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Write a checkpoint that exists complete or not at all.
+
+    Args:
+        root: the folder of checkpoints, made if missing.
+        step: optimizer steps done.
+        write: fills the folder that it is given.
+
+    Returns:
+        The checkpoint. One of the same step that is complete is left as it is.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / checkpoint_name(step)
+    if target.exists() and not damage(target):
+        return target
+    temporary = root / f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+    try:
+        temporary.mkdir()
+        write(temporary)
+        content = {"step": step, "files": dict(_listing(temporary))}
+        write_bytes_atomic(temporary / LIST_FILE, canonical_json(content))
+        for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+            fsync_dir(folder)
+        if target.exists():  # damaged: a folder cannot be renamed over one that is not empty
+            target.rename(root / f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+        temporary.rename(target)
+        fsync_dir(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _listing(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            yield name, {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def damage(checkpoint: Path) -> str:
+    """Say what is wrong with a checkpoint's content, or return "" if it is complete."""
+    try:
+        listed = json.loads((checkpoint / LIST_FILE).read_bytes())
+        files: dict[str, dict[str, Any]] = listed["files"]
+        if listed["step"] != step_of(checkpoint):
+            return f"{LIST_FILE} is of step {listed['step']}"
+        for name, expected in files.items():
+            path = checkpoint / name
+            if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
+                return f"{name} does not match its size and SHA-256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{LIST_FILE} is unreadable ({error})"
+    return ""
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoints by name, oldest first, whether complete or not."""
+    if not root.is_dir():
+        return []
+    names = [p for p in root.iterdir() if p.name.startswith(PREFIX) and p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(names, key=step_of)
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """Return the newest checkpoint whose content is complete, or None; says which newer ones are damaged."""
+    for checkpoint in reversed(list_checkpoints(root)):
+        reason = damage(checkpoint)
+        if not reason:
+            return checkpoint
+        logger.warning("checkpoint %s is damaged and not used: %s", checkpoint, reason)
+    return None
+
+
+def require_complete(checkpoint: Path) -> Path:
+    """Return a checkpoint that was asked for by path.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    if not checkpoint.is_dir() or not checkpoint.name.startswith(PREFIX):
+        raise DataError(f"{checkpoint}: not a checkpoint; expected a folder named {checkpoint_name(0)} or alike")
+    reason = damage(checkpoint)
+    if reason:
+        raise DataError(f"checkpoint {checkpoint}: {reason}; use an older one")
+    return checkpoint
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and leftovers of dead writers; only once a new one is in place."""
+    for checkpoint in list_checkpoints(root)[:-keep]:
+        doomed = root / f".{checkpoint.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+        checkpoint.rename(doomed)  # first out of sight: a half-removed checkpoint must not bear its name
+    for leftover in root.glob(f".{PREFIX}*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(leftover, ignore_errors=True)
