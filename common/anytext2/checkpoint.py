@@ -102,9 +102,7 @@ def load_part(
     table = key_table(part, expected, config)
     shapes = {entry.key: entry.upstream_shape(expected[name].shape) for name, entry in table.items()}
     check_keys(file, shapes, parts=[part])
-    state = {
-        name: _convert(file.read(entry.key), expected[name], dtype, device) for name, entry in table.items()
-    }
+    state = {name: _convert(file.read(entry.key), expected[name], dtype, device) for name, entry in table.items()}
     module.load_state_dict(state, assign=True)
     for owner in module.modules():  # buffers outside the state dict: CLIP's position_ids are the only one
         for name, buffer in owner.named_buffers(recurse=False):
@@ -219,6 +217,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
             torch.save({"state_dict": plain}, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)  # safetensors makes it private
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -36,9 +36,7 @@ class AttnXBlock(BasicTransformerBlock):
         if attnx:
             heads: dict[str, Any] = {"heads": stock.num_attention_heads, "dim_head": stock.attention_head_dim}
             self.attn1x = Attention(query_dim=stock.dim, **heads)
-            self.attn2x = Attention(
-                query_dim=stock.dim, cross_attention_dim=stock.cross_attention_dim, **heads
-            )
+            self.attn2x = Attention(query_dim=stock.dim, cross_attention_dim=stock.cross_attention_dim, **heads)
 
     def forward(
         self,

@@ -31,7 +31,9 @@ def network_config_from_upstream(network: Mapping[str, Any]) -> NetworkConfig:
     _expect(writenet, "writenet", {"fast_control": True})
     for key in TRUNK_KEYS:
         if key in writenet and _plain(writenet[key]) != _plain(unet[key]):
-            raise DataError(f"upstream network settings: {key} is {unet[key]} in unet, {writenet[key]} in writenet")
+            raise DataError(
+                f"upstream network settings: {key} is {unet[key]} in unet, {writenet[key]} in writenet"
+            )
     _expect(vae, "vae", {"double_z": True, "attn_resolutions": [], "in_channels": 3, "out_ch": 3})
     config = NetworkConfig(
         unet=_unet(unet),
