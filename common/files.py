@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +44,32 @@ def fsync_dir(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a fresh hidden name in the same folder (same file system, so a rename is atomic)."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    """Return a fresh hidden name in the same folder (same file system, so a rename is atomic).
+
+    It says which machine made it, so that a leftover of a dead process can be told from a living one's file.
+    """
+    return path.with_name(f".{path.name}.{machine_name()}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+
+
+def machine_name() -> str:
+    """Return this machine's name without characters that mean something in a file name."""
+    return "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname()) or "machine"
+
+
+def claim(descriptor: int) -> bool:
+    """Lock an open file without waiting; the kernel lets go when the process ends, however it ends.
+
+    Returns:
+        False if another process holds it. A file system without locks grants every claim.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+    return True
 
 
 @contextmanager
@@ -56,6 +83,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     temporary = temporary_path(path)
     try:
         with temporary.open("w+b") as file:
+            claim(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -83,6 +111,7 @@ def create_once(path: Path, data: bytes) -> bool:
     temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
+            claim(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
