@@ -1,4 +1,4 @@
-"""Write CLIP's vocabulary as a folder that transformers' CLIPTokenizer loads; run once by hand, its output is shipped.
+"""Write CLIP's vocabulary as a folder for transformers' CLIPTokenizer; run once by hand, its output is shipped.
 
     pip download --no-deps open_clip_torch        # MIT; a wheel is a zip file
     unzip -j open_clip_torch-*.whl '*/bpe_simple_vocab_16e6.txt.gz'

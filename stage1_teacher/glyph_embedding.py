@@ -1,6 +1,8 @@
-"""The embedding that stands for a line of text in the text caption: what it says, where, in what font and colour."""
+"""The embedding that stands for a line in the text caption: what it says, where, in what font and colour."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,7 @@ class PositionEncoder(nn.Module):
         first, *_, last = POSITION_WIDTHS
         self.conv1 = nn.Conv2d(1, first, 3, padding=1)
         self.conv_list = nn.ModuleList(
-            nn.Conv2d(source, target, 3, padding=1, stride=2)
-            for source, target in zip(POSITION_WIDTHS[:-1], POSITION_WIDTHS[1:], strict=True)
+            nn.Conv2d(source, target, 3, padding=1, stride=2) for source, target in pairwise(POSITION_WIDTHS)
         )
         self.conv2 = nn.Conv2d(last, width, 3, padding=1)
 
@@ -68,9 +69,23 @@ class GlyphEmbedding(nn.Module):
         Returns:
             (N, c).
         """
+        font_features = self.font_predictor.features(font_lines)  # (N, 40, 64)
+        return self.combine(glyph_features, self.position_encoder(positions), font_features, colors)
+
+    def combine(self, glyph_features: Tensor, where: Tensor, font_features: Tensor, colors: Tensor) -> Tensor:
+        """Sum the encodings of N lines, where the frozen encoders' outputs are at hand.
+
+        Args:
+            glyph_features: the recogniser's neck on the glyph lines, (N, 40, 64).
+            where: from the position encoder, (N, c).
+            font_features: the font predictor's neck on the font lines, (N, 40, 64).
+            colors: rgb from 0 to 255, or 500 for unknown, (N, 3).
+
+        Returns:
+            (N, c).
+        """
         what = self.proj(glyph_features.flatten(1))  # (N, c)
-        where = self.position_encoder(positions)
-        style = self.style_proj(self.font_predictor.features(font_lines).flatten(1))
+        style = self.style_proj(font_features.flatten(1))
         embedding: Tensor = what + where + style + self.color_proj(colors)
         return embedding
 

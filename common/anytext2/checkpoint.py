@@ -131,7 +131,7 @@ def check_keys(file: CheckpointFile, shapes: Mapping[str, tuple[int, ...]], part
         DataError: names the first key that is missing, unknown, or of another shape.
     """
     asked = set(parts)
-    for key in file.keys():
+    for key in file.sorted_keys():
         part = part_of(key)
         if part is None or (part in asked and key not in shapes and key != POSITION_IDS_KEY):
             near = difflib.get_close_matches(key, shapes, n=1, cutoff=0.8)
@@ -194,7 +194,7 @@ def check_schedule(file: CheckpointFile) -> None:
     Raises:
         DataError: its buffers are missing or differ.
     """
-    check_keys(file, {key: (NUM_TRAIN_TIMESTEPS,) for key in SCHEDULE_KEYS}, parts=["schedule"])
+    check_keys(file, dict.fromkeys(SCHEDULE_KEYS, (NUM_TRAIN_TIMESTEPS,)), parts=["schedule"])
     difference = (file.read("alphas_cumprod").double() - make_alphas_cumprod().double()).abs().max()
     if not float(difference) < 1e-4:
         raise DataError(

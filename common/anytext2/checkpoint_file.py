@@ -73,7 +73,7 @@ class CheckpointFile:
             reason = " ".join(str(error).split())
             raise DataError(f"checkpoint {file} is not a readable .safetensors file: {reason}") from None
 
-    def keys(self) -> list[str]:
+    def sorted_keys(self) -> list[str]:
         """Return all keys, sorted."""
         return sorted(self.shapes)
 
@@ -122,4 +122,4 @@ def read_checkpoint(path: Path, prefixes: Iterable[str] | None = None) -> dict[s
     """
     file = CheckpointFile(path)
     starts = None if prefixes is None else tuple(prefixes)
-    return {key: file.read(key) for key in file.keys() if starts is None or key.startswith(starts)}
+    return {key: file.read(key) for key in file.sorted_keys() if starts is None or key.startswith(starts)}

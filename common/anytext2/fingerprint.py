@@ -66,12 +66,12 @@ def _read_cache(cache: Path, stamp: list[list[Any]]) -> dict[str, str] | None:
 
 def _compute(file: CheckpointFile) -> dict[str, str]:
     teacher, base = hashlib.sha256(), hashlib.sha256()
-    for key in file.keys():
+    for key in file.sorted_keys():
         if key == POSITION_IDS_KEY:
             continue  # a constant that only some files hold
         tensor = file.read(key).contiguous()
         header = canonical_json([key, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
-        content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        content = tensor.reshape(-1).view(torch.uint8).numpy().data
         for target in (teacher, base) if key.startswith(BASE_PREFIXES) else (teacher,):
             target.update(header)
             target.update(content)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
@@ -17,9 +19,9 @@ STRIDED_CONVOLUTIONS = (4, 8, 12)
 def _hint_block(widths: tuple[int, ...], stride: int) -> nn.Sequential:
     """Build 1 -> w0 -> w0 -> w1 -> w1 -> w2 -> w2 -> w3, 3x3 convolutions with SiLU between and after."""
     layers: list[nn.Module] = []
-    channels = [1, widths[0]] + [width for pair in zip(widths[:-1], widths[1:], strict=True) for width in pair]
+    channels = [1, widths[0]] + [width for pair in pairwise(widths) for width in pair]
     strided = STRIDED_CONVOLUTIONS[: stride.bit_length() - 1]
-    for source, target in zip(channels[:-1], channels[1:], strict=True):
+    for source, target in pairwise(channels):
         step = 2 if len(layers) in strided else 1
         layers += [nn.Conv2d(source, target, 3, padding=1, stride=step), nn.SiLU()]
     return nn.Sequential(*layers)
