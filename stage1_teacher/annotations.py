@@ -134,6 +134,8 @@ class Annotations:
         """
         where = self.where(index)
         entry = self._entries[index]
+        if self._id_of(entry) != self.input_id(index):
+            raise DataError(f"{self._path}: the file changed while it was in use")
         if not isinstance(entry, dict):
             raise InputFailure("bad entry", f"{where}: {entry!r:.40} is no object")
         score = entry.get("wm_score")

@@ -26,6 +26,7 @@ Polygon = tuple[tuple[float, float], ...]
 
 ID_DIGITS = 32
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 _MAX_COORDINATE = 1e6
 """Pixels. OpenCV's fixed-point filling overflows far beyond any image."""
 
@@ -95,7 +96,7 @@ def content_id(kind: str, value: Any) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    text = json.dumps([kind, value], sort_keys=True, separators=(",", ":"))
+    text = _ENCODER.encode([kind, value])
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:ID_DIGITS]
 
 

@@ -55,7 +55,7 @@ def draw_glyph_line(text: str, font: Path) -> Array:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Box:
+class Box:
     """A polygon's minimum-area rectangle, as text is laid into it."""
 
     center: tuple[float, float]
@@ -73,14 +73,14 @@ class _Box:
         return off_axis < _UPRIGHT_WITHIN and self.height >= self.width
 
 
-def _fit_box(polygon: Array) -> _Box:
+def fit_box(polygon: Array) -> Box:
     center, (w, h), clockwise = cv2.minAreaRect(polygon)
     corners = cv2.boxPoints((center, (w, h), clockwise)).astype(np.int64)
     # OpenCV's releases differ in which side they call the width; the long side's direction does not.
     angle = -clockwise if w >= h else 90.0 - clockwise
     angle = 90.0 - (90.0 - angle) % 180.0
     (left, top), (right, bottom) = corners.min(0), corners.max(0)
-    return _Box(
+    return Box(
         center=(float(center[0]), float(center[1])),
         long=max(w, h),
         short=min(w, h),
@@ -97,7 +97,7 @@ def _measure(text: str, font: ImageFont.FreeTypeFont) -> tuple[float, float]:
     return right - left, bottom - top
 
 
-def _largest_font(text: str, font: Path, box: _Box) -> ImageFont.FreeTypeFont | None:
+def largest_font(text: str, font: Path, box: Box) -> ImageFont.FreeTypeFont | None:
     """Return the largest size at which the text fits the box along its long side; None if none does."""
 
     def fits(size: int) -> bool:
@@ -114,7 +114,7 @@ def _largest_font(text: str, font: Path, box: _Box) -> ImageFont.FreeTypeFont | 
     return load_font(font, low) if low > 0 else None
 
 
-def _spread(text: str, font: ImageFont.FreeTypeFont, box: _Box) -> str:
+def spread(text: str, font: ImageFont.FreeTypeFont, box: Box) -> str:
     """Put as many spaces between the characters as the box has room for."""
     spaced = text
     for count in range(1, _MAX_SPACES + 1):
@@ -126,15 +126,15 @@ def _spread(text: str, font: ImageFont.FreeTypeFont, box: _Box) -> str:
     return text  # nothing fills the box (a single character has no gaps): as upstream, unspaced
 
 
-def _write_across(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, box: _Box) -> None:
-    text = _spread(text, font, box)
+def _write_across(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, box: Box) -> None:
+    text = spread(text, font, box)
     left, top, right, bottom = font.getbbox(text)
     x = box.center[0] - (right - left) / 2
     y = box.center[1] - (bottom - top) / 2 - top
     draw.text((x, y), text, font=font, fill=255)
 
 
-def _write_downwards(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, box: _Box) -> None:
+def _write_downwards(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, box: Box) -> None:
     heights = [_measure(character, font)[1] for character in text]
     gap = 0.0
     if len(text) > 1 and sum(heights) < box.long:
@@ -162,8 +162,8 @@ def draw_glyph_map(text: str, polygon: Array, font: Path, color: Sequence[float]
         (H, W) uint8, 0 or 1; all 0 where the polygon is too small for one pixel of text.
     """
     height, width = size
-    box = _fit_box(polygon)
-    sized = _largest_font(text, font, box)
+    box = fit_box(polygon)
+    sized = largest_font(text, font, box)
     if sized is None:
         return np.zeros((height, width), np.uint8)
     layer = Image.new("L", (width, height), 0)
@@ -178,7 +178,7 @@ def draw_glyph_map(text: str, polygon: Array, font: Path, color: Sequence[float]
     return (brightest * coverage >= 0.5).astype(np.uint8)
 
 
-def _rotate(layer: Image.Image, box: _Box) -> Image.Image:
+def _rotate(layer: Image.Image, box: Box) -> Image.Image:
     """Turn a layer about the box's centre, clipped to its own size."""
     turned = layer.rotate(box.angle, expand=True, center=box.center)
     whole = Image.new("L", layer.size, 0)

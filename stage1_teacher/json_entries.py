@@ -20,6 +20,7 @@ from stage1_teacher.content import nearest
 
 _CHUNK_BYTES = 1 << 20
 _MAX_VALUE_CHARACTERS = 64 << 20
+_AFTER_VALUE = frozenset(" \t\n\r,:]}")
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -75,7 +76,7 @@ class _Scanner:
                 raise self.fail(f"a value cannot be read ({error})") from None
             else:
                 problem = ""
-                if end < len(self._text):  # else a number might go on in the next chunk
+                if self._text[end : end + 1] in _AFTER_VALUE:  # else a number may go on in the next chunk
                     return value, *self._advance(end - self._position)
             if len(self._text) - self._position > _MAX_VALUE_CHARACTERS:
                 raise self.fail(f"a value of more than {_MAX_VALUE_CHARACTERS} characters")

@@ -55,7 +55,9 @@ def prompt_from_text(
         if font is not None:
             line["font"] = font if font in (fonts or {}) else str(Path(font).resolve())
         lines.append(line)
-    value: dict[str, Any] = {"caption": prompt, "lines": lines, "seed": seed}
+    value: dict[str, Any] = {"caption": prompt, "lines": lines}
+    if seed is not None:
+        value["seed"] = seed
     folder = Path.cwd()
     if image is not None:
         folder = image.resolve().parent

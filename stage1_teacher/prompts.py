@@ -119,17 +119,19 @@ class Prompts:
         """
         data = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])
         try:
-            prompt = json.loads(data)
-        except ValueError:
-            raise DataError(f"{self._path}: the file changed while it was in use") from None
-        return parse_prompt(
-            prompt,
-            where=self.where(index),
-            size=self._size,
-            fonts=self._fonts,
-            folder=self._path.parent.resolve(),
-            use_images=self._use_images,
-        )
+            content = parse_prompt(
+                json.loads(data),
+                where=self.where(index),
+                size=self._size,
+                fonts=self._fonts,
+                folder=self._path.parent.resolve(),
+                use_images=self._use_images,
+            )
+        except (ValueError, AttributeError):
+            content = None
+        if content is None or content.input_id != self._ids[index]:
+            raise DataError(f"{self._path}: the file changed while it was in use")
+        return content
 
 
 def prompt_id(prompt: Mapping[str, Any], fonts: Mapping[str, Path], folder: Path, use_images: bool) -> str:

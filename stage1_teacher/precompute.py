@@ -1,0 +1,129 @@
+"""Stage one's run: inputs go in, committed shards come out.
+
+Every task of a job joins the same set (manifest, unconditional contexts, plan: made by whichever comes first) and
+makes its own share of the shards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.config import Config
+from common.errors import UsageError
+from common.signals import StopFlag
+from shards.leftovers import remove_leftovers
+from shards.manifest import create_or_check
+from shards.plan import extend_plan
+from stage1_teacher.identity import build_identity, describe_machine, describe_run, load_network
+from stage1_teacher.inputs import DrawSettings
+from stage1_teacher.recording import Recorder, make_stored_uncond
+from stage1_teacher.shard_maker import ShardMaker
+from stage1_teacher.share import choose_share
+from stage1_teacher.sources import open_inputs
+from stage1_teacher.teacher import Teacher, resolve_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What a run of a task came to."""
+
+    shards_planned: int
+    """Of the whole set."""
+    shards_found: int
+    """Of this task, committed before."""
+    shards_written: int
+    """Of this task, committed now."""
+    shards_without_inputs: int
+    """Of this task, not made because this run was not given their inputs."""
+    records: int
+    """Written now."""
+    failed: int
+    """Inputs of this task's committed shards that failed, earlier runs included."""
+
+
+def precompute(
+    config: Config,
+    out: Path,
+    *,
+    annotations: Sequence[Path] = (),
+    prompts: Sequence[Path] = (),
+    task_index: int = 0,
+    num_tasks: int = 1,
+    limit: int | None = None,
+) -> Done:
+    """Make one task's shards of a set.
+
+    Args:
+        config: model, teacher, precompute and shards are used.
+        out: the set's folder, shared by all tasks.
+        annotations: AnyWord json files.
+        prompts: JSONL files. Inputs are numbered through all files; ones added later extend the set.
+        task_index: which task this is, 0 to num_tasks - 1; it makes every num_tasks-th shard.
+        num_tasks: tasks that share the work.
+        limit: use only the first this many inputs.
+
+    Raises:
+        UsageError: the configuration or the task's number is wrong.
+        DataError: a file is missing or wrong, the set was made with other settings, more than `max_failures`
+            inputs failed, or the teacher produced NaN or Inf.
+        Stopped: a signal came; committed shards are kept and a further run goes on from there.
+    """
+    if not 0 <= task_index < num_tasks:
+        raise UsageError(
+            f"task index: received {task_index}, expected 0 to {num_tasks - 1} (of {num_tasks} tasks)"
+        )
+    _check_size(config)
+    device = resolve_device(config.model.device)
+    load_teacher = functools.cache(lambda: Teacher.load(config))
+    with StopFlag() as stop, _repeatable():
+        settings = DrawSettings.from_config(config)
+        inputs = open_inputs(annotations, prompts, config.precompute, settings.fonts, limit)
+        manifest, uncond = create_or_check(
+            out, build_identity(config, settings), describe_run(device), lambda: make_stored_uncond(load_teacher())
+        )
+        remove_leftovers(out)
+        ids = inputs.ids()
+        plan = extend_plan(out, ids, config.shards.samples_per_shard)
+        identity = manifest.identity_sha256
+        share = choose_share(out, identity, plan, ids, task_index=task_index, num_tasks=num_tasks)
+        if share.todo:
+            stop.raise_if_requested(share.standing)
+            recorder = Recorder(
+                load_teacher(),
+                uncond,
+                config.precompute,
+                between_batches=lambda: stop.raise_if_requested(share.standing),
+            )
+            maker = ShardMaker(out, identity, share, config.precompute, stop, describe_machine(device))
+            maker.make_all(inputs, settings, recorder)
+    return Done(
+        shards_planned=plan.num_shards,
+        shards_found=share.found,
+        shards_written=share.written,
+        shards_without_inputs=share.without_inputs,
+        records=share.records,
+        failed=share.failed,
+    )
+
+
+def _check_size(config: Config) -> None:
+    multiple, size = load_network(config).size_multiple, config.precompute.size
+    if size % multiple:
+        raise UsageError(
+            f"config precompute.size: received {size}, expected a multiple of {multiple} for this network"
+        )
+
+
+def _repeatable() -> AbstractContextManager[None]:
+    """Keep cuDNN from choosing algorithms by timing, or ones that add in any order."""
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=allow_tf32
+    )
+    return flags
