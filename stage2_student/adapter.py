@@ -54,6 +54,10 @@ class Card:
         """M."""
         return len(self.timesteps)
 
+    def at_step(self, step: int) -> Card:
+        """Return the card after so many optimizer steps."""
+        return dataclasses.replace(self, step=step)
+
     def require_steps(self, steps: int | None) -> None:
         """Refuse another number of steps than the student was trained for.
 

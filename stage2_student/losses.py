@@ -36,7 +36,7 @@ class Solves:
     """One recorded solve a sample."""
 
     states: Tensor
-    """z at every stored state and the end, (B, S + 1, C, h, w) float32."""
+    """z at every stored state and the end, (B, S + 1, C, h, w); read as float32."""
     timesteps: Tensor
     """t of the called states, (B, S) int64."""
     x0_cond: Tensor | None = None
@@ -44,9 +44,18 @@ class Solves:
     x0_uncond: Tensor | None = None
     """Likewise, unconditional."""
 
+    def to(self, device: torch.device) -> Solves:
+        """Move to a device."""
+        return Solves(
+            states=self.states.to(device),
+            timesteps=self.timesteps.to(device),
+            x0_cond=None if self.x0_cond is None else self.x0_cond.to(device),
+            x0_uncond=None if self.x0_uncond is None else self.x0_uncond.to(device),
+        )
+
     def at(self, state: Tensor) -> Tensor:
-        """Return z at a state of each sample, (B, C, h, w)."""
-        return self.states[torch.arange(len(state), device=state.device), state]
+        """Return z at a state of each sample, (B, C, h, w) float32."""
+        return self.states[torch.arange(len(state), device=state.device), state].float()
 
     def timestep(self, state: Tensor) -> Tensor:
         """Return t of a state of each sample, (B,) int64, -1 for the end."""
@@ -82,7 +91,7 @@ def select_rollout(
         return None if values is None else values[rows, rollout]
 
     return Solves(
-        states=states[rows, rollout].float(),
+        states=states[rows, rollout],
         timesteps=timesteps[rows, rollout] if timesteps.dim() == 3 else timesteps,
         x0_cond=pick(x0_cond),
         x0_uncond=pick(x0_uncond),
@@ -196,3 +205,19 @@ def _cross(z: Tensor, t: Tensor, z_end: Tensor, t_end: Tensor, predict: Predict,
     a, a_end = alphas_at(settings.alphas_cumprod, t), alphas_at(settings.alphas_cumprod, t_end)
     target = phase_target_eps(z, z_end, a, a_end)
     return crossing_loss(predict(z, t), target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
+
+
+Loss = Callable[[Solves, Draws, Predict, Predict, LossSettings], Tensor]
+"""(solves, draws, predict, predict_target, settings) -> elementwise loss, (B, C, h, w) float32."""
+
+
+def loss_of(train: TrainConfig) -> Loss:
+    """Return the configured objective."""
+    if train.objective == "phased":
+        return interpolated_loss if train.states == "interpolated" else phased_loss
+    return {"pcm": pcm_loss, "lcm": lcm_loss, "x0": x0_loss}[train.objective]
+
+
+def trains_at_starts(train: TrainConfig) -> bool:
+    """Whether only the phases' first states are drawn; consistency objectives need every state."""
+    return train.objective in ("phased", "x0") and train.states != "all"

@@ -92,20 +92,19 @@ class Draws:
 
 
 def draw(
-    *, seed: int, epoch: int, indices: Sequence[int], num_rollouts: int, phases: Phases, starts_only: bool
+    samples: Sequence[tuple[int, int]], *, seed: int, num_rollouts: int, phases: Phases, starts_only: bool
 ) -> Draws:
     """Draw rollout, state and position for each sample.
 
     Args:
+        samples: (epoch, index in the set) of each, B of them.
         seed: train.seed.
-        epoch: the epoch, from 0.
-        indices: the samples' indices in the set, B of them.
         num_rollouts: R of the records.
         phases: the phases of a solve.
         starts_only: draw among the M phase starts; else among all S called states.
     """
     rollouts, states, positions = [], [], []
-    for index in indices:
+    for epoch, index in samples:
         random = rng(seed, epoch, index, "training draw")
         rollouts.append(random.randrange(num_rollouts))
         if starts_only:

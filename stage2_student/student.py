@@ -14,6 +14,7 @@ from common.anytext2.hints import Hints
 from common.anytext2.unet import Control, UNet
 from common.anytext2.writenet import WriteNet
 from common.config import Config
+from shards.batch import Batch
 from stage2_student.lora import Adapted, adapt, find_targets, lora_parameters
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,6 +33,16 @@ class Conditioning:
     """Encodings of the text captions, (B, 77, c)."""
     hints: Hints
     """Glyphs, positions and masked latents."""
+
+    @staticmethod
+    def of_batch(batch: Batch) -> Conditioning:
+        """Take the conditioning of records; the mask is left out if nothing is padded."""
+        return Conditioning(
+            image_context=batch.image_context,
+            context_mask=None if bool(batch.context_mask.all()) else batch.context_mask,
+            text_context=batch.text_context,
+            hints=batch.hints,
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """Move to a device and float type."""

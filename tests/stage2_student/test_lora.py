@@ -31,15 +31,15 @@ def conditioning(batch: int = 2) -> Conditioning:
         context_mask=None,
         text_context=torch.randn(batch, 77, 16, generator=generator),
         hints=Hints(
-            glyphs=(torch.rand(batch, 1, 64, 64, generator=generator) > 0.7).float(),
-            positions=(torch.rand(batch, 1, 64, 64, generator=generator) > 0.5).float(),
-            masked_latents=torch.randn(batch, 4, 8, 8, generator=generator),
+            glyphs=(torch.rand(batch, 1, 32, 32, generator=generator) > 0.7).float(),
+            positions=(torch.rand(batch, 1, 32, 32, generator=generator) > 0.5).float(),
+            masked_latents=torch.randn(batch, 6, 8, 8, generator=generator),
         ),
     )
 
 
 def eps(student: Student) -> torch.Tensor:
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(1))
     return student(z, torch.tensor([999, 249]), conditioning())
 
 
@@ -141,7 +141,7 @@ def test_adapters_are_float32_on_a_half_precision_base(student: Student) -> None
     add_adapters(student, CONFIG)
     assert {p.dtype for p in student.trainable().values()} == {torch.float32}
     c = conditioning().to("cpu", torch.bfloat16)
-    out = student(torch.randn(2, 4, 8, 8), torch.tensor([999, 249]), c)
+    out = student(torch.randn(2, 6, 8, 8), torch.tensor([999, 249]), c)
     assert out.dtype == torch.bfloat16
     out.float().square().mean().backward()
     gradients = [p.grad for n, p in student.trainable().items() if ".lora_B." in n]

@@ -185,9 +185,8 @@ def test_targets_between_adjacent_solver_steps_are_refused() -> None:
 def test_draws_depend_on_seed_epoch_and_sample_and_on_nothing_else() -> None:
     def drawn(indices: list[int], *, seed: int = 0, epoch: int = 0, starts_only: bool = True) -> Draws:
         phases = Phases(num_states=8, num_phases=4)
-        return draw(
-            seed=seed, epoch=epoch, indices=indices, num_rollouts=3, phases=phases, starts_only=starts_only
-        )
+        samples = [(epoch, index) for index in indices]
+        return draw(samples, seed=seed, num_rollouts=3, phases=phases, starts_only=starts_only)
 
     def rows(draws: Draws) -> list[tuple[float, ...]]:
         columns = (draws.rollout.tolist(), draws.state.tolist(), draws.position.tolist())
@@ -206,7 +205,7 @@ def test_each_sample_takes_its_own_drawn_rollout() -> None:
     states = torch.arange(2 * 3 * 9).view(2, 3, 9, 1, 1, 1).half()
     timesteps = torch.arange(2 * 3 * 8).view(2, 3, 8)
     solves = select_rollout(states, timesteps, None, None, torch.tensor([2, 0]))
-    assert solves.states.dtype == torch.float32
+    assert solves.at(torch.tensor([0, 0])).dtype == torch.float32
     assert solves.states[:, 0].flatten().tolist() == [18, 27]
     assert solves.timesteps[:, 0].tolist() == [16, 24]
     assert solves.timestep(torch.tensor([8, 0])).tolist() == [-1, 24]

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import DataError, UsageError
+from stage2_student.adapter import load_tensors, read_card
+from stage2_student.runlog import read_log
+from stage2_student.train import TrainResult, train
+from tests.stage2_student.conftest import Configure, write_shards
+
+TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds"}
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_log(run)]
+
+
+def weights(result: TrainResult, kind: str = "lora") -> dict[str, torch.Tensor]:
+    assert result.checkpoint is not None
+    return load_tensors(result.checkpoint / kind)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_trains_logs_and_leaves_an_adapter_with_its_card(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    config = configure(max_steps=6, ema_decay=0.9, gradient_accumulation=2, text_region_weight=3.0)
+    result = train(config, shards=shards, run=tmp_path / "run", announce=lines.append)
+    assert result.steps == 6 and result.loss is not None
+    assert any("to_q" in line and "modules" in line for line in lines)
+    assert "2 steps at t = [999, 499]" in lines[-1]
+    log = read_log(result.run)
+    assert [line["step"] for line in log] == [2, 4, 6]
+    assert {"loss", "learning_rate", "grad_norm", "epoch"} | TIMES <= log[0].keys()
+    assert log[-1]["epoch"] == 2  # 24 samples seen of 10
+    assert list((result.run / "tensorboard").iterdir())
+    card = read_card(result.checkpoint / "ema")  # type: ignore[operator]
+    assert (card.num_steps, card.timesteps, card.step, card.sampler) == (2, (999, 499), 6, "ddim")
+    assert json.loads((result.run / "config.json").read_text())["train"]["max_steps"] == 6
+    assert not same(weights(result), weights(result, "ema"))
+
+
+def test_the_loss_goes_down(configure: Configure, shards: Path, tmp_path: Path) -> None:
+    config = configure(max_steps=40, loss="l2", learning_rate=3e-3, log_every=10, batch_size=4)
+    train(config, shards=shards, run=tmp_path / "run")
+    losses = [line["loss"] for line in read_log(tmp_path / "run")]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind"),
+    [("pcm", "shards"), ("x0", "shards_with_predictions"), ("lcm", "noised_shards")],
+)
+def test_every_objective_trains_on_the_shards_made_for_it(
+    configure: Configure, request: pytest.FixtureRequest, objective: str, kind: str, tmp_path: Path
+) -> None:
+    config = configure(objective=objective, max_steps=2, ema_decay=0.9, pcm_target="ema")
+    result = train(config, shards=request.getfixturevalue(kind), run=tmp_path / "run")
+    assert any(bool(t.any()) for name, t in weights(result).items() if ".lora_B." in name)
+    card = read_card(result.checkpoint / "lora")  # type: ignore[operator]
+    assert (card.timesteps, card.sampler) == ((999, 499), "lcm" if objective == "lcm" else "ddim")
+
+
+def test_the_writenet_can_be_adapted_and_half_precision_bases_train(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    lora = {"writenet": True, "writenet_targets": ("controlnet_down_blocks.*", "controlnet_mid_block")}
+    config = configure(
+        max_steps=2, lora=lora, model={"dtype": "bfloat16"}, mixed_precision="bf16", gradient_checkpointing=True
+    )
+    result = train(config, shards=shards, run=tmp_path / "run")
+    trained = weights(result)
+    assert any(name.startswith("writenet.controlnet_mid_block") for name in trained)
+    assert all(bool(t.any()) for name, t in trained.items() if ".lora_B." in name)
+    assert {t.dtype for t in trained.values()} == {torch.float32}
+
+
+def change(result: TrainResult, start: TrainResult) -> torch.Tensor:
+    before, after = weights(start), weights(result)
+    return torch.cat([(after[name] - before[name]).flatten() for name in sorted(after)])
+
+
+def distance(a: TrainResult, b: TrainResult, start: TrainResult) -> float:
+    """How far apart two trained students are, against how far training moved them."""
+    return float((change(a, start) - change(b, start)).norm() / change(b, start).norm())
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    start = train(configure(batch_size=4, max_steps=1, warmup_steps=10**9), shards=shards, run=tmp_path / "start")
+    once = train(configure(batch_size=4), shards=shards, run=tmp_path / "once")
+    other = configure(batch_size=2, gradient_accumulation=2, gradient_checkpointing=True)
+    twice = train(other, shards=shards, run=tmp_path / "twice")
+    assert distance(twice, once, start) < 1e-3
+    assert distance(start, once, start) == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(
+    configure: Configure, shards: Path, tmp_path: Path, schedule: str
+) -> None:
+    """The checkpoint falls between two log lines; what follows it crosses an epoch."""
+    settings = {"ema_decay": 0.9, "log_every": 3, "checkpoint_every": 2, "max_steps": 7, "schedule": schedule}
+    whole = train(configure(**settings), shards=shards, run=tmp_path / "whole")
+    run = tmp_path / "killed"  # what a process killed while it wrote its third checkpoint leaves behind
+    shutil.copytree(whole.run, run)
+    for step in (6, 7):
+        shutil.rmtree(run / f"checkpoints/step-{step:08d}")
+    shutil.copytree(run / "checkpoints/step-00000004", run / "checkpoints/.step-00000006.1-abc.tmp")
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')
+    resumed = train(configure(**settings), shards=shards, run=run, resume="auto")
+    assert resumed.resumed_from == 4
+    assert without_times(run) == without_times(whole.run)
+    assert [line["step"] for line in read_log(run)] == [3, 6, 7]
+    assert same(weights(resumed), weights(whole))
+    assert same(weights(resumed, "ema"), weights(whole, "ema"))
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    settings = {"checkpoint_every": 2, "max_steps": 4}
+    whole = train(configure(**settings), shards=shards, run=tmp_path / "run")
+    expected = weights(whole)
+    assert whole.checkpoint is not None
+    damaged = whole.checkpoint / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+    resumed = train(configure(**settings), shards=shards, run=tmp_path / "run", resume="auto")
+    assert resumed.resumed_from == 2
+    assert same(weights(resumed), expected)
+
+
+def test_a_finished_run_is_left_as_it_is_and_goes_on_with_more_steps(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    first = train(configure(max_steps=2), shards=shards, run=tmp_path / "run")
+    again = train(configure(max_steps=2), shards=shards, run=tmp_path / "run", resume="auto")
+    assert (again.steps, again.loss, again.checkpoint) == (2, None, first.checkpoint)
+    longer = train(configure(max_steps=4), shards=shards, run=tmp_path / "run", resume="auto")
+    assert (longer.resumed_from, longer.steps) == (2, 4)
+
+
+def test_resuming_with_other_settings_is_refused_and_names_them(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    train(configure(max_steps=2), shards=shards, run=tmp_path / "run")
+    other = configure(max_steps=9, log_every=1, learning_rate=0.5, lora={"rank": 8})
+    with pytest.raises(DataError, match=r"lora\.rank: was 4, is 8; train\.learning_rate: was 0\.001, is 0\.5\)"):
+        train(other, shards=shards, run=tmp_path / "run", resume="auto")
+
+
+def test_starting_over_an_existing_run_is_refused(configure: Configure, shards: Path, tmp_path: Path) -> None:
+    train(configure(max_steps=1), shards=shards, run=tmp_path / "run")
+    with pytest.raises(UsageError, match="--resume auto"):
+        train(configure(max_steps=1), shards=shards, run=tmp_path / "run")
+
+
+def test_shards_added_later_do_not_reach_a_run_in_progress(
+    configure: Configure, base_folder: Path, tmp_path: Path
+) -> None:
+    base = base_folder / "base.safetensors"
+    shards = write_shards(tmp_path / "shards", base, samples=4)
+    first = train(configure(max_steps=1), shards=shards, run=tmp_path / "run")
+    write_shards(tmp_path / "more", base, samples=8)
+    for path in (tmp_path / "more").glob("shard-000001.*"):
+        shutil.copy(path, shards)
+    resumed = train(configure(max_steps=2), shards=shards, run=tmp_path / "run", resume="auto")
+    assert first.checkpoint is not None and resumed.checkpoint is not None
+    old, new = read_card(first.checkpoint / "lora"), read_card(resumed.checkpoint / "lora")
+    assert new.set_hash == old.set_hash
+
+
+def test_shards_of_another_base_are_refused(configure: Configure, base_folder: Path, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", base_folder / "base.safetensors", base_fingerprint="f" * 64)
+    with pytest.raises(DataError, match="recorded on the base ffffffffffff, model.checkpoint is the base"):
+        train(configure(), shards=shards, run=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("shards", {"num_phases": 3}, "expected 1, 2, 4"),
+        ("shards", {"objective": "lcm"}, 'of source "noised", received "rollout"'),
+        ("shards", {"objective": "x0"}, "store_predictions = true"),
+        ("noised_shards", {}, 'of source "rollout", received "noised"'),
+        ("shards", {"lora": {"targets": ("to_z",)}}, "matches no linear layer"),
+        ("shards", {"mixed_precision": "fp16"}, "needs a GPU"),
+    ],
+)
+def test_settings_that_do_not_fit_the_shards_are_refused(
+    configure: Configure,
+    request: pytest.FixtureRequest,
+    kind: str,
+    settings: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(configure(**settings), shards=request.getfixturevalue(kind), run=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_shards_of_adjacent_solver_steps_are_refused(
+    configure: Configure, base_folder: Path, tmp_path: Path
+) -> None:
+    shards = write_shards(tmp_path / "shards", base_folder / "base.safetensors", record_every=1)
+    with pytest.raises(UsageError, match="record_every of 2 or more"):
+        train(configure(), shards=shards, run=tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    config = configure(max_steps=50, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0, checkpoint_every=1)
+    with pytest.raises(DataError, match=r"step \d+: the .* is not finite on sample 00000000\d \(index \d\)"):
+        train(config, shards=shards, run=tmp_path / "run")
