@@ -14,14 +14,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from common.config import load_config
-from common.errors import AppError
+from common.config import Config, load_config
+from common.errors import AppError, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -98,6 +98,140 @@ def cli() -> None:
 
 
 # Each command below: options here, work in its package.
+
+
+def _number_tasks(environ: Mapping[str, str], task_index: int | None, num_tasks: int | None) -> tuple[int, int]:
+    """Return this task's number and how many there are, from flags or else from the job system.
+
+    A Slurm array or an indexed Kubernetes job numbers tasks; torchrun's ranks inside each are numbered further.
+
+    Raises:
+        UsageError: one of the two is unknown.
+    """
+    index, count = None, 1
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        first = int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
+        index = (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
+        count = int(environ.get("SLURM_ARRAY_TASK_COUNT", 0))  # 0: unknown
+    elif "JOB_COMPLETION_INDEX" in environ:
+        index, count = int(environ["JOB_COMPLETION_INDEX"]), 0  # Kubernetes does not say how many
+    if "RANK" in environ:
+        world = int(environ.get("WORLD_SIZE", 0))
+        index, count = (index or 0) * world + int(environ["RANK"]), count * world
+    if task_index is not None:
+        index, count = task_index, 0
+    count = num_tasks or count
+    if count == 0:
+        raise UsageError(f"task {index} of how many? Give --num-tasks")
+    if index is None and count > 1:
+        raise UsageError(f"which of {count} tasks is this? Give --task-index, 0 to {count - 1}")
+    return index or 0, count
+
+
+@cli.command()
+@config_options
+@click.option(
+    "--annotations", multiple=True, type=directory(dir_okay=False), help="AnyWord json; again for more files."
+)
+@click.option(
+    "--prompts", multiple=True, type=directory(dir_okay=False), help="Prompts JSONL; again for more files."
+)
+@click.option("--out", type=directory(file_okay=False), required=True, help="Folder of the shards.")
+@click.option("--task-index", type=click.IntRange(min=0), help="Which task this is. Default: from the job system.")
+@click.option("--num-tasks", type=click.IntRange(min=1), help="Tasks that share the work. Default: likewise.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first N inputs.")
+def precompute(
+    config: Config,
+    annotations: tuple[Path, ...],
+    prompts: tuple[Path, ...],
+    out: Path,
+    task_index: int | None,
+    num_tasks: int | None,
+    limit: int | None,
+) -> None:
+    """Stage one: run the teacher on inputs and record what it does, as shards.
+
+    Run it again to go on after a stop; start it in several tasks to share the work. The task's number and count
+    come from SLURM_ARRAY_TASK_ID, JOB_COMPLETION_INDEX or RANK where the flags are not given.
+
+    Example: pipeline.py precompute --config configs/tiny.toml --annotations demo/data.json --out demo/shards
+    """
+    if not annotations and not prompts:
+        raise UsageError("no inputs; give --annotations FILE or --prompts FILE")
+    index, count = _number_tasks(os.environ, task_index, num_tasks)
+
+    import torch
+
+    from stage1_teacher.precompute import precompute as run
+
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    done = run(
+        config, out, annotations=annotations, prompts=prompts, task_index=index, num_tasks=count, limit=limit
+    )
+    click.echo(
+        f"{out}: {done.shards_written} shards written with {done.records} records, {done.shards_found} were there,"
+        f" {done.failed} inputs failed; task {index} of {count}, {done.shards_planned} shards planned in all"
+    )
+
+
+@cli.command()
+@click.option("--shards", type=directory(file_okay=False), required=True, help="Folder of the shards.")
+@click.option("--quick", is_flag=True, help="Trust the files' sizes; do not read them to check their hashes.")
+def finalize(shards: Path, quick: bool) -> None:
+    """Check that a set of shards is complete and sound, and write its summary.json.
+
+    Example: pipeline.py finalize --shards demo/shards
+    """
+    from shards.finalize import finalize as run
+
+    summary = run(shards, quick=quick)
+    click.echo(
+        f"{shards}: complete, {summary.samples} samples in {summary.shards} shards, {summary.bytes:,} bytes"
+    )
+    for reason, number in summary.failures.items():
+        click.echo(f"  {number} inputs failed: {reason}")
+    errors = ", ".join(f"{name} {value:.1e}" for name, value in summary.rounding_error.items())
+    click.echo(f"  rms error that float16 makes: {errors}")
+    click.echo(f"  set hash {summary.set_hash}")
+
+
+@cli.command()
+@config_options
+@click.option("--shards", required=True, metavar="DIR_OR_URL", help="A set that precompute wrote.")
+@click.option("--out", type=directory(file_okay=False), required=True, help="The run's folder.")
+@click.option(
+    "--resume",
+    default="none",
+    show_default=True,
+    metavar="none|auto|CHECKPOINT",
+    help="auto: go on from the newest complete checkpoint, or start if there is none.",
+)
+@click.option("--allow-incomplete", is_flag=True, help="Train on what is committed although more is planned.")
+@click.option("--exclude-damaged", is_flag=True, help="Leave damaged samples out; the set is then another one.")
+def train(
+    config: Config, shards: str, out: Path, resume: str, allow_incomplete: bool, exclude_damaged: bool
+) -> None:
+    """Train a student from shards alone; no part of the teacher is loaded.
+
+    On many GPUs and nodes start it by accelerate launch or torchrun.
+
+    Example: pipeline.py train --config configs/tiny.toml --shards demo/shards --out demo/run --resume auto
+    """
+    from stage2_student.train import train as run_training
+
+    result = run_training(
+        config,
+        shards=shards,
+        run=out,
+        resume=resume,
+        allow_incomplete=allow_incomplete,
+        exclude_damaged=exclude_damaged,
+        announce=click.echo,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        loss = "" if result.loss is None else f", loss {result.loss:.4g}"
+        click.echo(f"{result.steps} steps done{loss}; checkpoint {result.checkpoint}")
 
 
 if __name__ == "__main__":
