@@ -28,7 +28,8 @@ def crop_along_line(image: Tensor, position: Tensor) -> Tensor:
     upright = np.array([[0, 0], [width, 0], [width, height], [0, height]])
     to_upright = similarity(box, upright)  # (3, 3), pixels to pixels
     rows, columns = image.shape[1:]
-    # torch samples in coordinates of [-1, 1] and wants the map from the result back to the source.
+    # torch samples in coordinates of [-1, 1] and wants the map from the result back to the source. With aligned
+    # corners the scale would be 2 / (size - 1): upstream's is a pixel off at the far side, and kept.
     to_unit = np.array([[2 / columns, 0, -1], [0, 2 / rows, -1], [0, 0, 1]])
     back = np.linalg.inv(to_unit @ to_upright @ np.linalg.inv(to_unit))
     theta = torch.from_numpy(back[:2]).to(image)[None]  # (1, 2, 3)

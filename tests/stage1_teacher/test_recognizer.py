@@ -51,7 +51,7 @@ def test_vertical_text_is_turned_left_before_it_is_read(recognizer: Recognizer, 
 def test_a_line_is_scaled_to_48_pixels_and_padded_with_zeros() -> None:
     line = normalize_line(torch.full((1, 24, 50), 255.0))
     assert line.shape == (3, 48, 320)
-    assert torch.equal(line[:, :, :100], torch.ones(3, 48, 100))
+    torch.testing.assert_close(line[:, :, :100], torch.ones(3, 48, 100))
     assert not bool(line[:, :, 100:].any())
 
 
