@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.anytext2.checkpoint import load_part
 from stage1_teacher.font_crop import crop_along_line, line_box, similarity
 from stage1_teacher.glyph_embedding import GlyphEmbedding, font_lines
+from tests.small_network import SMALL, teacher_checkpoint
 
 
 def polygon_mask(points: list[tuple[int, int]], size: int = 128) -> Tensor:
@@ -66,8 +68,9 @@ def test_a_similarity_is_found_again_from_its_points() -> None:
 
 
 def test_each_of_the_four_encodings_moves_the_embedding_and_lines_are_independent() -> None:
-    torch.manual_seed(0)
-    network = GlyphEmbedding(16).eval()
+    network = load_part(
+        lambda: GlyphEmbedding(SMALL.context_dim), "embedding", SMALL, teacher_checkpoint(), torch.float32, "cpu"
+    )
     masks = torch.stack([polygon_mask([(20, 30), (80, 30), (80, 50), (20, 50)])] * 2)[:, None]
     given = {
         "glyph_features": torch.randn(2, 40, 64),
@@ -76,7 +79,7 @@ def test_each_of_the_four_encodings_moves_the_embedding_and_lines_are_independen
         "colors": torch.tensor([[10.0, 20, 30], [500, 500, 500]]),
     }
     first = network(**given)
-    assert first.shape == (2, 16)
+    assert first.shape == (2, SMALL.context_dim)
     for name in given:
         changed = dict(given)
         changed[name] = given[name].clone()
