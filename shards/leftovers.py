@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.files import TEMPORARY_SUFFIX, claim, machine_name
-from shards.layout import LOCK
+from shards.layout import FAILURES_DIR, LOCK, PLAN_DIR
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,9 @@ def commit_lock(folder: Path) -> Iterator[None]:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    """List all temporary files in a folder, of the living and the dead."""
-    return sorted(
-        path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
-    )
+    """List all temporary files of a set, of the living and the dead."""
+    folders = [folder, folder / PLAN_DIR, folder / FAILURES_DIR]
+    return sorted(path for place in folders for path in place.glob(f".*{TEMPORARY_SUFFIX}"))
 
 
 def is_dead(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,7 @@ def _sequence(value: Any, where: str, field: str) -> tuple[Any, ...]:
 
 
 def _number(value: Any, where: str, field: str) -> float:
-    ok = type(value) in (int, float) and abs(value) < math.inf and not math.isnan(value)
+    ok = type(value) in (int, float) and abs(value) <= sys.float_info.max
     _require(ok, where, field, repr(value), "a finite number")
     return float(value)
 

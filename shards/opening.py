@@ -31,7 +31,7 @@ class OpenedSet:
     headers: tuple[SidecarHeader, ...]
     """Of every shard with samples, by name."""
     excluded: dict[str, list[str]] = field(default_factory=dict)
-    """Shard to keys left out."""
+    """Damaged shard to its keys left out."""
     left_out: tuple[str, ...] = ()
     """Why something was left out, one line each."""
 
@@ -217,9 +217,8 @@ def _exclude(
         if any(damage.whole for damage in found):
             continue
         kept.append(header)
-        keys = sorted({damage.sample for damage in found if damage.sample is not None})
-        if keys:
-            excluded[header.shard] = keys
+        if found:  # perhaps without any lost sample: what is damaged is named all the same
+            excluded[header.shard] = sorted({damage.sample for damage in found if damage.sample is not None})
     return kept, excluded
 
 

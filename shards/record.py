@@ -101,7 +101,14 @@ def _check_contexts(value: Record | Uncond, where: str) -> None:
     tokens = value.image_context.shape[0] if _has_rank(value.image_context, 2) else 0
     if tokens < CHUNK or tokens % CHUNK:
         tokens = CHUNK
-    _check(value.image_context, "image_context", torch.float16, (tokens, width), where, "(77 k, c)")
+    _check(
+        value.image_context,
+        "image_context",
+        torch.float16,
+        (tokens, width),
+        where,
+        "(77 k, c) with the c of text_context",
+    )
 
 
 def _check_masks(record: Record, where: str) -> None:

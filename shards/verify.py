@@ -8,11 +8,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import google_crc32c
 
+from common.errors import DataError
 from shards.sidecar import Entry, Member, SidecarHeader
 from shards.tar import END, header_block, padding
+
+if TYPE_CHECKING:
+    from shards.reader import ShardSet
 
 _CHUNK = 1 << 20
 _REMEDY = "run precompute again to write the shard anew, or train with --exclude-damaged"
@@ -65,20 +70,27 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
     return found
 
 
-def verify_shards(
-    shards: Sequence[tuple[Path, SidecarHeader, Sequence[Entry]]], num_threads: int = 0
-) -> Iterator[tuple[SidecarHeader, list[Damage]]]:
-    """Verify shards in threads (hashing releases Python's lock), yielding results in order.
+def verify_set(shards: ShardSet, num_threads: int = 0) -> Iterator[tuple[SidecarHeader, list[Damage]]]:
+    """Verify every shard of a set, several at a time (hashing releases Python's lock), yielding results in order.
 
     Args:
-        shards: path, header and table of each.
+        shards: an open set; its manifest, uncond and sidecar headers were checked when it was opened.
         num_threads: 0 for one per core, at most 16.
     """
     workers = num_threads or min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda shard: verify_shard(*shard), shards)
-        for (_path, header, _entries), found in zip(shards, results, strict=True):
-            yield header, found
+        numbers = range(len(shards.headers))
+        yield from zip(
+            shards.headers, pool.map(lambda number: _verify_number(shards, number), numbers), strict=True
+        )
+
+
+def _verify_number(shards: ShardSet, number: int) -> list[Damage]:
+    header = shards.headers[number]
+    try:
+        return verify_shard(shards.shard_path(number), header, shards.table(number))
+    except (DataError, FileNotFoundError) as error:
+        return [Damage(shard=header.shard, sample=None, whole=True, message=str(error))]
 
 
 def _scan(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> tuple[str, list[Damage]]:

@@ -48,7 +48,7 @@ def make_record(input_id: str, *, rollouts: int = 1, predictions: bool = False, 
     return Record(**{**fields, **changes})
 
 
-def make_meta(input_id: str, *, rollouts: int = 1, **changes: Any) -> SampleMeta:
+def make_meta(input_id: str, /, *, rollouts: int = 1, **changes: Any) -> SampleMeta:
     """Make the words of a record."""
     fields: dict[str, Any] = {
         "input_id": input_id,
