@@ -1,0 +1,126 @@
+"""Reading drawn images: each line of a layout is cut out, read, and its colour taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from stage2_student.evaluation.crops import cut_line, ink_mask, line_height
+from stage2_student.evaluation.layouts import Color, Layout, Line
+from stage2_student.evaluation.recognizers import Reading, Recognizer
+
+PUREST = 70
+"""Percentile of the distance to the ground from which an ink pixel's colour counts: edges are mixtures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineResult:
+    """What was asked for on one line, and what was found."""
+
+    text: str
+    """Asked for."""
+    read: str
+    """Found by the recogniser."""
+    confidence: float
+    """Of the recogniser, 0 to 1."""
+    height: float
+    """Of the line's polygon across its direction, in pixels of the layout's size."""
+    color: Color | None
+    """Asked for."""
+    found_color: Color | None
+    """Of the text's pixels; None if nothing stands out, or no colour was asked for."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the line counts for Sen. Acc."""
+        return self.text == self.read
+
+
+def read_images(
+    recognizer: Recognizer, images: Sequence[NDArray[np.uint8]], layouts: Sequence[Layout]
+) -> list[tuple[LineResult, ...]]:
+    """Read every line of every image.
+
+    Args:
+        recognizer: reads the crops, all in one call.
+        images: each (H, W, 3) uint8 RGB; one of another size than its layout is read at its own size.
+        layouts: what each image should show.
+
+    Returns:
+        For each image its lines' results, in the layout's order.
+    """
+    pairs = list(zip(images, layouts, strict=True))
+    candidates = [
+        [cut_line(image, scale_polygon(line, layout, image)) for line in layout.lines] for image, layout in pairs
+    ]
+    readings = iter(recognizer.read([crop for lines in candidates for crops in lines for crop in crops]))
+    results = []
+    for (_, layout), lines in zip(pairs, candidates, strict=True):
+        results.append(
+            tuple(
+                _result(line, crops, [next(readings) for _ in crops])
+                for line, crops in zip(layout.lines, lines, strict=True)
+            )
+        )
+    return results
+
+
+def scale_polygon(line: Line, layout: Layout, image: NDArray[np.uint8]) -> list[tuple[float, float]]:
+    """Return a line's polygon in an image's own pixels."""
+    scale_y, scale_x = image.shape[0] / layout.size[0], image.shape[1] / layout.size[1]
+    return [(x * scale_x, y * scale_y) for x, y in line.polygon]
+
+
+def _result(line: Line, crops: Sequence[NDArray[np.uint8]], readings: Sequence[Reading]) -> LineResult:
+    surest = max(readings, key=lambda reading: reading.confidence)  # the first of equals: the likeliest direction
+    return LineResult(
+        text=line.text,
+        read=surest.text,
+        confidence=round(surest.confidence, 4),
+        height=round(line_height(line.polygon), 2),
+        color=line.color,
+        found_color=None if line.color is None else text_color(crops[0]),
+    )
+
+
+def text_color(crop: NDArray[np.uint8]) -> Color | None:
+    """Return the colour of the text in a crop, or None if nothing stands out from its ground.
+
+    Args:
+        crop: (h, w, 3) uint8 RGB, text surrounded by ground.
+    """
+    ink = ink_mask(crop)
+    if not ink.any():
+        return None
+    pixels = crop.astype(np.float32)
+    ground = np.median(pixels[~ink], axis=0) if (~ink).any() else pixels.mean(axis=(0, 1))
+    distance = np.linalg.norm(pixels[ink] - ground, axis=1)
+    red, green, blue = np.median(pixels[ink][distance >= np.percentile(distance, PUREST)], axis=0)
+    return float(red), float(green), float(blue)
+
+
+def nearest_color(color: Color, palette: Sequence[Color]) -> int:
+    """Return the index of the palette's colour that looks most like one.
+
+    Args:
+        color: r, g, b in 0-255.
+        palette: at least one colour.
+
+    Source: Euclidean distance in CIELAB (CIE 1976).
+    """
+    rgb = np.asarray([[color, *palette]], np.float32) / 255  # (1, 1 + n, 3)
+    lab = np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB))[0]
+    return int(np.argmin(np.linalg.norm(lab[1:] - lab[0], axis=1)))
+
+
+def color_right(result: LineResult, palette: Sequence[Color]) -> bool | None:
+    """Whether the palette's colour nearest to the text is the one asked for; None if none was asked for."""
+    if result.color is None or not palette:
+        return None
+    if result.found_color is None:
+        return False
+    return nearest_color(result.found_color, palette) == nearest_color(result.color, palette)

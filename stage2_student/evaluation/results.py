@@ -1,0 +1,191 @@
+"""Results of an evaluation on disk: one line of JSON per image, durable batch by batch, so that it can go on.
+
+A folder holds `layouts.json` (what was asked for, created once), and for each run `runs/NAME/` with `run.json`
+(who drew, created once and compared), `results.jsonl` and `images/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.files import canonical_json, create_once
+from stage2_student.evaluation.layouts import Layout, Line, hash_layouts
+from stage2_student.evaluation.reading import LineResult
+
+LAYOUTS_FILE, RUN_FILE, RESULTS_FILE = "layouts.json", "run.json", "results.jsonl"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageResult:
+    """One drawn image, read."""
+
+    layout_id: str
+    sample: int
+    """Index among the images of one layout."""
+    lines: tuple[LineResult, ...]
+    seconds: float
+    """Time to draw it: its batch's, shared out; encoding of prompts and reading are not in it."""
+    unet_evaluations: float
+    """UNet calls for it, counted; a guided step has two."""
+    writenet_evaluations: float
+    """WriteNet calls for it, counted."""
+    image: str
+    """File name in `images/`, empty if the image was not kept."""
+
+
+def check_or_create(path: Path, content: Mapping[str, Any], what: str) -> None:
+    """Write a description once, or compare with the one that is there.
+
+    Raises:
+        DataError: the existing one differs; the first difference is named.
+    """
+    # Through JSON: a tuple given and a list read back are the same.
+    wanted: dict[str, Any] = json.loads(canonical_json({"format": FORMAT, **content}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if create_once(path, canonical_json(wanted)):
+        return
+    found = read_description(path)
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            raise DataError(
+                f"{path}: {what} differs in {key}: received {_short(wanted.get(key))}, the folder was made with"
+                f" {_short(found.get(key))}; give another --out, or the earlier settings to go on"
+            )
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DataError: it is missing or not one.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected the folder of an evaluation") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: received a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def save_layouts(folder: Path, layouts: Iterable[Layout], settings: Mapping[str, Any]) -> None:
+    """Describe what an evaluation folder asks for, or check that it is the same as before.
+
+    Args:
+        folder: of the evaluation.
+        layouts: in order.
+        settings: whatever else all its runs share (seed, samples per layout, recogniser ...).
+
+    Raises:
+        DataError: the folder was made with others.
+    """
+    layouts = list(layouts)
+    content = {
+        "settings": dict(settings),
+        "count": len(layouts),
+        "layouts_hash": hash_layouts(layouts),
+        "layouts": [dataclasses.asdict(layout) for layout in layouts],
+    }
+    check_or_create(folder / LAYOUTS_FILE, content, "what is evaluated")
+
+
+def load_layouts(folder: Path) -> tuple[list[Layout], dict[str, Any]]:
+    """Return a folder's layouts and shared settings.
+
+    Raises:
+        DataError: the folder is not an evaluation's.
+    """
+    content = read_description(folder / LAYOUTS_FILE)
+    try:
+        layouts = [
+            Layout(
+                **{
+                    **entry,
+                    "size": tuple(entry["size"]),
+                    "lines": tuple(_line(Line, line) for line in entry["lines"]),
+                }
+            )
+            for entry in content["layouts"]
+        ]
+        return layouts, dict(content["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / LAYOUTS_FILE}: not the layouts of an evaluation ({error!r})") from None
+
+
+def load_results(path: Path) -> list[ImageResult]:
+    """Read a run's results; a last line that a crash tore is left out.
+
+    Raises:
+        DataError: another line is damaged.
+    """
+    if not path.exists():
+        return []
+    results = []
+    for number, line in enumerate(_complete_lines(path), 1):
+        try:
+            values = json.loads(line)
+            values["lines"] = tuple(_line(LineResult, entry) for entry in values["lines"])
+            results.append(ImageResult(**values))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: damaged ({error!r}); remove the line, and evaluate again"
+            ) from None
+    return results
+
+
+def _line(kind: Any, values: dict[str, Any]) -> Any:
+    """Rebuild a Line or LineResult: JSON has lists where they have tuples."""
+    return kind(**{key: _tuples(value) for key, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1].splitlines()
+
+
+class ResultsWriter:
+    """Appends results; what `append` returned from is on disk."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file to go on with; a torn last line is cut off."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        if path.stat().st_size:
+            os.truncate(path, sum(len(line) + 1 for line in _complete_lines(path)))
+
+    def __enter__(self) -> ResultsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def append(self, results: Iterable[ImageResult]) -> None:
+        """Write results and wait until they are on disk."""
+        self._file.write(b"".join(canonical_json(dataclasses.asdict(result)) for result in results))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def slug(label: str) -> str:
+    """Make a folder's name of a run's label."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "run"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,0 +1,158 @@
+"""The evaluation: whoever draws, on the same layouts and noise, read by the same judge.
+
+Nothing here knows how an image comes about: a run is a callable that draws a batch, be it the teacher at some
+number of steps, a student, or the true images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.errors import DataError
+from common.progress import Progress
+from common.signals import StopFlag
+from stage2_student.evaluation.layouts import Layout
+from stage2_student.evaluation.reading import read_images
+from stage2_student.evaluation.recognizers import Recognizer
+from stage2_student.evaluation.results import (
+    RESULTS_FILE,
+    RUN_FILE,
+    ImageResult,
+    ResultsWriter,
+    check_or_create,
+    load_results,
+    slug,
+)
+
+Job = tuple[Layout, int]
+"""One image to draw: a layout and the index among its images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A batch of drawn images and what it cost."""
+
+    images: Sequence[NDArray[np.uint8]]
+    """Each (H, W, 3) uint8 RGB, in the jobs' order."""
+    seconds: float = 0.0
+    """For the whole batch: networks and decoding, without the encoding of prompts."""
+    unet_evaluations: float = 0.0
+    """Samples that passed the UNet, in the whole batch."""
+    writenet_evaluations: float = 0.0
+    """Samples that passed WriteNet, in the whole batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Someone who draws."""
+
+    label: str
+    """As in the tables, unique in a folder, e.g. "teacher, 20 steps (upstream)"."""
+    kind: str
+    """"truth", "vae", "teacher", "student" or "images"."""
+    draw: Callable[[Sequence[Job]], Drawn]
+    """Draws a batch. An image may depend on its job, never on the others of the batch."""
+    steps: int = 0
+    """Solver steps, for the plot; 0 if there are none."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the images depend on (fingerprints, grid, guidance ...): results of other settings are not mixed in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What all runs of one folder share."""
+
+    layouts: Sequence[Layout]
+    """Distinct ids."""
+    samples_per_layout: int = 1
+    batch_size: int = 8
+    keep_images: int = 16
+    """Layouts whose first image is kept as a PNG file, from the first on."""
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for layout in self.layouts:
+            if layout.layout_id in seen:
+                raise DataError(
+                    f"layout {layout.layout_id}: received twice, expected distinct layouts; remove the copy"
+                )
+            seen.add(layout.layout_id)
+
+    def jobs(self) -> list[Job]:
+        """Return every image that is to be drawn, in order."""
+        return [(layout, sample) for layout in self.layouts for sample in range(self.samples_per_layout)]
+
+
+def run_folder(folder: Path, label: str) -> Path:
+    """Return where a run's results lie in an evaluation's folder."""
+    return folder / "runs" / slug(label)
+
+
+def evaluate_run(run: Run, plan: Plan, recognizer: Recognizer, folder: Path, stop: StopFlag) -> list[ImageResult]:
+    """Draw and read all images of a run that the folder does not hold yet.
+
+    Args:
+        run: who draws.
+        plan: what is drawn.
+        recognizer: the judge.
+        folder: of the evaluation; made if missing.
+        stop: looked at between batches.
+
+    Returns:
+        The results of all images, in the plan's order.
+
+    Raises:
+        DataError: the folder holds results of this run under other settings.
+        Stopped: a signal came; finished batches are on disk.
+    """
+    place = run_folder(folder, run.label)
+    description = {"label": run.label, "kind": run.kind, "steps": run.steps, "settings": dict(run.settings)}
+    check_or_create(place / RUN_FILE, description, f"run {run.label!r}")
+    done = {(result.layout_id, result.sample): result for result in load_results(place / RESULTS_FILE)}
+    jobs = plan.jobs()
+    left = [(layout, sample) for layout, sample in jobs if (layout.layout_id, sample) not in done]
+    kept = {layout.layout_id for layout in plan.layouts[: plan.keep_images]}
+    with (
+        Progress(len(jobs), run.label, "image", initial=len(jobs) - len(left)) as progress,
+        ResultsWriter(place / RESULTS_FILE) as writer,
+    ):
+        for start in range(0, len(left), plan.batch_size):
+            stop.raise_if_requested(f"{len(done)} of {len(jobs)} images of run {run.label!r} are evaluated")
+            results = _evaluate_batch(run, left[start : start + plan.batch_size], recognizer, place, kept)
+            writer.append(results)
+            done.update({(result.layout_id, result.sample): result for result in results})
+            progress.update(len(results))
+    return [done[layout.layout_id, sample] for layout, sample in jobs]
+
+
+def _evaluate_batch(
+    run: Run, jobs: Sequence[Job], recognizer: Recognizer, place: Path, kept: set[str]
+) -> list[ImageResult]:
+    drawn = run.draw(jobs)
+    lines = read_images(recognizer, drawn.images, [layout for layout, _ in jobs])
+    results = []
+    for (layout, sample), image, of_image in zip(jobs, drawn.images, lines, strict=True):
+        name = ""
+        if sample == 0 and layout.layout_id in kept:
+            name = f"{layout.layout_id}_{sample}.png"
+            (place / "images").mkdir(exist_ok=True)
+            Image.fromarray(image).save(place / "images" / name)
+        results.append(
+            ImageResult(
+                layout_id=layout.layout_id,
+                sample=sample,
+                lines=of_image,
+                seconds=round(drawn.seconds / len(jobs), 6),
+                unet_evaluations=drawn.unet_evaluations / len(jobs),
+                writenet_evaluations=drawn.writenet_evaluations / len(jobs),
+                image=name,
+            )
+        )
+    return results

@@ -1,0 +1,169 @@
+"""From single results to the table: accuracies with intervals, by text height, costs, and paired differences."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.files import canonical_json, write_bytes_atomic
+from stage2_student.evaluation.layouts import Color, palette_of
+from stage2_student.evaluation.metrics import Estimate, Grouped, estimate, fold, ned, paired_difference
+from stage2_student.evaluation.reading import LineResult, color_right
+from stage2_student.evaluation.results import (
+    RESULTS_FILE,
+    RUN_FILE,
+    ImageResult,
+    load_layouts,
+    load_results,
+    read_description,
+)
+
+SUMMARY_FILE = "evaluation.json"
+HEIGHT_EDGES = (0, 12, 16, 20, 24, 32, 48, 64, 96)
+"""Pixels: lower edges of the classes of text height; the last is open."""
+
+Score = Callable[[LineResult], float | None]
+"""A line's score, None if the line has none."""
+
+
+def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
+    """Compute the table of an evaluation's folder and write it to `evaluation.json`.
+
+    Runs that are not complete (stopped midway) are left out and named.
+
+    Args:
+        folder: of the evaluation.
+        bootstrap_seed: keys the resampling.
+
+    Returns:
+        What was written: settings, runs (each with sen_acc, sen_acc_folded, ned, color_acc, by_height and costs),
+        and the paired differences of all pairs of runs.
+
+    Raises:
+        DataError: the folder is not an evaluation's, or holds no complete run.
+    """
+    layouts, settings = load_layouts(folder)
+    palette = palette_of(layouts)
+    expected = {
+        (layout.layout_id, sample) for layout in layouts for sample in range(settings["samples_per_layout"])
+    }
+    runs: list[dict[str, Any]] = []
+    results: dict[str, list[ImageResult]] = {}
+    incomplete = []
+    for place in sorted((folder / "runs").glob(f"*/{RUN_FILE}")):
+        description = read_description(place)
+        found = {(r.layout_id, r.sample): r for r in load_results(place.with_name(RESULTS_FILE))}
+        if found.keys() != expected:
+            incomplete.append(description["label"])
+            continue
+        of_run = results[description["label"]] = [found[key] for key in sorted(expected)]
+        runs.append({"folder": place.parent.name, **_summarise_run(description, of_run, palette, bootstrap_seed)})
+    if not runs:
+        raise DataError(f"{folder}: no run is complete (begun: {incomplete}); run evaluate again to go on")
+    runs.sort(key=_rank)
+    summary = {
+        "settings": settings,
+        "layouts": len(layouts),
+        "lines": sum(len(layout.lines) for layout in layouts) * settings["samples_per_layout"],
+        "palette": [list(color) for color in palette],
+        "runs": runs,
+        "incomplete": incomplete,
+        "differences": _differences([run["label"] for run in runs], results, bootstrap_seed),
+    }
+    write_bytes_atomic(folder / SUMMARY_FILE, canonical_json(summary))
+    return summary
+
+
+def _rank(run: dict[str, Any]) -> tuple[int, int, str]:
+    kinds = ("truth", "vae", "images", "teacher", "student")
+    return kinds.index(run["kind"]) if run["kind"] in kinds else len(kinds), -run["steps"], run["label"]
+
+
+def _summarise_run(
+    description: dict[str, Any], results: Sequence[ImageResult], palette: Sequence[Color], seed: int
+) -> dict[str, Any]:
+    def mean(score: Score) -> dict[str, Any] | None:
+        return _as_dict(estimate(_group(results, score), seed))
+
+    return {
+        "label": description["label"],
+        "kind": description["kind"],
+        "steps": description["steps"],
+        "settings": description["settings"],
+        "images": len(results),
+        "sen_acc": mean(exact_score),
+        "sen_acc_folded": mean(folded_score),
+        "ned": mean(ned_score),
+        "color_acc": mean(lambda line: _optional(color_right(line, palette))),
+        "by_height": _by_height(results, seed),
+        "unet_evaluations": statistics.fmean(result.unet_evaluations for result in results),
+        "writenet_evaluations": statistics.fmean(result.writenet_evaluations for result in results),
+        # The median: the first batch of a process also pays for warming up.
+        "seconds_per_image": statistics.median(result.seconds for result in results),
+    }
+
+
+def exact_score(line: LineResult) -> float:
+    """Sen. Acc: 1 if the line was read exactly as asked for."""
+    return float(line.exact)
+
+
+def folded_score(line: LineResult) -> float:
+    """1 if the line was read as asked for but for case and spaces."""
+    return float(fold(line.text) == fold(line.read))
+
+
+def ned_score(line: LineResult) -> float:
+    """NED of the line."""
+    return ned(line.text, line.read)
+
+
+def _optional(value: bool | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _group(results: Sequence[ImageResult], score: Score) -> Grouped:
+    scored = [(result.layout_id, score(line)) for result in results for line in result.lines]
+    kept = [(layout_id, value) for layout_id, value in scored if value is not None]
+    return Grouped.of([layout_id for layout_id, _ in kept], [value for _, value in kept])
+
+
+def _by_height(results: Sequence[ImageResult], seed: int) -> list[dict[str, Any]]:
+    """Return one entry per class of text height that has lines, `to` 0 for the open one."""
+    rows = []
+    for low, high in itertools.pairwise([*HEIGHT_EDGES, float("inf")]):
+
+        def inside(score: Score, low: float = low, high: float = high) -> Score:
+            return lambda line: score(line) if low <= line.height < high else None
+
+        accuracy = estimate(_group(results, inside(exact_score)), seed)
+        if accuracy is not None:
+            rows.append(
+                {
+                    "from": low,
+                    "to": 0 if high == float("inf") else high,
+                    "sen_acc": _as_dict(accuracy),
+                    "ned": _as_dict(estimate(_group(results, inside(ned_score)), seed)),
+                }
+            )
+    return rows
+
+
+def _differences(labels: Sequence[str], results: dict[str, list[ImageResult]], seed: int) -> list[dict[str, Any]]:
+    """Compare every pair of runs, the later of the table less the earlier."""
+    rows = []
+    for a, b in itertools.combinations(labels, 2):
+        row: dict[str, Any] = {"run": b, "less": a}
+        for name, score in (("sen_acc", exact_score), ("ned", ned_score)):
+            row[name] = _as_dict(paired_difference(_group(results[b], score), _group(results[a], score), seed))
+        rows.append(row)
+    return rows
+
+
+def _as_dict(value: Estimate | None) -> dict[str, Any] | None:
+    return None if value is None else dataclasses.asdict(value)

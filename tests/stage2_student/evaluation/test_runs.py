@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn, zeros
+
+from common.errors import DataError, Stopped
+from common.signals import StopFlag
+from stage2_student.evaluation.counting import EvaluationCounter
+from stage2_student.evaluation.image_folder import count_samples, folder_run
+from stage2_student.evaluation.layouts import Layout
+from stage2_student.evaluation.recognizers import Recognizer
+from stage2_student.evaluation.results import load_layouts, load_results, save_layouts, slug
+from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run, run_folder
+from stage2_student.evaluation.summary import summarise
+from tests.stage2_student.evaluation.drawn_text import draw_layouts
+
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[list[NDArray[np.uint8]], list[Layout]]:
+    return draw_layouts("runs", COUNT, 96, (16, 22))
+
+
+class Painter:
+    """Draws the true images, those listed in `spoiled` without their text; counts what it was asked for."""
+
+    def __init__(self, images: Sequence[NDArray[np.uint8]], layouts: Sequence[Layout], spoiled: int = 0) -> None:
+        self.images = {layout.layout_id: image for layout, image in zip(layouts, images, strict=True)}
+        self.spoiled = {layout.layout_id for layout in layouts[:spoiled]}
+        self.asked: list[tuple[str, int]] = []
+        self.stop_after = 10**9
+        self.stop = StopFlag()
+
+    def __call__(self, jobs: Sequence[Job]) -> Drawn:
+        self.asked += [(layout.layout_id, sample) for layout, sample in jobs]
+        if len(self.asked) >= self.stop_after:
+            self.stop.stop_requested = True
+        images = [self.images[layout.layout_id] for layout, _ in jobs]
+        images = [
+            np.full_like(image, 128) if layout.layout_id in self.spoiled else image
+            for image, (layout, _) in zip(images, jobs, strict=True)
+        ]
+        return Drawn(
+            images=images,
+            seconds=0.5 * len(jobs),
+            unet_evaluations=40 * len(jobs),
+            writenet_evaluations=2 * len(jobs),
+        )
+
+
+def run_of(painter: Painter, label: str = "teacher, 20 steps", **settings: object) -> Run:
+    return Run(label=label, kind="teacher", draw=painter, steps=20, settings=settings)
+
+
+SETTINGS = {"seed": 0, "samples_per_layout": 1, "recognizer": "ppocr_v4"}
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_as_one_that_was_not_stopped(
+    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+) -> None:
+    images, layouts = drawn
+    plan = Plan(layouts=layouts, batch_size=4)
+    whole = evaluate_run(run_of(Painter(images, layouts)), plan, judge, tmp_path / "whole", StopFlag())
+
+    stopped = Painter(images, layouts)
+    stopped.stop_after = 4
+    with pytest.raises(Stopped, match="4 of 10 images"):
+        evaluate_run(run_of(stopped), plan, judge, tmp_path / "parts", stopped.stop)
+    results = run_folder(tmp_path / "parts", "teacher, 20 steps") / "results.jsonl"
+    with results.open("ab") as file:  # a crash in the middle of a line
+        file.write(b'{"layout_id":"runs-004","li')
+    again = Painter(images, layouts)
+    parts = evaluate_run(run_of(again), plan, judge, tmp_path / "parts", StopFlag())
+    assert [name for name, _ in again.asked] == [layout.layout_id for layout in layouts[4:]]
+    assert parts == whole
+    assert (
+        results.read_bytes()
+        == (run_folder(tmp_path / "whole", "teacher, 20 steps") / "results.jsonl").read_bytes()
+    )
+
+    done = Painter(images, layouts)
+    assert evaluate_run(run_of(done), plan, judge, tmp_path / "parts", StopFlag()) == whole
+    assert done.asked == []
+
+
+def test_results_of_other_settings_are_not_mixed_in(
+    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+) -> None:
+    images, layouts = drawn
+    plan = Plan(layouts=layouts[:2])
+    painter = Painter(images, layouts)
+    evaluate_run(run_of(painter, guidance_scale=7.5), plan, judge, tmp_path, StopFlag())
+    with pytest.raises(
+        DataError, match=r'settings: received \{"guidance_scale": 9.0\}.*\{"guidance_scale": 7.5\}'
+    ):
+        evaluate_run(run_of(painter, guidance_scale=9.0), plan, judge, tmp_path, StopFlag())
+
+    save_layouts(tmp_path, layouts, SETTINGS)
+    save_layouts(tmp_path, layouts, SETTINGS)
+    with pytest.raises(DataError, match="what is evaluated differs in count: received 9"):
+        save_layouts(tmp_path, layouts[1:], SETTINGS)
+    with pytest.raises(DataError, match="what is evaluated differs in settings"):
+        save_layouts(tmp_path, layouts, {**SETTINGS, "seed": 1})
+
+
+def test_layouts_come_back_as_they_were_saved(
+    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], tmp_path: Path
+) -> None:
+    save_layouts(tmp_path, drawn[1], SETTINGS)
+    assert load_layouts(tmp_path) == (drawn[1], SETTINGS)
+
+
+def test_a_layout_given_twice_is_refused(drawn: tuple[list[NDArray[np.uint8]], list[Layout]]) -> None:
+    with pytest.raises(DataError, match="runs-000: received twice"):
+        Plan(layouts=[drawn[1][0], drawn[1][0]])
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"layout_id": "a"}\n')
+    with pytest.raises(DataError, match="results.jsonl, line 1"):
+        load_results(tmp_path / "results.jsonl")
+
+
+def test_the_first_images_are_kept(
+    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+) -> None:
+    images, layouts = drawn
+    plan = Plan(layouts=layouts[:3], samples_per_layout=2, keep_images=2)
+    results = evaluate_run(run_of(Painter(images, layouts)), plan, judge, tmp_path, StopFlag())
+    assert [result.image for result in results] == ["runs-000_0.png", "", "runs-001_0.png", "", "", ""]
+    kept = run_folder(tmp_path, "teacher, 20 steps") / "images"
+    assert sorted(path.name for path in kept.iterdir()) == ["runs-000_0.png", "runs-001_0.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open(kept / "runs-000_0.png")), images[0])
+
+
+def test_the_summary_has_accuracies_costs_heights_and_differences(
+    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+) -> None:
+    images, layouts = drawn
+    save_layouts(tmp_path, layouts, SETTINGS)
+    plan = Plan(layouts=layouts)
+    evaluate_run(run_of(Painter(images, layouts), "good"), plan, judge, tmp_path, StopFlag())
+    evaluate_run(run_of(Painter(images, layouts, spoiled=4), "worse"), plan, judge, tmp_path, StopFlag())
+    unfinished = Painter(images, layouts)
+    unfinished.stop_after = 0
+    unfinished.stop.stop_requested = True
+    with pytest.raises(Stopped):
+        evaluate_run(run_of(unfinished, "unfinished"), plan, judge, tmp_path, unfinished.stop)
+
+    summary = summarise(tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_bytes()) == summary
+    good, worse = summary["runs"]
+    assert (good["label"], worse["label"]) == ("good", "worse")
+    assert summary["incomplete"] == ["unfinished"]
+    assert good["sen_acc"] == {"value": 1.0, "low": 1.0, "high": 1.0, "count": COUNT}
+    assert good["color_acc"]["value"] == 1.0
+    assert worse["sen_acc"]["value"] == pytest.approx(0.6)
+    assert worse["sen_acc"]["low"] < 0.6 < worse["sen_acc"]["high"]
+    assert worse["ned"]["value"] == pytest.approx(0.6, abs=1e-4)
+    assert worse["color_acc"]["value"] == pytest.approx(0.6)
+    assert sum(row["sen_acc"]["count"] for row in worse["by_height"]) == COUNT
+    for row in worse["by_height"]:
+        assert row["from"] < (row["to"] or float("inf"))
+    assert (good["unet_evaluations"], good["writenet_evaluations"], good["seconds_per_image"]) == (40, 2, 0.5)
+    (difference,) = summary["differences"]
+    assert (difference["run"], difference["less"]) == ("worse", "good")
+    assert difference["sen_acc"]["value"] == pytest.approx(-0.4)
+    assert difference["sen_acc"]["high"] < 0
+
+
+def test_a_folder_without_a_complete_run_has_no_summary(
+    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="layouts.json"):
+        summarise(tmp_path)
+    save_layouts(tmp_path, drawn[1], SETTINGS)
+    with pytest.raises(DataError, match="no run is complete"):
+        summarise(tmp_path)
+
+
+def test_a_folder_of_images_is_scored_by_the_benchmarks_names(
+    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+) -> None:
+    images, layouts = drawn[0][:3], drawn[1][:3]
+    for image, layout in zip(images, layouts, strict=True):
+        for sample in range(2):
+            shown = image if sample == 0 else np.full_like(image, 90)
+            Image.fromarray(shown).save(tmp_path / f"{layout.name}_{sample}.jpg", quality=95)
+    samples = count_samples(tmp_path, layouts)
+    assert samples == 2
+    plan = Plan(layouts=layouts, samples_per_layout=samples)
+    results = evaluate_run(folder_run(tmp_path, "theirs"), plan, judge, tmp_path / "out", StopFlag())
+    assert [all(line.exact for line in result.lines) for result in results] == [True, False] * 3
+    assert all(result.unet_evaluations == 0 for result in results)
+
+
+def test_a_missing_or_broken_image_of_a_folder_is_named(
+    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+) -> None:
+    images, layouts = drawn[0][:2], drawn[1][:2]
+    with pytest.raises(DataError, match="no such folder"):
+        count_samples(tmp_path / "nothing", layouts)
+    with pytest.raises(DataError, match="word000_0.jpg is missing"):
+        count_samples(tmp_path, layouts)
+    Image.fromarray(images[0]).save(tmp_path / "word000_0.jpg")
+    with pytest.raises(DataError, match="word001_0.jpg is missing"):
+        count_samples(tmp_path, layouts)
+    (tmp_path / "word001_0.jpg").write_bytes(b"\xff\xd8 no picture")
+    assert count_samples(tmp_path, layouts) == 1
+    with pytest.raises(DataError, match="word001_0.jpg: not readable"):
+        evaluate_run(folder_run(tmp_path, "x"), Plan(layouts=layouts), judge, tmp_path / "out", StopFlag())
+
+
+def test_evaluations_are_counted_by_sample_and_watching_leaves_no_trace() -> None:
+    module = nn.Linear(3, 3)
+    with EvaluationCounter(unet=module) as counter:
+        module(zeros(4, 3))
+        module(input=zeros(2, 3))
+    module(zeros(8, 3))
+    assert counter.counts == {"unet": 6}
+    assert not module._forward_pre_hooks
+
+
+def test_labels_become_safe_folder_names() -> None:
+    assert slug("teacher, 20 steps (upstream)") == "teacher-20-steps-upstream"
+    assert slug("../..") == "run"
