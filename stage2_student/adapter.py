@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from common.errors import DataError, UsageError
 from common.files import canonical_json, write_bytes_atomic
+from stage2_student.checkpoint import CHECKPOINTS_DIR, LIST_FILE, newest_checkpoint
 from stage2_student.lora import attach, load_lora, save_lora
 from stage2_student.student import Student, split_parts
 
 CARD_FILE = "student.json"
+LORA_DIR, EMA_DIR = "lora", "ema"
+"""Adapters in a checkpoint: the trained one, and the average of its weights if the run keeps one."""
 FORMAT = 1
 SAMPLERS = ("ddim", "lcm")
 
@@ -141,3 +144,25 @@ def attach_adapter(student: Student, folder: Path, base_fingerprint: str) -> Car
             raise DataError(f"adapter {folder}: unknown part {part!r}, expected unet or writenet")
         attach(models[part], part, tensors, rank=card.rank, alpha=card.alpha)
     return card
+
+
+def find_adapter(path: Path) -> Path:
+    """Find the adapter to sample with.
+
+    Args:
+        path: a run's folder (its newest complete checkpoint is taken), a checkpoint, or an adapter's folder. Of a
+            checkpoint that keeps an average of the weights, the average is taken.
+
+    Raises:
+        DataError: there is none.
+    """
+    if (path / CARD_FILE).exists():
+        return path
+    checkpoint = path if (path / LIST_FILE).exists() else newest_checkpoint(path / CHECKPOINTS_DIR)
+    if checkpoint is not None:
+        for kind in (EMA_DIR, LORA_DIR):
+            if (checkpoint / kind / CARD_FILE).exists():
+                return checkpoint / kind
+    raise DataError(
+        f"{path}: no adapter there; expected the folder of a run with a checkpoint, or an adapter's folder"
+    )

@@ -20,6 +20,8 @@ from common.files import TEMPORARY_SUFFIX, canonical_json, fsync_dir, sha256_fil
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS_DIR = "checkpoints"
+"""In a run's folder."""
 LIST_FILE = "checkpoint.json"
 PREFIX = "step-"
 

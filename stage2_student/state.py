@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from common.errors import DataError
 from common.files import canonical_json, write_bytes_atomic
-from stage2_student.adapter import Card, load_tensors, save_adapter
+from stage2_student.adapter import EMA_DIR, LORA_DIR, Card, load_tensors, save_adapter
 from stage2_student.ema import Ema
 from stage2_student.lora import load_parameters
 
-LORA_DIR, EMA_DIR = "lora", "ema"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from common.anytext2.checkpoint import load_unet, load_writenet
 from common.anytext2.config import NetworkConfig, load_network_config
 from common.anytext2.hints import Hints
-from common.anytext2.unet import Control, UNet
+from common.anytext2.unet import Control, UNet, pad_contexts
 from common.anytext2.writenet import WriteNet
 from common.config import Config
 from shards.batch import Batch
@@ -19,6 +21,30 @@ from stage2_student.lora import Adapted, adapt, find_targets, lora_parameters
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MIXED = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Described(Protocol):
+    """One image's conditioning, never padded: a record, or what the teacher's encoders return."""
+
+    @property
+    def image_context(self) -> Tensor:
+        """(77 k, c)."""
+
+    @property
+    def text_context(self) -> Tensor:
+        """(77, c)."""
+
+    @property
+    def glyphs(self) -> Tensor:
+        """(1, H, W)."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(1, H, W)."""
+
+    @property
+    def masked_latents(self) -> Tensor:
+        """(C, h, w)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +68,21 @@ class Conditioning:
             context_mask=None if bool(batch.context_mask.all()) else batch.context_mask,
             text_context=batch.text_context,
             hints=batch.hints,
+        )
+
+    @staticmethod
+    def stack(items: Sequence[Described]) -> Conditioning:
+        """Put the conditioning of images of one size side by side; contexts of different length are masked."""
+        image_context, mask = pad_contexts([item.image_context for item in items])
+        return Conditioning(
+            image_context=image_context,
+            context_mask=mask,
+            text_context=torch.stack([item.text_context for item in items]),
+            hints=Hints(
+                glyphs=torch.stack([item.glyphs for item in items]),
+                positions=torch.stack([item.positions for item in items]),
+                masked_latents=torch.stack([item.masked_latents for item in items]),
+            ),
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:

@@ -26,7 +26,7 @@ from shards.layout import FROZEN
 from shards.loader import ShardLoader
 from shards.reader import ShardSet
 from stage2_student.adapter import Card
-from stage2_student.checkpoint import list_checkpoints, newest_checkpoint, require_complete
+from stage2_student.checkpoint import CHECKPOINTS_DIR, list_checkpoints, newest_checkpoint, require_complete
 from stage2_student.ema import Ema
 from stage2_student.lora import Adapted, summarise
 from stage2_student.losses import LossSettings
@@ -34,7 +34,7 @@ from stage2_student.settings import identity_of_run, require_same
 from stage2_student.shard_facts import PREDICTION_OBJECTIVES, plan_phases, read_facts, require_base
 from stage2_student.state import Learner, Progression, read_state, restore
 from stage2_student.student import add_adapters, load_base, network_of, training_dtype
-from stage2_student.trainer import CHECKPOINTS_DIR, Trainer
+from stage2_student.trainer import Trainer
 
 CONFIG_FILE = "config.json"
 

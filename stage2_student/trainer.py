@@ -22,15 +22,13 @@ from shards.batch import Batch
 from shards.loader import ShardLoader
 from shards.reader import ShardSet
 from stage2_student.adapter import Card
-from stage2_student.checkpoint import prune, save_checkpoint
+from stage2_student.checkpoint import CHECKPOINTS_DIR, prune, save_checkpoint
 from stage2_student.losses import LossSettings, loss_of, select_rollout, trains_at_starts
 from stage2_student.objectives import per_sample, region_weights
 from stage2_student.phases import draw
 from stage2_student.runlog import RunLog
 from stage2_student.state import Learner, Progression, write_state
 from stage2_student.student import Conditioning, Student
-
-CHECKPOINTS_DIR = "checkpoints"
 
 
 def learning_rate(step: int, config: Config) -> float:
