@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -232,6 +232,158 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         loss = "" if result.loss is None else f", loss {result.loss:.4g}"
         click.echo(f"{result.steps} steps done{loss}; checkpoint {result.checkpoint}")
+
+
+@cli.command()
+@config_options
+@click.option("--adapter", type=directory(), help="Draw with a student: a run's folder, a checkpoint, an adapter.")
+@click.option("--teacher", "with_teacher", is_flag=True, help="Draw with the teacher: DDIM with guidance.")
+@click.option(
+    "--compare", is_flag=True, help="With --adapter: the teacher's picture of the same noise to its left."
+)
+@click.option("--prompt", help="Caption; the texts to draw stand in it in quotation marks.")
+@click.option(
+    "--box", "boxes", multiple=True, metavar="X0,Y0,X1,Y1", help="Where each text goes, pixels; again for more."
+)
+@click.option("--color", "colors", multiple=True, metavar="#RRGGBB", help="Of each text, or one for all.")
+@click.option("--font", help="A configured font's name, or a font file.")
+@click.option("--image", type=directory(dir_okay=False), help="Edit this image instead of generating one.")
+@click.option("--record", type=click.IntRange(min=0), help="Take the conditioning of a record of --shards.")
+@click.option("--shards", metavar="DIR_OR_URL", help="With --record: its set.")
+@click.option("--steps", type=click.IntRange(min=1), help="Of the teacher; a student has its own number.")
+@click.option("--seed", type=int, help="Keys the noise. Default: 0; of a record, the noise that the teacher had.")
+@click.option(
+    "--num-images", type=click.IntRange(min=1), default=1, show_default=True, help="Each of other noise."
+)
+@click.option(
+    "--out", type=directory(dir_okay=False), required=True, help="PNG file; with a number if there are more."
+)
+def sample(
+    config: Config,
+    adapter: Path | None,
+    with_teacher: bool,
+    compare: bool,
+    record: int | None,
+    shards: str | None,
+    steps: int | None,
+    seed: int | None,
+    num_images: int,
+    out: Path,
+    **prompt: Any,
+) -> None:
+    """Draw images: with the teacher or a student, from a prompt with boxes or from a record.
+
+    From a record a student needs no part of the teacher; --compare then shows the teacher's picture as recorded.
+
+    Example: pipeline.py sample --config configs/tiny.toml --adapter demo/run --prompt 'a sign that says "OPEN"'
+    --box 16,40,112,88 --out open.png
+    """
+    if (adapter is None) != with_teacher:
+        raise UsageError("who draws? Give one of --adapter RUN and --teacher; --compare puts both side by side")
+    if (prompt["prompt"] is None) == (record is None) or (record is None) != (shards is None):
+        raise UsageError("draw what? Give --prompt with a --box for each text, or --record with --shards")
+    if compare and with_teacher:
+        raise UsageError("--compare goes with --adapter: it adds the teacher's picture")
+    import torch
+
+    from stage2_student.sample import Sampler, beside, decode, draw_noise, load_decoder, write_png
+    from stage2_student.student import Conditioning
+
+    sampler = None if adapter is None else Sampler.load(config, adapter, steps)
+    teacher, columns = None, []
+    if prompt["prompt"] is not None or with_teacher:
+        from stage1_teacher.teacher import Teacher
+
+        teacher = Teacher.load(config)
+    found = _read_record(config, str(shards), record, seed, num_images) if record is not None else None
+    item = _encode_prompt(config, teacher, **prompt) if found is None else found.record
+    shape = tuple(item.masked_latents.shape)
+    count = 1 if sampler is None else sampler.noises_needed
+    noise = torch.stack([draw_noise(seed or 0, number, shape, count) for number in range(num_images)])
+    if found is not None and found.noise is not None:
+        noise[:, 0] = found.noise
+    decoder = load_decoder(config) if teacher is None else teacher.vae
+    if compare and found is not None and found.x0 is not None:
+        columns.append(decode(decoder, found.x0))
+    elif with_teacher or (compare and teacher is not None):
+        columns.append(
+            decode(decoder, _solve(config, teacher, item, noise[:, 0], steps if with_teacher else None))
+        )
+    elif compare:
+        raise UsageError(
+            "--compare with --record shows what was recorded: leave --seed out, or draw with --teacher"
+        )
+    if sampler is not None:
+        columns.append(decode(decoder, sampler.latents(Conditioning.stack([item] * num_images), noise)))
+    for number, row in enumerate(zip(*columns, strict=True)):
+        path = out if num_images == 1 else out.with_stem(f"{out.stem}_{number}")
+        write_png(path, beside(row))
+        click.echo(f"{path}")
+
+
+class _Found(NamedTuple):
+    """A record, and where it was recorded from what to what if that is wanted."""
+
+    record: Any
+    noise: Any
+    x0: Any
+
+
+def _read_record(config: Config, location: str, index: int, seed: int | None, num_images: int) -> _Found:
+    """Read a record to sample from; its own noise and solved latents unless a seed asks for others."""
+    from common.anytext2.fingerprint import fingerprint
+    from shards.reader import ShardSet
+    from stage2_student.shard_facts import read_facts, require_base
+
+    shards = ShardSet.open(location, allow_incomplete=True)
+    if index >= len(shards):
+        raise UsageError(f"--record {index}: {location} holds records 0 to {len(shards) - 1}")
+    base = fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "base")
+    require_base(read_facts(shards), base, location)
+    record = shards[index]
+    if seed is not None or record.meta.source != "rollout":
+        return _Found(record, None, None)
+    if num_images > record.num_rollouts:
+        raise UsageError(
+            f"--num-images {num_images}: the record holds {record.num_rollouts} solves; give --seed for more"
+        )
+    solves = record.rollout_latents[:num_images].float()  # (B, S + 1, C, h, w)
+    return _Found(record, solves[:, 0], solves[:, -1])
+
+
+def _encode_prompt(
+    config: Config, teacher: Any, prompt: str, boxes: Any, colors: Any, font: Any, image: Any
+) -> Any:
+    """Draw and encode a prompt, as precompute does."""
+    from stage1_teacher.inputs import DrawSettings, draw_input
+    from stage1_teacher.prompt_text import prompt_from_text
+
+    settings = DrawSettings.from_config(config)
+    content = prompt_from_text(
+        prompt, boxes, size=settings.size, fonts=settings.fonts, colors=colors, font=font, image=image
+    )
+    return teacher.encode([draw_input(content, settings)])[0]
+
+
+def _solve(config: Config, teacher: Any, item: Any, noise: Any, steps: int | None) -> Any:
+    """Solve the teacher's ODE on the trailing grid with the configured guidance; returns latents."""
+    from common.schedule import trailing_timesteps
+    from stage1_teacher.solver import solve
+    from stage1_teacher.teacher import Conditioning
+
+    fields = ("image_context", "text_context", "glyphs", "positions", "masked_latents")
+    conditioning = Conditioning(**{name: getattr(item, name).to(teacher.device).float() for name in fields})
+    rollout = solve(
+        teacher,
+        [conditioning] * len(noise),
+        teacher.unconditional(),
+        noise,
+        trailing_timesteps(steps or config.precompute.solver_steps),
+        guidance_scale=config.precompute.guidance_scale,
+        keep=[0],
+        round_states=False,
+    )
+    return rollout.states[:, -1]
 
 
 if __name__ == "__main__":
