@@ -89,7 +89,11 @@ def _verify_number(shards: ShardSet, number: int) -> list[Damage]:
     header = shards.headers[number]
     try:
         return verify_shard(shards.shard_path(number), header, shards.table(number))
-    except (DataError, FileNotFoundError) as error:
+    except FileNotFoundError:
+        return [_whole(header.shard, "the file is missing")]
+    except OSError as error:
+        return [_whole(header.shard, f"cannot be read ({error.strerror or error})")]
+    except DataError as error:
         return [Damage(shard=header.shard, sample=None, whole=True, message=str(error))]
 
 
