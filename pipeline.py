@@ -14,13 +14,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from common.config import Config, load_config
+from common.config import PROJECT_ROOT, Config, load_config
 from common.errors import AppError, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -66,7 +67,7 @@ class Cli(click.Group):
         arguments = [argument for argument in arguments if argument != "--debug"]
         _set_up_logging(debug)
         try:
-            return super().main(args=arguments, prog_name="pipeline.py", **kwargs)
+            return super().main(args=arguments, **{**kwargs, "prog_name": "pipeline.py"})
         except AppError as error:
             if debug:
                 raise
@@ -384,6 +385,99 @@ def _solve(config: Config, teacher: Any, item: Any, noise: Any, steps: int | Non
         round_states=False,
     )
     return rollout.states[:, -1]
+
+
+@cli.command()
+@click.option("--shards", required=True, metavar="DIR_OR_URL", help="A set of recorded solves.")
+@click.option("--adapter", type=directory(), required=True, help="A run's folder, a checkpoint, an adapter.")
+@click.option("--records", default="0,1,2,3", show_default=True, metavar="I,J,...", help="Which records to draw.")
+@click.option("--out", type=directory(), required=True, metavar="FILE", help="PNG file.")
+@config_options
+def compare(config: Config, shards: str, adapter: Path, records: str, out: Path) -> None:
+    """Draw layout, teacher and student side by side, from the same noise, for some records.
+
+    Example: pipeline.py compare --config configs/tiny.toml --shards demo/shards --adapter demo/run --out compare.png
+    """
+    try:
+        indices = [int(part) for part in records.split(",")]
+    except ValueError:
+        raise UsageError(f"--records: received {records!r}, expected numbers such as 0,1,2") from None
+    from shards.reader import ShardSet
+    from stage2_student.compare import compare as draw
+    from stage2_student.sample import write_png
+
+    write_png(out, draw(config, ShardSet.open(shards, allow_incomplete=True), adapter, indices))
+    click.echo(f"{out}")
+
+
+@cli.command()
+@click.option("--out", type=directory(), default=Path("demo"), show_default=True, help="Folder for everything.")
+@click.option("--count", type=click.IntRange(min=8), default=96, show_default=True, help="Inputs to generate.")
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Training steps.")
+@click.option("--quick", is_flag=True, help="The same with 24 inputs and 40 steps.")
+def demo(out: Path, count: int, steps: int, quick: bool) -> None:
+    """Run everything on the embedded tiny teacher: minutes on a CPU, no download.
+
+    It runs the ordinary commands, and prints each, so that you can run them yourself. Run again, it goes on.
+
+    Example: pipeline.py demo --out demo
+    """
+    if quick:
+        count, steps = 24, 40
+    out = Path(os.path.relpath(out.absolute(), PROJECT_ROOT))  # the commands are run, and shown, from there
+    tiny = ("--config", "configs/tiny.toml")
+    data, shards, run = out / "data", out / "shards", out / "run"
+    train_set = (f"train.max_steps={steps}", f"train.checkpoint_every={max(steps // 3, 1)}")
+    training = [part for value in train_set for part in ("--set", value)]
+    commands: dict[str, tuple[tuple[Any, ...], Path]] = {
+        "generate data": (("-m", "stage1_teacher.tiny.data", "--count", count, "--out", data), data / "data.json"),
+        "precompute": (
+            ("pipeline.py", "precompute", *tiny, "--annotations", data / "data.json", "--out", shards),
+            shards,
+        ),
+        "finalize": (("pipeline.py", "finalize", "--shards", shards), shards / "summary.json"),
+        "inspect": (
+            ("pipeline.py", "inspect", *tiny, "--shards", shards, "--out", out / "contact_sheet.png"),
+            out / "contact_sheet.png",
+        ),
+        "train": (
+            ("pipeline.py", "train", *tiny, *training, "--shards", shards, "--out", run, "--resume", "auto"),
+            run,
+        ),
+        "compare": (
+            (
+                "pipeline.py",
+                "compare",
+                *tiny,
+                "--shards",
+                shards,
+                "--adapter",
+                run,
+                "--out",
+                out / "comparison.png",
+            ),
+            out / "comparison.png",
+        ),
+    }
+    seconds = {name: _run_step(arguments) for name, (arguments, _) in commands.items()}
+    click.echo(f"\n{'what was done':<16}{'seconds':>9}  where it is")
+    for name, (_, where) in commands.items():
+        click.echo(f"{name:<16}{seconds[name]:>9.1f}  {where}")
+    click.echo(f"{'all':<16}{sum(seconds.values()):>9.1f}")
+
+
+def _run_step(arguments: Sequence[Any]) -> float:
+    """Run one of the demo's commands as a user would; return its seconds, or exit as it did."""
+    import subprocess
+
+    words = [str(argument) for argument in arguments]
+    click.echo(f"\n$ python {' '.join(words)}")
+    started = time.perf_counter()
+    code = subprocess.run([sys.executable, *words], cwd=PROJECT_ROOT, check=False).returncode
+    if code:
+        click.echo(f"demo: that step failed with exit code {code}", err=True)
+        sys.exit(code)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

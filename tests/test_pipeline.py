@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from common.config import PROJECT_ROOT
+from pipeline import cli
+
+README = (PROJECT_ROOT / "README.md").read_text()
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "pipeline.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_is_in_the_readme_and_explains_itself_with_an_example(name: str) -> None:
+    assert f"| `{name}`" in README
+    result = CliRunner().invoke(cli, [name, "--help"])
+    assert result.exit_code == 0
+    assert f"pipeline.py {name}" in result.output.split("Options:")[0].split("\n", 1)[1]
+
+
+def test_help_starts_no_heavy_library() -> None:
+    code = (
+        "import sys, pipeline\n"
+        "try: pipeline.cli(args=['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'stage1_teacher', 'stage2_student'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_dry_run_prints_the_resolved_configuration(tmp_path: Path) -> None:
+    result = run("train", "--config", "configs/tiny.toml", "--shards", tmp_path, "--out", tmp_path / "run",
+                 "--set", "train.max_steps=7", "--dry-run")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["train"]["max_steps"] == 7
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("train", "--config", "none.toml"), 2, "none.toml"),
+        (("train", "--config", "configs/tiny.toml", "--set", "train.max_step=1", "--shards", "x", "--out", "y"), 2,
+         "did you mean max_steps"),
+        (("train", "--config", "configs/tiny.toml", "--shards", "no-such-folder", "--out", "y"), 3, "no-such-folder"),
+        (("precompute", "--config", "configs/sd15.toml", "--prompts", "README.md", "--out", "y"), 3, "model.checkpoint"),
+        (("no-such-command",), 2, "No such command"),
+    ],
+)  # fmt: skip
+def test_a_user_error_is_one_line_with_the_documented_exit_code(
+    arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    result = run(*arguments)
+    assert result.returncode == code, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.lower().startswith("error")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = run("train", "--config", "none.toml", "--shards", "x", "--out", "y", "--debug")
+    assert "Traceback" in result.stderr
