@@ -149,6 +149,7 @@ class Annotations:
             lines=lines,
             image=locate_image(self._root, entry.get("img_name"), where) if self._use_images else None,
             frame=None if self._use_images else FRAME_WITHOUT_IMAGE,
+            name=entry["img_name"] if isinstance(entry.get("img_name"), str) else "",
             ignored_polygons=ignored,
         )
 
@@ -198,17 +199,17 @@ def locate_image(root: Path, name: Any, where: str) -> Path:
         raise InputFailure("bad entry", f"{where}: image name is {name!r:.60}, expected a file's name")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
-        raise InputFailure("image outside its folder", f"{where}: image {name!r:.80} leads out of {root}")
+        raise InputFailure("image outside its folder", f"{where}: image {name!r:.80} leads out of its folder")
     try:
         real = Path(os.path.realpath(root / name, strict=True))
         regular = stat.S_ISREG(real.stat().st_mode)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
-        raise InputFailure("image missing", f"{where}: image {root / name}: {problem}") from None
+        raise InputFailure("image missing", f"{where}: image {name!r:.80}: {problem}") from None
     if not real.is_relative_to(root):
         raise InputFailure(
-            "image outside its folder", f"{where}: image {name!r:.80} is a link that leads out of {root}"
+            "image outside its folder", f"{where}: image {name!r:.80} is a link that leads out of its folder"
         )
     if not regular:
-        raise InputFailure("image missing", f"{where}: image {root / name} is no regular file")
+        raise InputFailure("image missing", f"{where}: image {name!r:.80} is no regular file")
     return real

@@ -79,6 +79,8 @@ class Content:
     """"generate" or "edit"; None: `precompute.edit_fraction` decides."""
     seed: int | None = None
     """Keys the input's noise; None: `precompute.seed`."""
+    name: str = ""
+    """The image's name as annotated; empty if there is none."""
     ignored_polygons: tuple[Polygon, ...] = ()
     """Of text that the annotator marked as not valid: it is in the image and is not drawn."""
 

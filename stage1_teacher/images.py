@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from stage1_teacher.content import InputFailure
 
@@ -29,9 +29,11 @@ def read_image_file(path: Path, where: str) -> bytes:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise InputFailure("image missing", f"{where}: image {path}: {error.strerror or error}") from None
+        raise InputFailure("image missing", f"{where}: image {path.name!r}: {error.strerror or error}") from None
     if len(data) > MAX_FILE_BYTES:
-        raise InputFailure("image too large", f"{where}: image {path} has more than {MAX_FILE_BYTES >> 20} MiB")
+        raise InputFailure(
+            "image too large", f"{where}: image {path.name!r} has more than {MAX_FILE_BYTES >> 20} MiB"
+        )
     return data
 
 
@@ -59,6 +61,8 @@ def decode_image(data: bytes, size: int, where: str) -> tuple[NDArray[np.float32
             pixels = np.asarray(image.convert("RGB"))  # (h, w, 3)
     except InputFailure:
         raise
+    except UnidentifiedImageError:  # its own message holds a memory address
+        raise InputFailure("image unreadable", f"{where}: image is no {', '.join(FORMATS)} file") from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise almost anything
         message = " ".join(str(error).split())
         raise InputFailure("image unreadable", f"{where}: image cannot be decoded: {message}") from None

@@ -23,6 +23,8 @@ _NO_TEXT = " "
 _NO_TEXT_BOX = ((10.0, 10.0), (100.0, 10.0), (100.0, 100.0), (10.0, 100.0))
 _NO_TEXT_FRAME = 512.0
 """Upstream's stand-in for an image without text: one blank line in a corner of 512 x 512."""
+_MAX_SIDES = 8.0
+"""Image sides that a polygon may reach out: text as large as its polygon is drawn whole before it is clipped."""
 _MIN_SIDE = 1.0
 """Pixels: a thinner polygon has no inside."""
 
@@ -224,6 +226,8 @@ def _draw_line(line: Line, place: int, choice: _Choice, image: drawing.Array | N
     side = choice.settings.size
     polygon = np.array(line.polygon, np.float32)
     where = f"{choice.content.where}: line {line.text!r}"
+    if np.abs(polygon).max() > _MAX_SIDES * side:
+        raise InputFailure("bad polygon", f"{where}: polygon reaches far out of the image")
     if min(cv2.minAreaRect(polygon)[1]) < _MIN_SIDE:
         raise InputFailure("bad polygon", f"{where}: polygon is less than a pixel wide at {side} x {side}")
     position = drawing.draw_mask(polygon, (side, side))

@@ -94,7 +94,10 @@ def write_annotations(path: Path, *entries: Any) -> Path:
 
 def write_prompts(path: Path, count: int, first: int = 0) -> Path:
     lines = [
-        {"caption": f"prompt {n} " + "and more " * 60 * (n % 2), "lines": [{"text": f"P{n}", "box": [4, 8, 60, 30]}]}
+        {
+            "caption": f"prompt {n} " + "and more " * 60 * (n % 2),
+            "lines": [{"text": f"P{n}", "box": [4, 8, 60, 30]}],
+        }
         for n in range(first, first + count)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

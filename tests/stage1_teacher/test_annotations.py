@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from common.errors import DataError
 from stage1_teacher.annotations import Annotations
 from stage1_teacher.content import UNKNOWN_COLOR, Content, InputFailure
@@ -72,6 +73,7 @@ def test_every_field_of_both_versions_is_read(folder: Path) -> None:
         caption="",
         lines=(),
         image=(folder / "imgs" / "a.png").resolve(),
+        name="a.png",
     )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from stage1_teacher.captions import (
     MAX_WORDS,
     TEXT_PHRASES,

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import features
+
 from stage1_teacher import drawing
 from stage1_teacher.annotations import Annotations
 from stage1_teacher.captions import image_caption
@@ -16,6 +18,21 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 FONT = Path(__file__).parents[2] / "models" / "fonts" / "DejaVuSans.ttf"
 CASES = [(mode, index) for mode in ("generate", "edit") for index in range(3)]
 SQUARE = (512, 512)
+
+
+SETTINGS = DrawSettings(
+    seed=0,
+    size=512,
+    font=FONT,
+    fonts={},
+    random_fonts=False,
+    font_hint_prob=1.0,
+    edit_fraction=0.0,
+    max_lines=5,
+    max_chars=20,
+    prompt_suffix="",
+    needs_image=False,
+)
 
 
 def box(x0: float, y0: float, x1: float, y1: float) -> drawing.Array:
@@ -34,19 +51,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def draw_golden(mode: str, index: int) -> DrawnInput:
-    settings = DrawSettings(
-        seed=0,
-        size=512,
-        font=FONT,
-        fonts={},
-        random_fonts=False,
-        font_hint_prob=1.0,
-        edit_fraction=1.0 if mode == "edit" else 0.0,
-        max_lines=5,
-        max_chars=20,
-        prompt_suffix="",
-        needs_image=False,
-    )
+    settings = replace(SETTINGS, edit_fraction=1.0 if mode == "edit" else 0.0)
     return draw_input(Annotations(GOLDEN / "data.json")[index], settings)
 
 
@@ -186,12 +191,8 @@ def test_edit_mode_hides_the_lines_and_nothing_else() -> None:
 
 
 def test_another_size_draws_the_same_picture_smaller() -> None:
-    settings = dict(
-        seed=0, font=FONT, fonts={}, random_fonts=False, font_hint_prob=1.0, edit_fraction=1.0,
-        max_lines=5, max_chars=20, prompt_suffix="", needs_image=False,
-    )  # fmt: skip
     content = Annotations(GOLDEN / "data.json")[1]
-    whole, half = (draw_input(content, DrawSettings(size=size, **settings)) for size in (512, 256))
+    whole, half = (draw_input(content, replace(SETTINGS, size=size)) for size in (512, 256))
     assert half.image is not None and half.image.shape == (3, 256, 256)
     smaller = whole.positions[:, ::2, ::2]
     assert iou(half.positions.numpy() > 0, smaller.numpy() > 0) > 0.93

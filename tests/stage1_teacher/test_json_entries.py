@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stage1_teacher import json_entries
 from stage1_teacher.json_entries import JsonEntries
 
@@ -64,7 +65,11 @@ def test_threads_may_read_at_once(tmp_path: Path) -> None:
 
 def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
-    entry = {"img_name": "0.jpg", "caption": "word " * 40, "annotations": [{"text": "a", "polygon": [[1, 2]] * 4}] * 3}
+    entry = {
+        "img_name": "0.jpg",
+        "caption": "word " * 40,
+        "annotations": [{"text": "a", "polygon": [[1, 2]] * 4}] * 3,
+    }
     count = 10_000
     path.write_text(json.dumps({"root": "", "list": [entry] * count}))
     tracemalloc.start()

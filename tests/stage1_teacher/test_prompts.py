@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from common.errors import DataError, UsageError
 from stage1_teacher.content import UNKNOWN_COLOR, Content, InputFailure
 from stage1_teacher.prompt_text import prompt_from_text
@@ -45,7 +46,8 @@ def reason_of(folder: Path, value: Any) -> str:
 
 
 def test_a_prompt_needs_no_image(tmp_path: Path) -> None:
-    content = read(tmp_path, prompt(lines=[line(color="#dc1e28", font="plain"), line(polygon=[[1, 2], [9, 2], [5, 8]], box=...)]))[0]  # fmt: skip
+    lines = [line(color="#dc1e28", font="plain"), line(polygon=[[1, 2], [9, 2], [5, 8]], box=...)]
+    content = read(tmp_path, prompt(lines=lines))[0]
     assert content.caption == "a sign"
     assert content.image is None
     assert content.frame == 128
@@ -59,7 +61,8 @@ def test_a_prompt_needs_no_image(tmp_path: Path) -> None:
 def test_optional_fields_are_read(tmp_path: Path) -> None:
     shutil.copy(IMAGES / "a.png", tmp_path / "a.png")
     shutil.copy(FONT, tmp_path / "mine.ttf")
-    content = read(tmp_path, prompt(size=512, seed=7, image="a.png", mode="edit", lines=[line(font="mine.ttf", color=[1, 2, 3], language="English")]))[0]  # fmt: skip
+    lines = [line(font="mine.ttf", color=[1, 2, 3], language="English")]
+    content = read(tmp_path, prompt(size=512, seed=7, image="a.png", mode="edit", lines=lines))[0]
     assert (content.frame, content.seed, content.mode) == (512, 7, "edit")
     assert content.image == (tmp_path / "a.png").resolve()
     assert content.lines[0].font == tmp_path.resolve() / "mine.ttf"

@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.anytext2.checkpoint import write_checkpoint
+from common.anytext2.checkpoint_file import CheckpointFile
+from common.errors import DataError, Stopped, UsageError
+from common.schedule import make_alphas_cumprod
+from shards.failures import read_failures
+from shards.finalize import finalize
+from shards.reader import ShardSet
+from stage1_teacher.inputs import DrawSettings, draw_input
+from stage1_teacher.precompute import Done, precompute
+from stage1_teacher.recording import Recorder, round_uncond
+from stage1_teacher.solver import solve
+from stage1_teacher.sources import open_inputs
+from stage1_teacher.teacher import Conditioning, Teacher
+from tests.stage1_teacher.small_teacher import (
+    DATA,
+    ROOT,
+    annotation,
+    load,
+    write_annotations,
+    write_prompts,
+    write_teacher,
+)
+
+
+@dataclass
+class Place:
+    """A small teacher with its configuration, and inputs for it: 4 annotations and 3 prompts, 3 shards."""
+
+    config: Path
+    annotations: Path
+    prompts: Path
+
+    def run(self, out: Path, *overrides: str, **options: object) -> Done:
+        options = {"annotations": [self.annotations], "prompts": [self.prompts]} | options
+        return precompute(load(self.config, *overrides), out, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("small")
+    config = write_teacher(folder)
+    entries = [annotation(number, wm_score=0.9 if number == 1 else 0.1) for number in range(4)]
+    annotations = write_annotations(folder / "data.json", *entries)
+    return Place(config, annotations, write_prompts(folder / "prompts.jsonl", 3))
+
+
+@pytest.fixture(scope="module")
+def finished(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set made by one task without any interruption."""
+    out = tmp_path_factory.mktemp("finished") / "shards"
+    done = place.run(out)
+    assert done == Done(
+        shards_planned=3, shards_found=0, shards_written=3, shards_without_inputs=0, records=7, failed=0
+    )
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return a set's files but the lock, dead writers' leftovers, and of the manifest the identity alone."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    identity = json.loads(found.pop("manifest.json"))["identity"]
+    found.pop(".lock", None)
+    return found | {"identity": json.dumps(identity).encode()}
+
+
+def when_committed(shard: Path, act: Callable[[], None]) -> threading.Thread:
+    """Do something as soon as a shard is committed."""
+
+    def wait() -> None:
+        while not shard.with_suffix(".json").exists():
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_inputs_become_a_set_that_finalizes_and_reads(place: Place, finished: Path) -> None:
+    summary = finalize(finished)
+    (finished / "summary.json").unlink()
+    assert (summary.shards, summary.samples, summary.failed) == (3, 7, 0)
+    records = list(ShardSet.open(finished))
+    assert [record.meta.texts for record in records] == [(f"No {n}",) for n in range(4)] + [
+        (f"P{n}",) for n in range(3)
+    ]
+    assert {record.meta.mode for record in records[:4]} == {"generate", "edit"}  # edit_fraction is one half
+    assert {record.meta.mode for record in records[4:]} == {"generate"}
+    assert records[1].meta.caption == "sign 1 with watermarks . , fine"
+    assert [len(record.image_context) // 77 for record in records] == [1, 1, 1, 1, 1, 2, 1]
+    for record in records:
+        assert record.rollout_timesteps.tolist() == [999, 499]
+        assert record.rollout_latents.shape == (1, 3, 4, 8, 8)
+        assert record.x0_cond is None
+        assert record.meta.guidance_scale == 3.0
+        assert record.glyphs.any() and record.positions.max() == 1
+
+
+def test_the_manifest_says_what_decides_the_records_and_no_paths(finished: Path) -> None:
+    identity = ShardSet.open(finished).manifest.identity
+    assert identity["timesteps"] == [999, 499]
+    assert identity["solver"]["timesteps"] == [999, 749, 499, 249]
+    assert torch.equal(torch.tensor(identity["alphas_cumprod"]), make_alphas_cumprod())
+    assert identity["config"]["precompute"]["num_rollouts"] == 1
+    assert len(identity["base_fingerprint"]) == len(identity["fonts"]["default"]) == 64
+    assert "/" not in json.dumps(identity)
+
+
+def test_a_record_is_what_the_teacher_saw_and_did(place: Place, finished: Path) -> None:
+    config = load(place.config)
+    teacher = Teacher.load(config)
+    shards = ShardSet.open(finished)
+    for index in (1, 5):
+        record = shards[index]
+        noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(record.meta.seeds[0]))
+        assert torch.equal(record.rollout_latents[0, 0], noise.half())
+        rollout = solve(
+            teacher,
+            [
+                Conditioning(
+                    image_context=record.image_context.float(),
+                    text_context=record.text_context.float(),
+                    glyphs=record.glyphs.float(),
+                    positions=record.positions.float(),
+                    masked_latents=record.masked_latents.float(),
+                )
+            ],
+            round_uncond(shards.uncond, teacher),
+            record.rollout_latents[0, 0][None],
+            torch.tensor([999, 749, 499, 249]),
+            guidance_scale=3.0,
+            keep=(0, 2),
+        )
+        error = (rollout.states[0].float() - record.rollout_latents[0].float()).norm()
+        assert error / record.rollout_latents.float().norm() < 1e-3  # batches of 1 and of 2 round differently
+
+
+def test_the_same_seed_gives_the_same_bytes_with_one_task_or_three(
+    place: Place, finished: Path, tmp_path: Path
+) -> None:
+    for index in (2, 0, 1):
+        done = place.run(tmp_path / "three", task_index=index, num_tasks=3)
+        assert (done.shards_written, done.shards_found) == (1, 0)
+    assert contents(tmp_path / "three") == contents(finished)
+
+
+def test_a_run_that_is_killed_and_started_again_gives_the_same_bytes(
+    place: Place, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    code = (
+        "import sys, torch; torch.set_num_threads(1); sys.argv[0] = 'pipeline.py'; from pipeline import cli; cli()"
+    )
+    arguments = ["precompute", "--config", place.config, "--annotations", place.annotations]
+    arguments += ["--prompts", place.prompts, "--out", out]
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT)
+    when_committed(out / "shard-000000.tar", process.kill)
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert not (out / "shard-000002.json").exists()
+    first = (out / "shard-000000.tar").stat()
+    assert place.run(out).shards_found >= 1
+    again = (out / "shard-000000.tar").stat()
+    assert (first.st_ino, first.st_mtime_ns) == (again.st_ino, again.st_mtime_ns)
+    assert contents(out) == contents(finished)
+    done = place.run(out)
+    assert (done.shards_written, done.shards_found) == (0, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_with_everything_finished_committed(
+    place: Place, finished: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "stopped"
+    thread = when_committed(out / "shard-000000.tar", lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match=r"[12] of this task's 3 shards are committed"):
+        place.run(out)
+    thread.join()
+    assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]
+    place.run(out)
+    assert contents(out) == contents(finished)
+
+
+def test_inputs_added_later_extend_the_set_and_change_nothing_in_it(
+    place: Place, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "grown"
+    place.run(out, limit=4)
+    before = contents(out)
+    assert place.run(out).shards_planned == 3  # 4 inputs make 2 shards, 3 more make another
+    after = contents(out)
+    assert {name: after[name] for name in before} == before
+    assert len(ShardSet.open(out)) == 7
+    moved = place.annotations.parent / "elsewhere.json"
+    moved.write_bytes(place.annotations.read_bytes())
+    assert place.run(out, annotations=[moved]).shards_written == 0
+    assert [r.meta.input_id for r in ShardSet.open(out)] == [r.meta.input_id for r in ShardSet.open(finished)]
+
+
+def test_shards_whose_inputs_are_not_given_are_left_alone(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "partial"
+    with pytest.raises(DataError, match="max_failures"):
+        place.run(out, "precompute.max_failures=0", annotations=[], prompts=[bad_prompts(tmp_path)])
+    done = place.run(out, annotations=[], limit=1)
+    assert (done.shards_without_inputs, done.shards_written) == (2, 1)
+    assert "give the files of earlier runs too" in caplog.text
+
+
+def bad_prompts(folder: Path) -> Path:
+    """Four prompts of which the first and the third fail."""
+    path = write_prompts(folder / "bad.jsonl", 4, first=10)
+    lines = path.read_text().splitlines()
+    lines[0] = json.dumps({"caption": "x", "lines": [{"text": "", "box": [1, 1, 9, 9]}]})
+    lines[2] = json.dumps({"caption": "x", "lines": [{"text": "far", "box": [900, 900, 990, 990]}]})
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_inputs_that_fail_are_recorded_and_the_others_go_on(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = place.run(out, annotations=[], prompts=[bad_prompts(tmp_path)])
+    assert (done.records, done.failed) == (2, 2)
+    failures = list(read_failures(out))
+    assert [(failure.sample_index, failure.reason) for failure in failures] == [
+        (0, "empty text"),
+        (2, "bad polygon"),
+    ]
+    assert failures[1].message == "bad.jsonl:3: line 'far': polygon lies outside the image"
+    shards = ShardSet.open(out)
+    assert [shards.key(index) for index in range(len(shards))] == ["000000001", "000000003"]
+    assert finalize(out).failures == {"empty text": 1, "bad polygon": 1}
+
+
+def test_too_many_failures_stop_the_run_and_keep_what_is_committed(place: Place, tmp_path: Path) -> None:
+    out, overrides = tmp_path / "out", ("precompute.max_failures=1", "shards.samples_per_shard=1")
+    with pytest.raises(
+        DataError, match=r"2 inputs of this task failed, precompute.max_failures is 1; .*bad\.jsonl:3"
+    ):
+        place.run(out, *overrides, annotations=[], prompts=[bad_prompts(tmp_path)])
+    kept = {path.name for path in out.glob("shard-*.json")}
+    assert kept == {"shard-000000.json", "shard-000001.json"}  # one without a record, one with
+    assert [failure.reason for failure in read_failures(out)] == ["empty text"]
+    with pytest.raises(DataError, match="2 inputs of this task failed"):
+        place.run(out, *overrides, annotations=[], prompts=[bad_prompts(tmp_path)])
+    overrides = ("precompute.max_failures=2", *overrides[1:])
+    assert place.run(out, *overrides, annotations=[], prompts=[bad_prompts(tmp_path)]).shards_written == 2
+
+
+def test_every_kind_of_bad_annotation_is_a_recorded_failure(place: Place, tmp_path: Path) -> None:
+    images = tmp_path / "imgs"
+    images.mkdir()
+    whole = (DATA / "imgs" / "a.png").read_bytes()
+    for name in ("a.png", "b.png", "c.png"):
+        (images / name).write_bytes(whole)
+    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (images / "text.png").write_bytes(b"no image at all")
+    (images / "empty.png").write_bytes(b"")
+    (tmp_path / "secret.png").write_bytes(whole)
+    polygon = {"text": "x", "language": "Latin"}
+    entries = [
+        annotation(0, img_name="none.png"),
+        annotation(1, img_name="cut.png"),
+        annotation(2, img_name="text.png"),
+        annotation(3, img_name="empty.png"),
+        annotation(4, img_name="../secret.png"),
+        annotation(5, annotations=[polygon | {"polygon": [[900, 900], [990, 900], [990, 990]]}]),
+        annotation(6, annotations=[polygon | {"polygon": [[1, 1], [9, 9]]}]),
+        annotation(7, annotations=[polygon | {"polygon": [[1, 1], [5, 5], [9, 9]]}]),
+        annotation(8, annotations=[polygon | {"polygon": [[1, 1], [90, 1], [90, 90]], "text": ""}]),
+        annotation(9, img_name="a.png", caption="many words. " * 1000),
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"data_root": "imgs", "data_list": entries}))
+    out = tmp_path / "out"
+    done = place.run(out, annotations=[path], prompts=[])
+    assert (done.records, done.failed) == (1, 9)
+    assert [failure.reason for failure in read_failures(out)] == [
+        "image missing",
+        *["image unreadable"] * 3,
+        "image outside its folder",
+        *["bad polygon"] * 3,
+        "empty text",
+    ]
+    assert len(ShardSet.open(out)[0].meta.caption) <= 500 + len(", fine")
+    entries[0]["captoin"] = "x"
+    path.write_text(json.dumps({"data_root": "imgs", "data_list": entries}))
+    before = contents(out)
+    with pytest.raises(DataError, match=r"data_list\[0\]: unknown field 'captoin'; did you mean caption\?"):
+        place.run(out, annotations=[path], prompts=[])
+    assert contents(out) == before
+
+
+def test_a_teacher_that_makes_nan_stops_the_run_at_once(place: Place, tmp_path: Path) -> None:
+    config = write_teacher(tmp_path)
+    file = CheckpointFile(tmp_path / "teacher.safetensors")
+    tensors = {key: file.read(key) for key in file.shapes}
+    tensors["model.diffusion_model.out.2.weight"][:] = float("nan")
+    write_checkpoint(tmp_path / "teacher.safetensors", tensors)
+    with pytest.raises(DataError, match=r"shard-000000\.tar, inputs 0 to 1: the teacher produced NaN or Inf"):
+        precompute(load(config), tmp_path / "out", prompts=[place.prompts])
+    assert not list((tmp_path / "out").glob("shard-*"))
+
+
+def test_a_run_with_other_settings_is_refused_and_the_difference_named(
+    place: Place, finished: Path, tmp_path: Path
+) -> None:
+    before = contents(finished)
+    cases = {
+        "precompute.guidance_scale=5.0": r"config\.precompute\.guidance_scale: received 5\.0, the set has 3\.0",
+        "precompute.seed=1": r"config\.precompute\.seed: received 1",
+        "teacher.prompt_suffix=bad": r"config\.teacher\.prompt_suffix",
+        "shards.samples_per_shard=4": r"samples_per_shard",
+        f"teacher.font={ROOT / 'models/fonts/DejaVuSans-Bold.ttf'}": r"fonts\.default",
+    }
+    for override, message in cases.items():
+        with pytest.raises(DataError, match=message):
+            place.run(finished, override)
+    other = write_teacher(tmp_path, seed="another")
+    with pytest.raises(DataError, match="base_fingerprint: received .*teacher_fingerprint"):
+        precompute(load(other), finished, annotations=[place.annotations], prompts=[place.prompts])
+    assert contents(finished) == before
+    assert place.run(finished, "precompute.max_failures=5", "precompute.draw_workers=1").shards_found == 3
+
+
+def test_rollouts_differ_in_their_noise_and_predictions_are_kept(place: Place, tmp_path: Path) -> None:
+    overrides = ("precompute.num_rollouts=3", "precompute.store_predictions=true")
+    place.run(tmp_path / "out", *overrides, annotations=[], limit=2)
+    for record in ShardSet.open(
+        tmp_path / "out",
+    ):
+        assert record.rollout_latents.shape == (3, 3, 4, 8, 8)
+        assert len(set(record.meta.seeds)) == 3
+        assert len({tuple(noise.flatten().tolist()) for noise in record.rollout_latents[:, 0]}) == 3
+        assert record.x0_cond is not None and record.x0_cond.shape == (3, 2, 4, 8, 8)
+
+
+def test_noised_records_hold_noised_data_latents(place: Place, tmp_path: Path) -> None:
+    overrides = (
+        'precompute.source="noised"',
+        "precompute.num_rollouts=2",
+        "precompute.solver_steps=20",
+        "precompute.record_every=5",
+        "precompute.store_predictions=true",
+    )
+    out = tmp_path / "out"
+    done = place.run(out, *overrides, limit=5)
+    assert (done.records, done.failed) == (4, 1)
+    assert [failure.message for failure in read_failures(out)] == [
+        'prompts.jsonl:1: precompute.source = "noised" needs an image'
+    ]
+    config = load(place.config, *overrides)
+    teacher, settings = Teacher.load(config), DrawSettings.from_config(config)
+    inputs = open_inputs([place.annotations], [], config.precompute, {})
+    all_timesteps = set()
+    for index, record in enumerate(ShardSet.open(out)):
+        timesteps = record.rollout_timesteps
+        all_timesteps |= set(timesteps.tolist())
+        assert len(timesteps) == 4 and set(timesteps.tolist()) <= set(range(49, 1000, 50))
+        image = draw_input(inputs[index], settings).image
+        assert image is not None
+        with torch.no_grad():
+            x0 = teacher.vae.encode(image[None])[0]
+        end = record.rollout_latents[:, -1].float()  # (R, C, h, w)
+        assert torch.allclose(end[0], x0, atol=2e-3) and torch.equal(end[0], end[1])
+        alphas = make_alphas_cumprod()[timesteps].view(4, 1, 1, 1)
+        noise = (record.rollout_latents[:, :-1].float() - alphas.sqrt() * end[:, None]) / (1 - alphas).sqrt()
+        assert 0.9 < noise.std() < 1.1
+        assert abs(np.corrcoef(noise.flatten(2).flatten(0, 1).numpy())[np.triu_indices(8, 1)]).max() < 0.35
+        assert record.x0_cond is not None and not torch.equal(record.x0_cond, record.x0_uncond)
+    assert len(all_timesteps) > 6
+
+
+def test_a_recorder_gives_one_record_per_input_in_any_company(place: Place, finished: Path) -> None:
+    config = load(place.config)
+    settings = DrawSettings.from_config(config)
+    shards = ShardSet.open(finished)
+    inputs = open_inputs([place.annotations], [place.prompts], config.precompute, {})
+    recorder = Recorder(Teacher.load(config), shards.uncond, config.precompute)
+    alone = recorder.record([draw_input(inputs[5], settings)])[0]  # recorded beside a shorter caption
+    stored = shards[5]
+    assert alone.meta == stored.meta
+    assert recorder.record([]) == []
+    error = (alone.rollout_latents.float() - stored.rollout_latents.float()).norm()
+    assert error / stored.rollout_latents.float().norm() < 1e-3
+
+
+def test_wrong_settings_are_one_line(place: Place, tmp_path: Path) -> None:
+    cases: dict[str, tuple[type[Exception], str]] = {
+        "precompute.size=72": (UsageError, "precompute.size: received 72, expected a multiple of 16"),
+        "teacher.font=none.ttf": (DataError, "teacher.font: no file or folder 'none.ttf'"),
+        f"teacher.font={place.config}": (DataError, "expected a TrueType"),
+        "model.checkpoint=": (UsageError, "model.checkpoint is empty"),
+        "model.checkpoint=none.ckpt": (DataError, "model.checkpoint: no file"),
+        "model.network=sd15": (DataError, "teacher.safetensors"),
+    }
+    for override, (kind, message) in cases.items():
+        with pytest.raises(kind, match=message) as caught:
+            place.run(tmp_path / "out", override)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="task index: received 3, expected 0 to 2"):
+        place.run(tmp_path / "out", task_index=3, num_tasks=3)
+    with pytest.raises(DataError, match="no inputs in no files"):
+        place.run(tmp_path / "out", annotations=[], prompts=[])
+    with pytest.raises(DataError, match=r"no inputs in .*empty\.json"):
+        place.run(tmp_path / "out", annotations=[write_annotations(tmp_path / "empty.json")], prompts=[])
