@@ -9,20 +9,28 @@ again); 1 a bug.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from common.config import PROJECT_ROOT, Config, load_config
-from common.errors import AppError, UsageError
+from common.errors import AppError, DataError, UsageError
+from common.signals import StopFlag
+
+if TYPE_CHECKING:
+    from stage1_teacher.held_out import Item
+    from stage1_teacher.teacher import Teacher, Uncond
+    from stage2_student.evaluation.layouts import Layout
+    from stage2_student.evaluation.runs import Drawn, Job, Plan, Run
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -195,6 +203,84 @@ def finalize(shards: Path, quick: bool) -> None:
     errors = ", ".join(f"{name} {value:.1e}" for name, value in summary.rounding_error.items())
     click.echo(f"  rms error that float16 makes: {errors}")
     click.echo(f"  set hash {summary.set_hash}")
+
+
+@cli.command()
+@click.option("--shards", type=directory(file_okay=False), required=True, help="Folder of the shards.")
+def status(shards: Path) -> None:
+    """Show how far a running set is: shards done, in work, failed inputs, rate, time left.
+
+    Example: pipeline.py status --shards demo/shards
+    """
+    from shards.status import format_status, read_status
+
+    for line in format_status(read_status(shards)):
+        click.echo(line)
+
+
+@cli.command()
+@click.option("--shards", required=True, metavar="DIR_OR_URL", help="A set that precompute wrote.")
+@click.option("--out", type=directory(), metavar="FILE", help="Draw a contact sheet too; needs the teacher's VAE.")
+@click.option("--records", default=4, show_default=True, type=click.IntRange(min=1), help="Rows of the sheet.")
+@config_options
+def inspect(config: Config, shards: str, out: Path | None, records: int) -> None:
+    """Show what is in a set: counts, settings, failures, ranges of every tensor; with --out a picture of records.
+
+    Example: pipeline.py inspect --config configs/tiny.toml --shards demo/shards --out demo/contact_sheet.png
+    """
+    from shards.failures import count_by_reason, read_failures
+    from shards.inspect import describe_set
+    from shards.reader import ShardSet
+
+    found = ShardSet.open(shards, allow_incomplete=True)
+    failures = {} if "://" in shards else count_by_reason(read_failures(Path(shards)))
+    for line in describe_set(found, failures):
+        click.echo(line)
+    if out is not None:
+        from shards.contact_sheet import draw_contact_sheet
+        from stage2_student.sample import decode, load_decoder
+
+        step = max(len(found) // records, 1)
+        rows = [found[index] for index in range(0, len(found), step)][:records]
+        sheet = draw_contact_sheet(rows, functools.partial(decode, load_decoder(config)))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(out)
+        click.echo(f"{out}")
+
+
+@cli.command()
+@click.option("--shards", required=True, metavar="DIR_OR_URL", help="A set that precompute wrote.")
+@click.option("--recompute", type=click.IntRange(min=1), metavar="N", help="Run the teacher again on N records.")
+@click.option("--tolerance", default=1e-2, show_default=True, help="Largest difference that --recompute accepts.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="That hash; 0 for one per core.")
+@config_options
+def verify(config: Config, shards: str, recompute: int | None, tolerance: float, threads: int) -> None:
+    """Check every hash and checksum of a set and name all damage; with --recompute N ask the teacher too.
+
+    Exits with 3 if anything is damaged.
+
+    Example: pipeline.py verify --shards demo/shards
+    """
+    from shards.audit import audit
+
+    found, damages = audit(shards, num_threads=threads)
+    for damage in damages:
+        click.echo(damage)
+    if damages or found is None:
+        raise DataError(f"{shards}: {len(damages)} damages, listed above; run precompute again to mend them")
+    click.echo(f"{shards}: sound, {len(found)} samples in {len(found.headers)} shards")
+    if recompute is not None:
+        from common.seeding import rng
+        from stage1_teacher.recompute import recompute as run_teacher
+
+        chosen = rng("recompute", found.set_hash).sample(range(len(found)), min(recompute, len(found)))
+        largest = 0.0
+        for result in run_teacher(config, found, sorted(chosen)):
+            largest = max(largest, result.largest)
+            click.echo(f"record {result.index} ({result.input_id}): largest difference {result.largest:.2e}")
+        click.echo(f"largest difference of {len(chosen)} records: {largest:.2e}")
+        if not largest <= tolerance:
+            raise DataError(f"recomputed records differ by {largest:.2e}, expected at most {tolerance:g}")
 
 
 @cli.command()
@@ -396,7 +482,7 @@ def _solve(config: Config, teacher: Any, item: Any, noise: Any, steps: int | Non
 def compare(config: Config, shards: str, adapter: Path, records: str, out: Path) -> None:
     """Draw layout, teacher and student side by side, from the same noise, for some records.
 
-    Example: pipeline.py compare --config configs/tiny.toml --shards demo/shards --adapter demo/run --out compare.png
+    Example: pipeline.py compare --config configs/tiny.toml --shards demo/shards --adapter demo/run --out out.png
     """
     try:
         indices = [int(part) for part in records.split(",")]
@@ -478,6 +564,196 @@ def _run_step(arguments: Sequence[Any]) -> float:
         click.echo(f"demo: that step failed with exit code {code}", err=True)
         sys.exit(code)
     return time.perf_counter() - started
+
+
+@cli.command()
+@config_options
+@click.option(
+    "--annotations", multiple=True, type=directory(dir_okay=False), help="AnyWord json; again for more files."
+)
+@click.option(
+    "--prompts", multiple=True, type=directory(dir_okay=False), help="Prompts JSONL; again for more files."
+)
+@click.option("--out", type=directory(file_okay=False), required=True, help="The evaluation's folder.")
+@click.option(
+    "--teacher",
+    "grids",
+    multiple=True,
+    metavar="GRID:STEPS",
+    help="upstream:20, trailing:8 ... Default: upstream:20, the recorded solve, trailing:8, trailing:4.",
+)
+@click.option("--no-teacher", is_flag=True, help="Do not evaluate the teacher.")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]RUN", help="A trained student; again for more."
+)
+@click.option("--truth", is_flag=True, help="Also read the true images, and these through the VAE: the ceiling.")
+@click.option(
+    "--without", multiple=True, metavar="PART", help="Also the teacher without attnx, writenet, caption ..."
+)
+@click.option("--images", type=directory(file_okay=False), help="Only score these images, NAME_0.jpg ...")
+def evaluate(
+    config: Config,
+    annotations: tuple[Path, ...],
+    prompts: tuple[Path, ...],
+    out: Path,
+    grids: tuple[str, ...],
+    no_teacher: bool,
+    adapters: tuple[str, ...],
+    truth: bool,
+    without: tuple[str, ...],
+    images: Path | None,
+) -> None:
+    """Measure text accuracy on held-out inputs: teacher and students on the same layouts and noise.
+
+    Images are drawn, read by an independent recogniser, and scored. Run it again to go on after a stop, or to add
+    runs to the same folder. With --images nothing is drawn: a folder of images named as AnyText-benchmark names
+    them is scored against its annotations.
+
+    Example: pipeline.py evaluate --config configs/tiny.toml --annotations held_out.json --adapter run --out eval
+    """
+    if not annotations and not prompts:
+        raise UsageError("no inputs; give --annotations FILE or --prompts FILE")
+
+    from stage2_student.evaluation.invocation import note_invocation
+    from stage2_student.evaluation.recognizers import load_recognizer
+    from stage2_student.evaluation.results import save_layouts
+    from stage2_student.evaluation.runs import evaluate_run
+    from stage2_student.evaluation.summary import format_table, summarise
+
+    recognizer = load_recognizer(config.evaluate.recognizer)
+    if images is not None:
+        plan, settings, runs = _images_to_score(config, annotations, prompts, images)
+    else:
+        chosen = () if no_teacher else grids or None
+        plan, settings, runs = _runs_to_evaluate(
+            config, annotations, prompts, chosen, tuple(map(_named_path, adapters)), truth, without
+        )
+    settings = {**settings, "samples_per_layout": plan.samples_per_layout, "recognizer": recognizer.identity}
+    save_layouts(out, plan.layouts, settings)
+    note_invocation(out, sys.argv, config.as_dict())
+    with StopFlag() as stop:
+        for run in runs:
+            evaluate_run(run, plan, recognizer, out, stop)
+    summary = summarise(out)
+    click.echo(format_table(summary))
+    click.echo(f"{summary['lines']} lines of {summary['layouts']} layouts; everything is in {out}/evaluation.json")
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    """Split [NAME=]PATH; without a name it is the folder's."""
+    name, equals, path = text.partition("=")
+    if equals and name and "/" not in name:
+        return name, Path(path)
+    return Path(text).resolve().name, Path(text)
+
+
+def _layouts(items: Iterable[Item]) -> list[Layout]:
+    """Hand stage one's held-out inputs over to stage two's measurement."""
+    from stage2_student.evaluation.layouts import Layout, Line
+
+    return [
+        Layout(
+            layout_id=item.input_id,
+            size=item.size,
+            lines=tuple(
+                Line(text=text, polygon=polygon, color=color)
+                for text, polygon, color in zip(item.texts, item.polygons, item.colors, strict=True)
+            ),
+            caption=item.caption,
+            name=item.name,
+        )
+        for item in items
+    ]
+
+
+def _images_to_score(
+    config: Config, annotations: tuple[Path, ...], prompts: tuple[Path, ...], images: Path
+) -> tuple[Plan, dict[str, Any], Iterable[Run]]:
+    """Prepare the scoring of images that someone else drew: plan, settings, and the one run."""
+    from stage1_teacher.held_out import read_undrawn
+    from stage1_teacher.sources import open_inputs
+    from stage2_student.evaluation.image_folder import count_samples, folder_run
+    from stage2_student.evaluation.runs import Plan
+
+    without_images = dataclasses.replace(config.precompute, use_images=False)
+    fonts = {name: Path(path) for name, path in config.teacher.fonts.items()}
+    layouts = _layouts(
+        read_undrawn(open_inputs(annotations, prompts, without_images, fonts), config.precompute.size)
+    )
+    plan = Plan(
+        layouts=layouts,
+        samples_per_layout=count_samples(images, layouts),
+        batch_size=config.evaluate.batch_size,
+        keep_images=config.evaluate.keep_images,
+    )
+    return plan, {}, [folder_run(images, images.resolve().name)]
+
+
+def _runs_to_evaluate(
+    config: Config,
+    annotations: tuple[Path, ...],
+    prompts: tuple[Path, ...],
+    grids: tuple[str, ...] | None,
+    adapters: tuple[tuple[str, Path], ...],
+    truth: bool,
+    without: tuple[str, ...],
+) -> tuple[Plan, dict[str, Any], Iterable[Run]]:
+    """Compose stage one's inputs and teacher with stage two's students and measurement: plan, settings, runs."""
+    from common.anytext2.fingerprint import fingerprint
+    from stage1_teacher.held_out import HeldOut, describe_settings
+    from stage1_teacher.inputs import DrawSettings
+    from stage1_teacher.sources import open_inputs
+    from stage1_teacher.teacher import Teacher
+    from stage1_teacher.teacher_drawer import default_grids, teacher_drawers
+    from stage2_student.evaluation.drawers import Drawer, StudentDrawer, drawer_run
+    from stage2_student.evaluation.runs import Drawn, Plan, Run
+    from stage2_student.sample import decode
+    from stage2_student.student import Conditioning, network_of
+
+    @functools.cache
+    def load() -> tuple[Teacher, Uncond]:
+        teacher = Teacher.load(config)
+        return teacher, teacher.unconditional()
+
+    settings = DrawSettings.from_config(config)
+    inputs = open_inputs(annotations, prompts, config.precompute, settings.fonts)
+    grids = default_grids(config) if grids is None else grids
+    held_out = HeldOut(inputs, settings, config.evaluate.num_samples)
+    drawers: list[Drawer] = [*teacher_drawers(config, held_out, load, grids, without)]
+    for name, path in adapters:
+        condition = lambda ids: Conditioning.stack(held_out.encode(load()[0], ids))  # noqa: E731
+        drawers.append(StudentDrawer(config, path, name, condition))
+    network = network_of(config)
+    side = config.precompute.size // network.stride
+
+    def true_images(jobs: Sequence[Job]) -> Drawn:
+        return Drawn(images=[held_out.true_image(layout.layout_id) for layout, _ in jobs])
+
+    def through_vae(jobs: Sequence[Job]) -> Drawn:
+        teacher, _ = load()
+        latents = held_out.reconstruct(teacher, [layout.layout_id for layout, _ in jobs])
+        return Drawn(images=decode(teacher.vae, latents))
+
+    def runs() -> Iterator[Run]:
+        if truth:
+            yield Run(label="true images", kind="truth", draw=true_images)
+            vae = {"teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher")}
+            yield Run(label="true images through the VAE", kind="vae", draw=through_vae, settings=vae)
+        for drawer in drawers:
+            yield drawer_run(
+                drawer,
+                seed=config.evaluate.seed,
+                shape=(network.latent_channels, side, side),
+                decode=lambda latents: decode(load()[0].vae, latents),
+            )
+
+    plan = Plan(
+        layouts=_layouts(held_out.items),
+        samples_per_layout=config.evaluate.samples_per_layout,
+        batch_size=config.evaluate.batch_size,
+        keep_images=config.evaluate.keep_images,
+    )
+    return plan, {"inputs": describe_settings(config, settings)}, runs()
 
 
 if __name__ == "__main__":

@@ -16,24 +16,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.errors import UsageError
 from common.files import canonical_json, write_bytes_atomic
-from common.schedule import make_alphas_cumprod
 from common.signals import StopFlag
 from shards.layout import FROZEN
-from shards.loader import ShardLoader
 from shards.reader import ShardSet
-from stage2_student.adapter import Card
 from stage2_student.checkpoint import CHECKPOINTS_DIR, list_checkpoints, newest_checkpoint, require_complete
-from stage2_student.ema import Ema
 from stage2_student.lora import Adapted, summarise
-from stage2_student.losses import LossSettings
-from stage2_student.settings import identity_of_run, require_same
-from stage2_student.shard_facts import PREDICTION_OBJECTIVES, plan_phases, read_facts, require_base
-from stage2_student.state import Learner, Progression, read_state, restore
-from stage2_student.student import add_adapters, load_base, network_of, training_dtype
+from stage2_student.prepare import prepare
 from stage2_student.trainer import Trainer
 
 CONFIG_FILE = "config.json"
@@ -92,7 +83,7 @@ def train(
         checkpoint = find_start(run, resume)
         with accelerator.main_process_first():
             dataset = _open_set(run, shards, checkpoint, allow_incomplete, exclude_damaged)
-        trainer, adapted = _prepare(config, accelerator, dataset, run, checkpoint)
+        trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint)
         if accelerator.is_main_process:
             for line in (*summarise(adapted), _describe(trainer)):
                 announce(line)
@@ -159,84 +150,6 @@ def _open_set(
     if checkpoint is not None and (run / FROZEN).exists():
         return ShardSet.open_frozen(run, location)
     return ShardSet.open(location, allow_incomplete=allow_incomplete, exclude_damaged=exclude_damaged)
-
-
-def _prepare(
-    config: Config, accelerator: Accelerator, dataset: ShardSet, run: Path, checkpoint: Path | None
-) -> tuple[Trainer, list[Adapted]]:
-    """Load everything, check that it fits, and take up the checkpoint."""
-    facts = read_facts(dataset)
-    phases, timesteps = plan_phases(config.train, facts)
-    network_of(config)
-    base_path = config.resolve(config.model.checkpoint, "model.checkpoint")
-    with accelerator.main_process_first():  # the others then find it cached
-        base = fingerprint(base_path, "base")
-    require_base(facts, base, dataset.manifest.identity.get("name", "the set"))
-    world = accelerator.num_processes
-    identity = identity_of_run(config, world=world, base_fingerprint=base, set_hash=dataset.set_hash)
-    progression = Progression()
-    if checkpoint is not None:
-        progression, saved = read_state(checkpoint)
-        require_same(identity, saved, checkpoint)
-    student, _ = load_base(config, training_dtype(config), accelerator.device)
-    adapted = add_adapters(student, config)
-    if config.train.gradient_checkpointing:
-        student.unet.enable_gradient_checkpointing()
-        if config.lora.writenet:
-            student.writenet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        student.trainable().values(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
-    )
-    ema = Ema(student.trainable(), config.train.ema_decay) if config.train.ema_decay else None
-    learner = Learner(parameters=student.trainable(), optimizer=optimizer, ema=ema)
-    loader = ShardLoader(
-        dataset,
-        seed=config.train.seed,
-        batch_size=config.train.batch_size,
-        rank=accelerator.process_index,
-        world=world,
-        window_shards=config.shards.window_shards,
-        num_workers=config.train.num_workers,
-        predictions=config.train.objective in PREDICTION_OBJECTIVES,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    model, prepared = accelerator.prepare(student, optimizer)
-    if checkpoint is not None:
-        restore(checkpoint, learner)
-        loader.load_state_dict(progression.loader)
-        if accelerator.scaler is not None and progression.scaler is not None:
-            accelerator.scaler.load_state_dict(progression.scaler)
-    trainer = Trainer(
-        config=config,
-        accelerator=accelerator,
-        student=student,
-        model=model,
-        optimizer=prepared,
-        learner=learner,
-        loader=loader,
-        shards=dataset,
-        settings=LossSettings(
-            train=config.train,
-            phases=phases,
-            alphas_cumprod=make_alphas_cumprod().to(accelerator.device),
-        ),
-        num_rollouts=facts.num_rollouts,
-        progression=progression,
-        card=Card(
-            objective=config.train.objective,
-            sampler="lcm" if config.train.objective == "lcm" else "ddim",
-            timesteps=tuple(timesteps.tolist()),
-            step=progression.step,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            base_fingerprint=base,
-            set_hash=dataset.set_hash,
-            config=config.as_dict(),
-        ),
-        identity=identity,
-        run=run,
-    )
-    return trainer, adapted
 
 
 def _describe(trainer: Trainer) -> str:
