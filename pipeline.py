@@ -267,7 +267,8 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
     for damage in damages:
         click.echo(damage)
     if damages or found is None:
-        raise DataError(f"{shards}: {len(damages)} damages, listed above; run precompute again to mend them")
+        count = f"{len(damages)} damage{'s' * (len(damages) != 1)} found"
+        raise DataError(f"{shards}: {count}, listed above; run precompute again to mend the shards")
     click.echo(f"{shards}: sound, {len(found)} samples in {len(found.headers)} shards")
     if recompute is not None:
         from common.seeding import rng

@@ -1,4 +1,4 @@
-"""Declare a set complete: everything planned is committed and sound; what it holds is summed up in summary.json."""
+"""Declare a set complete: everything planned is committed and sound; summary.json says what it holds."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def summarise(shards: ShardSet, folder: Path) -> Summary:
     planned = read_plan(folder).num_inputs
     if planned and planned != len(shards) + sum(failures.values()):
         raise DataError(
-            f"{folder}: {planned} inputs are planned, {len(shards)} are recorded and {sum(failures.values())} failed; "
+            f"{folder}: {planned} inputs are planned, {len(shards)} are recorded and "
+            f"{sum(failures.values())} failed; "
             f"the rest is missing: is a file of {folder / 'failures'} lost?"
         )
     return Summary(
@@ -95,13 +96,13 @@ def summarise(shards: ShardSet, folder: Path) -> Summary:
 def measure_rounding_error(shards: ShardSet) -> dict[str, float]:
     """Measure what float16 costs, on records evenly spaced over the set.
 
-    A value between two float16 numbers `spacing` apart is off by spacing / sqrt(12) rms. The solver goes on from the
-    rounded state, so a phase's start is exact and only its end carries an error, which the target
-    x0* = (z_e - (sigma_e / sigma_t) z_t) / (alpha_e - sigma_e alpha_t / sigma_t) divides by its denominator.
+    A value between two float16 numbers `spacing` apart is off by spacing / sqrt(12) rms. The solver goes on
+    from the rounded state, so a phase's start is exact and only its end carries an error, which the target x0*
+    = (z_e - (sigma_e / sigma_t) z_t) / (alpha_e - sigma_e alpha_t / sigma_t) divides by its denominator.
 
     Returns:
-        "states", and "phases_M" for each M of 1, 2, 4, 8 whose phases are stored; only "states" if states are noised
-        data. All in units of latents.
+        "states", and "phases_M" for each M of 1, 2, 4, 8 whose phases are stored; only "states" of noised data.
+        All in units of latents.
     """
     sums: dict[str, list[float]] = {}
     for index in np.linspace(0, len(shards) - 1, min(_MEASURED, len(shards))).astype(int):

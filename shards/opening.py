@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
 from common.errors import DataError
 from shards.frozen import FrozenSet
@@ -19,6 +20,11 @@ from shards.verify import Damage, verify_shard
 logger = logging.getLogger(__name__)
 
 _NAMED = 5
+
+PLANNED_ONLY = "planned, not written"
+"""Ends the line about a shard that is not there yet."""
+
+OnDamage = Literal["raise", "collect", "exclude"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +46,15 @@ class OpenedSet:
         return header.count - len(self.excluded.get(header.shard, ()))
 
 
-def find_set(store: Store, *, allow_incomplete: bool, exclude_damaged: bool) -> OpenedSet:
-    """Find all committed shards of a set; see `ShardSet.open`."""
+def find_set(store: Store, *, allow_incomplete: bool, damage: OnDamage) -> OpenedSet:
+    """Find all committed shards of a set; see `ShardSet.open`.
+
+    Args:
+        store: where to look.
+        allow_incomplete: take what is committed although the plan has more.
+        damage: "raise" the first; "collect" those of whole shards in `left_out`; or read everything and "exclude"
+            what is damaged.
+    """
     manifest, uncond = _read_manifest(store)
     sizes = store.sizes()
     shards = sorted(name for name in sizes if parse_shard_name(name) is not None)
@@ -50,27 +63,28 @@ def find_set(store: Store, *, allow_incomplete: bool, exclude_damaged: bool) -> 
     headers = []
     for name, header in _read_headers(store, sidecars):
         try:
-            headers.append(_check_header(store, name, header, manifest, sizes, any_size=exclude_damaged))
+            headers.append(_check_header(store, name, header, manifest, sizes, any_size=damage != "raise"))
         except DataError as error:
-            if not exclude_damaged:
+            if damage == "raise":
                 raise
             damages.append(Damage(shard=name, sample=None, whole=True, message=str(error)))
     missing = list(_missing(store, shards, sidecars, sizes))
-    if missing and not (allow_incomplete or exclude_damaged):
+    if missing and not allow_incomplete and damage == "raise":
         raise _incomplete(store, missing)
     damages += [Damage(shard=n, sample=None, whole=True, message=f"{n}: {problem}") for n, problem in missing]
     excluded: dict[str, list[str]] = {}
-    if exclude_damaged:
+    if damage == "exclude":
         headers, excluded = _exclude(store, headers, damages)
     opened = OpenedSet(
         manifest=manifest,
         uncond=uncond,
         headers=tuple(header for header in headers if header.count),
         excluded=excluded,
-        left_out=tuple(damage.message for damage in damages),
+        left_out=tuple(found.message for found in damages),
     )
     if sum(map(opened.count, opened.headers)) == 0:
-        raise DataError(f"{store.location}: the set has no committed sample; run precompute first")
+        why = f" ({opened.left_out[0]})" if opened.left_out else ""
+        raise DataError(f"{store.location}: the set has no committed sample{why}; run precompute first")
     for message in opened.left_out[:_NAMED]:
         logger.warning("left out: %s", message)
     if len(opened.left_out) > _NAMED:
@@ -183,7 +197,7 @@ def _missing(
     planned = {shard_name(index) for index in range(_count_planned(store, sizes))}
     for name in sorted(planned | set(shards)):
         if sidecar_name(name) not in committed:
-            yield name, "it has no sidecar, so it was never committed" if name in sizes else "planned, not written"
+            yield name, "it has no sidecar, so it was never committed" if name in sizes else PLANNED_ONLY
 
 
 def _count_planned(store: Store, sizes: dict[str, int]) -> int:

@@ -17,7 +17,7 @@ from shards.codec import decode_arrays, decode_record, decode_uncond
 from shards.frozen import FrozenSet, hash_set, read_frozen, write_frozen
 from shards.layout import MEMBERS, PREDICTIONS, sidecar_name
 from shards.manifest import Manifest
-from shards.opening import OpenedSet, find_set, select_frozen
+from shards.opening import OnDamage, OpenedSet, find_set, select_frozen
 from shards.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table
 from shards.store import FolderStore, Store
 from shards.tensor_file import Array
@@ -71,7 +71,8 @@ class ShardSet:
             DataError: no set there, nothing committed, shards missing, or a file damaged or from another set.
         """
         store = open_store(location, cache_dir)
-        return ShardSet(store, find_set(store, allow_incomplete=allow_incomplete, exclude_damaged=exclude_damaged))
+        damage: OnDamage = "exclude" if exclude_damaged else "raise"
+        return ShardSet(store, find_set(store, allow_incomplete=allow_incomplete, damage=damage))
 
     @staticmethod
     def open_frozen(

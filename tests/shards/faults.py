@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _OS_FUNCTIONS = (
-    "open close fsync replace rename link unlink stat mkdir scandir listdir pread preadv posix_fadvise fstat".split()
+    *("open", "close", "fsync", "fstat", "replace", "rename", "link", "unlink", "stat", "mkdir"),
+    *("scandir", "listdir", "pread", "preadv", "posix_fadvise"),
 )
 
 

@@ -151,8 +151,8 @@ def test_a_png_of_another_kind_or_a_bomb_is_refused() -> None:
     wide = bytearray(mask)
     wide[16:24] = (1 << 20).to_bytes(4, "big") * 2
     hostile = [
-        b"", b"\x89PNG", png(Image.new("RGB", (4, 4))), png(Image.effect_noise((64, 64), 50)), bytes(bomb), bytes(wide),
-        encode_mask(np.zeros((4, 4), np.uint8), 1), mask[:-1], mask + b"x",
+        b"", b"\x89PNG", png(Image.new("RGB", (4, 4))), png(Image.effect_noise((64, 64), 50)), bytes(bomb),
+        bytes(wide), encode_mask(np.zeros((4, 4), np.uint8), 1), mask[:-1], mask + b"x",
     ]  # fmt: skip
     for data in hostile:
         with pytest.raises(DataError, match="here"):

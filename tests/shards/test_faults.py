@@ -75,7 +75,8 @@ def test_whichever_operation_of_a_run_fails_the_next_run_ends_with_the_same_byte
         shutil.rmtree(folder)
         if not faults.reached:
             break
-    assert fail_at > 100 and survived <= 12  # failures that harm nothing are few: closing a file that was only read
+    # failures that harm nothing are few: closing a file that was only read, advice to the kernel
+    assert fail_at > 100 and survived <= 12
 
 
 @pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])

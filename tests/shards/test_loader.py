@@ -59,7 +59,7 @@ def run(
 def test_the_order_is_the_same_for_any_world_and_workers_however_often_resumed(
     shards: ShardSet, world: int, workers: int
 ) -> None:
-    # 5 global batches = 120 samples = 4 epochs exactly: resumed inside epoch 0 and 1, inside 3, and at the end of 3.
+    # 5 global batches = 120 samples = 4 epochs: resumed inside epochs 0, 1 and 3, and at the end of epoch 3
     stream: Stream = []
     state: Any = None
     for batches in (1, 1, 2, 1, 1):

@@ -19,7 +19,7 @@ def whole(**changes: object) -> list[int]:
 
 
 def test_the_order_is_this_one_forever() -> None:
-    """Golden: a change here breaks the resume of every running training; it needs an ORDER entry in the changelog."""
+    """Golden: a change here breaks the resume of running trainings and needs an ORDER entry in the changelog."""
     assert whole() == GOLDEN
     assert permutation(8, "key").tolist() == [4, 0, 1, 6, 3, 7, 5, 2]
 
