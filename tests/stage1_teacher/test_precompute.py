@@ -235,7 +235,7 @@ def bad_prompts(folder: Path) -> Path:
     path = write_prompts(folder / "bad.jsonl", 4, first=10)
     lines = path.read_text().splitlines()
     lines[0] = json.dumps({"caption": "x", "lines": [{"text": "", "box": [1, 1, 9, 9]}]})
-    lines[2] = json.dumps({"caption": "x", "lines": [{"text": "far", "box": [900, 900, 990, 990]}]})
+    lines[2] = json.dumps({"caption": "x", "lines": [{"text": "far", "box": [90, 90, 99, 99]}]})
     path.write_text("\n".join(lines))
     return path
 
