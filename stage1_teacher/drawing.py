@@ -69,11 +69,13 @@ class Box:
 
     @property
     def vertical(self) -> bool:
+        """Whether text is written from top to bottom."""
         off_axis = min(abs(self.angle) % 90, 90 - abs(self.angle) % 90)
         return off_axis < _UPRIGHT_WITHIN and self.height >= self.width
 
 
 def fit_box(polygon: Array) -> Box:
+    """Return the smallest rectangle around a polygon, (n, 2) float32 pixels."""
     center, (w, h), clockwise = cv2.minAreaRect(polygon)
     corners = cv2.boxPoints((center, (w, h), clockwise)).astype(np.int64)
     # OpenCV's releases differ in which side they call the width; the long side's direction does not.

@@ -1,0 +1,151 @@
+"""Compute once what the denoiser's training needs of frozen networks: latents and the recogniser's features.
+
+    python -m stage1_teacher.tiny.features --vae runs/tiny/vae --out runs/tiny/features --count 3000
+
+Writes chunks of layouts, `00000.pt` and so on, each with several colourings; chunks that exist are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.anytext2.checkpoint import CheckpointFile, load_part
+from common.files import atomic_write
+from stage1_teacher import drawing
+from stage1_teacher.captions import image_caption
+from stage1_teacher.glyph_embedding import font_lines, glyph_lines
+from stage1_teacher.recognizer import Recognizer
+from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
+from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
+from stage1_teacher.tiny.scene import FONT_FOLDER, GUIDE_FONT, Scene, draw_scene, draw_scene_plan, recolor
+from stage1_teacher.tiny.train_vae import load_trained
+
+log = logging.getLogger(__name__)
+
+CHUNK = 100
+
+
+class FeatureMaker:
+    """The frozen networks, and what they make of a scene."""
+
+    def __init__(self, vae_run: Path) -> None:
+        """Load the VAE of a run, rounded as it will be shipped, and the recogniser."""
+        config = network_config()
+        self._vae = load_trained(vae_run).requires_grad_(False)
+        for parameter in self._vae.parameters():
+            parameter.copy_(parameter.half())
+        checkpoint = CheckpointFile(MODEL_FOLDER / "recognizer.safetensors")
+        recognizer = load_part(Recognizer, "recognizer", config, checkpoint, torch.float32, "cpu")
+        self._recognizer = recognizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 3x as fast
+        self._blank: dict[bytes, Tensor] = {}
+        self._tokenizer = load_tokenizer(MODEL_FOLDER / "clip", config)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [-1, 1]."""
+        mode: Tensor = self._vae.encode(images).latent_dist.mode()
+        return mode
+
+    def tokens(self, caption: str) -> Tensor:
+        """Return a short caption's 77 token ids."""
+        tokenizer = self._tokenizer
+        ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
+        return torch.tensor(chunk_tokens(ids, tokenizer.bos_token_id, tokenizer.eos_token_id)[0])
+
+    @torch.no_grad()
+    def read(self, lines: Tensor) -> Tensor:
+        """Return the recogniser's features (N, 40, 64) float16 of lines (N, 3, 48, 320)."""
+        parts = [
+            self._recognizer.features(part.contiguous(memory_format=torch.channels_last))
+            for part in lines.split(4)
+        ]
+        return torch.cat(parts).half()
+
+    def read_blank(self, lines: Tensor) -> Tensor:
+        """Like `read`, for hints that show nothing: they differ only in how far the line reaches."""
+        features = []
+        for line in lines:
+            key = line.numpy().tobytes()
+            if key not in self._blank:
+                self._blank[key] = self.read(line[None])[0]
+            features.append(self._blank[key])
+        return torch.stack(features)
+
+    @torch.no_grad()
+    def layout(self, scene: Scene, variants: int, *, with_hint: bool) -> dict[str, Any]:
+        """Compute a layout's features, and its images' in several colourings.
+
+        Returns:
+            glyphs (1, H, W) and positions (n, H, W) uint8; glyph_features, hint_features (of the first
+            colouring, if it has a hint) and blank_features (n, 40, 64) float16; latents and masked_latents
+            (v, C, h, w) float16; colors (v, n, 3); tokens (v, 77).
+        """
+        size = (scene.size, scene.size)
+        scenes = [scene, *(recolor(scene, variant) for variant in range(1, variants))]
+        # The same arithmetic as stage one's reading of an image file.
+        pixels = torch.stack([torch.from_numpy(draw_scene(item)) for item in scenes])
+        images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        polygons = [torch.tensor(line.polygon).float().numpy() for line in scene.lines]
+        font = FONT_FOLDER / GUIDE_FONT
+        masks = torch.stack([torch.from_numpy(drawing.draw_mask(polygon, size)) for polygon in polygons])
+        glyphs = torch.zeros(size, dtype=torch.uint8)
+        hint = torch.zeros(size)
+        drawn = []
+        for line, polygon in zip(scene.lines, polygons, strict=True):
+            glyphs |= torch.from_numpy(drawing.draw_glyph_map(line.text, polygon, font, line.color, size))
+            hint = torch.maximum(hint, torch.from_numpy(drawing.draw_font_hint(images[0].numpy(), polygon)))
+            drawn.append(torch.from_numpy(drawing.draw_glyph_line(line.text, font)))
+        blank_features = self.read_blank(font_lines(torch.zeros(1, *size), masks[:, None]))
+        hint_features = self.read(font_lines(hint[None], masks[:, None])) if with_hint else blank_features
+        covered = masks.amax(0).float()
+        latents = self.latents(torch.cat([images, (images - 10 * covered).clamp(-1, 1)]))
+        captions = [image_caption(item.caption, suffix="", seed=0, input_id="") for item in scenes]
+        return {
+            "glyphs": glyphs[None],
+            "positions": masks,
+            "glyph_features": self.read(glyph_lines(torch.stack(drawn))),
+            "hint_features": hint_features,
+            "blank_features": blank_features,
+            "latents": latents[: len(scenes)].half(),
+            "masked_latents": latents[len(scenes) :].half(),
+            "colors": torch.tensor([[line.color for line in item.lines] for item in scenes]).float(),
+            "tokens": torch.stack([self.tokens(caption) for caption in captions]),
+        }
+
+
+def main() -> None:
+    """Parse the command line and write the chunks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", type=Path, required=True, help="run folder of train_vae")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=3000, help="layouts")
+    parser.add_argument("--variants", type=int, default=3, help="colourings of a layout")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    maker = FeatureMaker(options.vae)
+    for start in range(0, options.count, CHUNK):
+        path = options.out / f"{start // CHUNK:05d}.pt"
+        if path.exists():
+            continue
+        scenes = [draw_scene_plan("teacher", options.seed, start + index) for index in range(CHUNK)]
+        layouts = [
+            maker.layout(scene, options.variants, with_hint=place % 2 == 0) for place, scene in enumerate(scenes)
+        ]
+        with atomic_write(path) as file:
+            torch.save(layouts, file)
+        log.info("wrote %s", path)
+
+
+if __name__ == "__main__":
+    main()

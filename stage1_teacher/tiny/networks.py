@@ -1,0 +1,115 @@
+"""The embedded teacher's networks before training, at the geometry of models/tiny/network.toml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from common.anytext2.config import NetworkConfig, load_network_config
+from common.anytext2.unet import UNet
+from common.anytext2.vae import VAE
+from common.anytext2.writenet import WriteNet
+from stage1_teacher.glyph_embedding import GlyphEmbedding
+from stage1_teacher.text_encoder import build_clip
+
+MODEL_FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny"
+BRANCH_SCALE = 0.3
+"""Residual branches start this much smaller than PyTorch has them: nearly the identity, and with gradients."""
+
+
+def network_config() -> NetworkConfig:
+    """Read models/tiny/network.toml."""
+    return load_network_config(MODEL_FOLDER / "network.toml")
+
+
+def build_vae(config: NetworkConfig | None = None) -> Any:
+    """Build the VAE (diffusers' AutoencoderKL) with random weights."""
+    return VAE(config or network_config()).autoencoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Denoiser:
+    """What `train_denoiser` trains. The glyph embedding's two encoders are given, not trained."""
+
+    unet: UNet
+    writenet: WriteNet
+    clip: Any
+    embedding: GlyphEmbedding
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name."""
+        parts = {"unet": self.unet, "writenet": self.writenet, "clip": self.clip}
+        named = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+        for name, p in self.embedding.named_parameters():
+            if not name.startswith(("font_predictor.", "position_encoder.")):
+                named[f"embedding.{name}"] = p
+        return named
+
+
+def build_denoiser(config: NetworkConfig, seed: int) -> Denoiser:
+    """Build the networks with weights from which a small network learns fast."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        denoiser = Denoiser(
+            unet=UNet(config),
+            writenet=WriteNet(config),
+            clip=build_clip(config),
+            embedding=GlyphEmbedding(config.context_dim),
+        )
+        _start(denoiser)
+    return denoiser
+
+
+@torch.no_grad()
+def _start(denoiser: Denoiser) -> None:
+    for module in (denoiser.unet, denoiser.writenet):
+        for part in module.modules():
+            if isinstance(part, ResnetBlock2D):
+                part.conv2.weight.mul_(BRANCH_SCALE)
+            elif isinstance(part, Transformer2DModel):
+                part.proj_out.weight.mul_(BRANCH_SCALE)
+    # From scratch there is no trained UNet to protect: control may speak from the first step, except into the
+    # first skip connection, which starts as the straight way of z_t to the output.
+    first, *others = denoiser.writenet.controlnet_down_blocks
+    for conv in [*others, denoiser.writenet.controlnet_mid_block]:
+        nn.init.normal_(conv.weight, std=BRANCH_SCALE / conv.weight.shape[1] ** 0.5)
+    nn.init.zeros_(first.weight)
+    _pass_through(denoiser.unet)
+    # CLIP starts its tables at 0.02, which a few thousand steps hardly leave.
+    nn.init.normal_(denoiser.clip.embeddings.token_embedding.weight, std=0.5)
+    nn.init.normal_(denoiser.clip.embeddings.position_embedding.weight, std=0.3)
+    # Colours come as 0-255 and are normalised afterwards: the bias must not vanish beside them, or black,
+    # grey and white are one colour.
+    color: Any = denoiser.embedding.color_proj[0]
+    nn.init.normal_(color.weight, std=1 / 128)
+    nn.init.normal_(color.bias, std=0.7)
+
+
+def _pass_through(unet: UNet) -> None:
+    """Let the UNet start as eps = z_t, which it is at high noise; what is left to learn is the picture.
+
+    z_t runs through the first convolution, the outermost skip connection and the last residual block's shortcut.
+    There its channels fill whole groups of the last norm, and their spread is 1 at any timestep.
+    """
+    channels = unet.conv_in.weight.shape[1]
+    last = unet.up_blocks[-1].resnets[-1]
+    hidden = last.conv_shortcut.weight.shape[1] - unet.conv_in.weight.shape[0]
+    for conv, source, tap in ((unet.conv_in, 0, 1), (last.conv_shortcut, hidden, 0)):
+        conv.weight[:channels] = 0
+        conv.bias[:channels] = 0
+        for channel in range(channels):
+            conv.weight[channel, source + channel, tap, tap] = 1
+    shift = 4.0  # silu is nearly straight from here on
+    unet.conv_norm_out.bias[:channels] = shift
+    unet.conv_out.weight.mul_(0.1)
+    unet.conv_out.weight[:, :channels] = 0
+    slope = 1.05  # of silu around the shift
+    for channel in range(channels):
+        unet.conv_out.weight[channel, channel, 1, 1] = 1 / slope
+    unet.conv_out.bias.fill_(-shift / slope)

@@ -1,0 +1,258 @@
+"""One synthetic scene: a coloured ground with one to three lines of text, as an image and an AnyWord annotation.
+
+The text is fitted to its polygon by the rule that glyph maps are drawn with: letters of the image lie where
+the glyph map has them, whatever the font; a small network then learns in hours instead of weeks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from common.seeding import rng
+from stage1_teacher import drawing
+from stage1_teacher.tiny.ground import PALETTE, Ground, draw_ground, draw_ground_plan
+
+FONT_FOLDER = Path(__file__).resolve().parents[2] / "models" / "fonts"
+GUIDE_FONT = "DejaVuSans.ttf"
+"""The font of the glyph maps (configs/tiny.toml: teacher.font)."""
+FONTS = (
+    ("DejaVuSans.ttf", 0.35),
+    ("DejaVuSans-Bold.ttf", 0.25),
+    ("Roboto-Bold.ttf", 0.16),
+    ("SourceSansPro-Bold.otf", 0.16),
+    ("SourceSerifPro-Bold.otf", 0.08),
+)
+"""Font file and its share of the lines."""
+CAPITALS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+SMALL = "abdefghkmnpqrtuy"
+DIGITS = "23456789"
+"""Without the letters and digits that look alike in some font (0 O o, 1 I l i j, c C, s S ...): a reader that sees
+one line of a random text could not tell them apart, and its score would measure that."""
+MIN_HEIGHT = 18.0
+"""Least height of a line's polygon, pixels; its capitals are then 12 px tall."""
+MARGIN = 0.12
+"""Ground left and right of the letters, in heights of the polygon. More would make the glyph map spread them."""
+MIN_CONTRAST = 85.0
+"""Least difference of luma (0 to 255) between a line and the ground under it: an OCR must read it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A line of text and where it stands."""
+
+    text: str
+    polygon: tuple[tuple[int, int], ...]
+    """Four corners, pixels, clockwise from the top left of the text."""
+    color: tuple[int, int, int]
+    font: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """Everything that is needed to draw an image again."""
+
+    ground: Ground
+    lines: tuple[Line, ...]
+    size: int
+    seed: tuple[str | int, ...]
+
+    @property
+    def caption(self) -> str:
+        """What the image shows, without its text and the text's colour."""
+        return self.ground.caption
+
+    def annotation(self, img_name: str) -> dict[str, object]:
+        """Return the scene as an entry of an AnyWord json file (v1.2b: with colours)."""
+        lines = [
+            {
+                "polygon": [list(point) for point in line.polygon],
+                "text": line.text,
+                "language": "Latin",
+                "valid": True,
+                "color": list(line.color),
+            }
+            for line in self.lines
+        ]
+        return {"img_name": img_name, "caption": self.caption, "annotations": lines}
+
+
+def draw_scene_plan(*seed: str | int, size: int = 96) -> Scene:
+    """Draw a scene's content from a keyed seed.
+
+    Args:
+        seed: parts of the key, e.g. a seed and an index.
+        size: side of the square image, pixels.
+    """
+    random_ = rng("scene", *seed)
+    ground = draw_ground_plan(random_)
+    plan = draw_ground(ground, size, rng("ground", *seed))
+    for _ in range(100):
+        lines = _place_lines(random_, plan, size)
+        if lines:
+            return Scene(ground=ground, lines=lines, size=size, seed=seed)
+    raise AssertionError(f"no line fits a scene of {size} px, seed {seed}")
+
+
+def recolor(scene: Scene, variant: int) -> Scene:
+    """Return the same lines on another ground, in other colours."""
+    for attempt in range(100):
+        seed = (*scene.seed, "recolor", variant, attempt)
+        random_ = rng("scene", *seed)
+        ground = draw_ground_plan(random_)
+        plan = draw_ground(ground, scene.size, rng("ground", *seed))
+        colors = [_readable_color(random_, plan, np.array(line.polygon)) for line in scene.lines]
+        if None not in colors:
+            lines = [replace(line, color=color) for line, color in zip(scene.lines, colors, strict=True) if color]
+            return replace(scene, ground=ground, lines=tuple(lines), seed=seed)
+    return scene
+
+
+def draw_scene(scene: Scene) -> NDArray[np.uint8]:
+    """Draw a scene's image, (size, size, 3) RGB."""
+    image = draw_ground(scene.ground, scene.size, rng("ground", *scene.seed)).astype(np.float32)
+    for line in scene.lines:
+        mask = text_mask(line, scene.size)[..., None]
+        image = image * (1 - mask) + np.asarray(line.color, dtype=np.float32) * mask
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def text_mask(line: Line, size: int) -> NDArray[np.float32]:
+    """Coverage of a line's letters, (size, size) in 0 to 1, anti-aliased."""
+    guide = _guide_ink(line)
+    center_x, center_y = guide.center
+    ink = _ink(line.font, guide.text)
+    # From the ink's own pixels to the image: stretched to the guide's ink box, turned, put at the box's centre.
+    scale_x, scale_y = guide.width / ink.shape[1], guide.height / ink.shape[0]
+    cos, sin = np.cos(np.deg2rad(guide.angle)), np.sin(np.deg2rad(guide.angle))
+    factor = 4
+    matrix = factor * np.array(
+        [[cos * scale_x, -sin * scale_y, center_x], [sin * scale_x, cos * scale_y, center_y]], dtype=np.float64
+    )
+    matrix[:, 2] -= matrix[:, :2] @ np.array([ink.shape[1] / 2, ink.shape[0] / 2])
+    large = cv2.warpAffine(ink, matrix, (size * factor, size * factor), flags=cv2.INTER_AREA)
+    small = cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA)
+    return np.asarray(small / 255, dtype=np.float32)
+
+
+def _place_lines(random_: random.Random, ground: NDArray[np.uint8], size: int) -> tuple[Line, ...]:
+    count = random_.choices((1, 2, 3), weights=(0.45, 0.38, 0.17))[0]
+    cuts = sorted(random_.uniform(-0.08, 0.08) for _ in range(count - 1))
+    bands = [0.0, *((i + 1) / count + cut for i, cut in enumerate(cuts)), 1.0]
+    lines = []
+    for top, bottom in itertools.pairwise(bands):
+        line = _place_line(random_, ground, size, top * size, bottom * size)
+        if line is None:
+            return ()
+        lines.append(line)
+    return tuple(lines)
+
+
+def _place_line(
+    random_: random.Random, ground: NDArray[np.uint8], size: int, top: float, bottom: float
+) -> Line | None:
+    length = random_.choices(range(1, 9), weights=(5, 12, 18, 20, 18, 12, 9, 6))[0]
+    text = _draw_text(random_, length)
+    angle = random_.uniform(-8, 8) if random_.random() < 0.35 else 0.0
+    slope = abs(np.sin(np.deg2rad(angle)))
+    left, _, right, _ = _font(GUIDE_FONT, 60).getbbox(text)
+    # Some ground around the letters, and never higher than wide: that would mean text from top to bottom.
+    aspect = max((right - left) / 60 + 2 * MARGIN, 1.05)
+    if aspect < 1.3:
+        angle = slope = 0.0
+    tallest = min((bottom - top - 2) / (1 + slope * aspect), (size - 2) / (aspect + slope), 42)
+    if tallest < MIN_HEIGHT:
+        return None
+    height = math.floor(random_.uniform(max(MIN_HEIGHT, 0.7 * tallest), tallest))
+    width = math.ceil(height * aspect)
+    half_w, half_h = (width + slope * height) / 2, (height + slope * width) / 2
+    center = np.array(
+        [
+            random_.uniform(half_w, max(half_w, size - 1 - half_w)),
+            random_.uniform(top + half_h, max(top + half_h, bottom - 1 - half_h)),
+        ]
+    )
+    if angle == 0.0:  # whole pixels, so that rounding does not cost a line its size
+        center = np.floor(center - np.array([width, height]) / 2) + np.array([width, height]) / 2
+    cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array([width / 2, height / 2])
+    turned = corners @ np.array([[cos, sin], [-sin, cos]]) + center
+    polygon = np.rint(np.clip(turned, 0, size - 1)).astype(int)
+    color = _readable_color(random_, ground, polygon)
+    if color is None:
+        return None
+    return Line(
+        text=text,
+        polygon=tuple((int(x), int(y)) for x, y in polygon),
+        color=color,
+        font=random_.choices([name for name, _ in FONTS], weights=[share for _, share in FONTS])[0],
+    )
+
+
+def _draw_text(random_: random.Random, length: int) -> str:
+    style = random_.choices(("sign", "word", "name", "number"), weights=(0.45, 0.2, 0.2, 0.15))[0]
+    if style == "word":
+        return "".join(random_.choices(SMALL, k=length))
+    if style == "name":
+        return random_.choice(CAPITALS) + "".join(random_.choices(SMALL, k=length - 1))
+    return "".join(random_.choices(CAPITALS * 2 + DIGITS if style == "sign" else DIGITS, k=length))
+
+
+def _readable_color(
+    random_: random.Random, ground: NDArray[np.uint8], polygon: NDArray[np.int_]
+) -> tuple[int, int, int] | None:
+    (left, top), (right, bottom) = polygon.min(0), polygon.max(0)
+    under = ground[top : bottom + 1, left : right + 1].reshape(-1, 3) @ np.array([0.299, 0.587, 0.114])
+    low, high = np.percentile(under, (2, 98))
+    fitting = []
+    for color in PALETTE.values():
+        luma = float(np.dot(color, (0.299, 0.587, 0.114)))
+        if luma < low - MIN_CONTRAST or luma > high + MIN_CONTRAST:
+            fitting.append(color)
+    return random_.choice(fitting) if fitting else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ink:
+    """The box that a line's letters fill: where the glyph map has them."""
+
+    text: str
+    """With the spaces that the glyph map spreads it by."""
+    center: tuple[float, float]
+    angle: float
+    """Degrees, clockwise."""
+    width: float
+    height: float
+
+
+def _guide_ink(line: Line) -> _Ink:
+    box = drawing.fit_box(np.asarray(line.polygon, dtype=np.float32))
+    font = drawing.largest_font(line.text, FONT_FOLDER / GUIDE_FONT, box)
+    assert font is not None, f"polygon of {line} is too small"
+    text = drawing.spread(line.text, font, box)
+    left, top, right, bottom = font.getbbox(text)
+    return _Ink(text=text, center=box.center, angle=-box.angle, width=right - left, height=bottom - top)
+
+
+@lru_cache(maxsize=256)
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(FONT_FOLDER / name), size)
+
+
+@lru_cache(maxsize=4096)
+def _ink(font: str, text: str) -> NDArray[np.uint8]:
+    """A text's letters at a large size, cropped to their ink, uint8."""
+    large = _font(font, 96)
+    left, top, right, bottom = large.getbbox(text)
+    image = Image.new("L", (int(right - left), int(bottom - top)))
+    ImageDraw.Draw(image).text((-left, -top), text, font=large, fill=255)
+    return np.asarray(image)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stage1_teacher.annotations import Annotations
+from stage1_teacher.tiny.data import write_dataset
+from stage1_teacher.tiny.scene import draw_scene, draw_scene_plan
+
+
+def test_a_written_data_set_reads_as_annotations_with_colours(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, count=5, seed=1)
+    contents = Annotations(path)
+    assert len(contents) == 5
+    for index in range(5):
+        scene = draw_scene_plan("data", 1, index)
+        content = contents[index]
+        assert content.caption == scene.caption
+        assert [line.text for line in content.lines] == [line.text for line in scene.lines]
+        assert [line.color for line in content.lines] == [line.color for line in scene.lines]
+        assert content.image is not None
+        assert np.array_equal(np.asarray(Image.open(content.image)), draw_scene(scene))
+
+
+def test_an_image_does_not_depend_on_how_many_are_drawn(tmp_path: Path) -> None:
+    few, more = (write_dataset(tmp_path / str(count), count=count, seed=2) for count in (2, 4))
+    entries = [json.loads(path.read_text())["data_list"] for path in (few, more)]
+    assert entries[0] == entries[1][:2]
+    name = entries[0][1]["img_name"]
+    assert (few.parent / "imgs" / name).read_bytes() == (more.parent / "imgs" / name).read_bytes()
+
+
+def test_the_command_writes_a_data_set(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stage1_teacher.tiny.data", "--count", "2", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--seed", "3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(Annotations(tmp_path / "data.json")) == 2

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stage1_teacher import drawing
+from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground
+from stage1_teacher.tiny.scene import (
+    CAPITALS,
+    DIGITS,
+    FONT_FOLDER,
+    FONTS,
+    GUIDE_FONT,
+    MIN_CONTRAST,
+    SMALL,
+    Scene,
+    draw_scene,
+    draw_scene_plan,
+    recolor,
+    text_mask,
+)
+
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [draw_scene_plan("test", index) for index in range(80)]
+
+
+def _glyph_map(scene: Scene, index: int) -> np.ndarray:
+    line = scene.lines[index]
+    polygon = np.array(line.polygon, np.float32)
+    size = (scene.size, scene.size)
+    return drawing.draw_glyph_map(line.text, polygon, FONT_FOLDER / GUIDE_FONT, line.color, size)
+
+
+def test_the_same_seed_gives_the_same_scene_and_another_seed_another_one() -> None:
+    assert draw_scene_plan("test", 3) == draw_scene_plan("test", 3)
+    assert draw_scene_plan("test", 3) != draw_scene_plan("test", 4)
+    assert np.array_equal(draw_scene(draw_scene_plan("test", 3)), draw_scene(draw_scene_plan("test", 3)))
+
+
+def test_scenes_have_one_to_three_lines_of_one_to_eight_known_characters(scenes: list[Scene]) -> None:
+    known = set(CAPITALS + SMALL + DIGITS)
+    assert {len(scene.lines) for scene in scenes} == {1, 2, 3}
+    lengths = {len(line.text) for scene in scenes for line in scene.lines}
+    assert min(lengths) == 1 and max(lengths) == 8
+    assert all(set(line.text) <= known for scene in scenes for line in scene.lines)
+
+
+def test_every_kind_of_ground_and_every_font_occurs(scenes: list[Scene]) -> None:
+    assert {scene.ground.kind for scene in scenes} == set(KINDS)
+    assert {line.font for scene in scenes for line in scene.lines} == {name for name, _ in FONTS}
+
+
+def test_polygons_lie_in_the_image_and_lines_do_not_overlap(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        masks = [drawing.draw_mask(np.array(line.polygon, np.float32), (96, 96)) for line in scene.lines]
+        assert all(0 <= value < 96 for line in scene.lines for point in line.polygon for value in point)
+        assert np.sum(masks, axis=0).max() == 1
+
+
+def test_letters_lie_under_the_glyph_map_in_any_font(scenes: list[Scene]) -> None:
+    covered = []
+    for scene in scenes:
+        for index, line in enumerate(scene.lines):
+            letters, glyphs = text_mask(line, scene.size) > 0.5, _glyph_map(scene, index)
+            near = np.pad(glyphs, 1)
+            near = np.max([near[dy : dy + 96, dx : dx + 96] for dy in range(3) for dx in range(3)], axis=0)
+            covered.append((letters & (near > 0)).sum() / max(letters.sum(), 1))
+    assert np.mean(covered) > 0.9
+    assert np.mean(np.array(covered) > 0.7) > 0.9
+
+
+def test_letters_moved_by_a_few_pixels_would_not_lie_under_the_glyph_map(scenes: list[Scene]) -> None:
+    covered = []
+    for scene in scenes:
+        letters, glyphs = text_mask(scene.lines[0], scene.size) > 0.5, _glyph_map(scene, 0)
+        covered.append((np.roll(letters, 4, axis=1) & (glyphs > 0)).sum() / max(letters.sum(), 1))
+    assert np.mean(covered) < 0.6
+
+
+def test_text_stands_out_from_its_ground(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        image = draw_scene(scene).astype(float) @ LUMA
+        for line in scene.lines:
+            inside = drawing.draw_mask(np.array(line.polygon, np.float32), (96, 96)) > 0
+            ground = image[inside & (text_mask(line, 96) < 0.01)]
+            difference = abs(float(np.dot(line.color, LUMA)) - float(np.median(ground)))
+            assert difference > MIN_CONTRAST - 20, (scene, line)
+
+
+def test_a_recoloured_scene_keeps_its_text_and_changes_its_look(scenes: list[Scene]) -> None:
+    changed = 0
+    for scene in scenes[:20]:
+        other = recolor(scene, 1)
+        assert [(line.text, line.polygon, line.font) for line in other.lines] == [
+            (line.text, line.polygon, line.font) for line in scene.lines
+        ]
+        changed += other.ground != scene.ground
+    assert changed > 15
+
+
+def test_captions_say_the_ground_and_never_the_text_or_its_colour() -> None:
+    ground = Ground(kind="gradient", colors=("orange", "red"), vertical=True)
+    assert ground.caption == "an orange to red gradient from top to bottom"
+    assert Ground(kind="grainy", colors=("blue",), vertical=False).caption == "a grainy blue background"
+    striped = Ground(kind="striped", colors=("pink",), vertical=True)
+    assert striped.caption == "a striped pink background, vertical stripes"
+
+
+def test_palette_colours_are_far_apart() -> None:
+    colors = np.array(list(PALETTE.values()), float)
+    distances = np.linalg.norm(colors[:, None] - colors[None], axis=2) + 1e3 * np.eye(len(colors))
+    assert distances.min() > 80
