@@ -313,13 +313,22 @@ class EvaluateConfig:
     """How text accuracy is measured."""
 
     num_samples: int = 500
-    """Held-out layouts."""
+    """Held-out layouts: the first this many inputs that can be used."""
+    samples_per_layout: int = 1
+    """Images of each layout, each from its own noise; AnyText-benchmark has 4."""
     recognizer: str = "ppocr_v4"
     """Reads the images; never the recogniser that conditions the model."""
     batch_size: int = 8
     """Images sampled side by side."""
     seed: int = 0
     """Keys the initial noise, the same for every run compared."""
+    keep_images: int = 16
+    """Layouts whose first image is kept, for the report."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_samples", "samples_per_layout", "batch_size"):
+            _require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), "at least 1")
+        _require(self.keep_images >= 0, "evaluate.keep_images", self.keep_images, "0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

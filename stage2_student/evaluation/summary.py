@@ -79,9 +79,11 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
     return summary
 
 
-def _rank(run: dict[str, Any]) -> tuple[int, int, str]:
+def _rank(run: dict[str, Any]) -> tuple[bool, int, int, str]:
+    """Order of the table: ceilings, teacher, students, many steps first; what leaves a part out comes last."""
     kinds = ("truth", "vae", "images", "teacher", "student")
-    return kinds.index(run["kind"]) if run["kind"] in kinds else len(kinds), -run["steps"], run["label"]
+    kind = kinds.index(run["kind"]) if run["kind"] in kinds else len(kinds)
+    return bool(run["settings"].get("without")), kind, -run["steps"], run["label"]
 
 
 def _summarise_run(
@@ -167,3 +169,29 @@ def _differences(labels: Sequence[str], results: dict[str, list[ImageResult]], s
 
 def _as_dict(value: Estimate | None) -> dict[str, Any] | None:
     return None if value is None else dataclasses.asdict(value)
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """Lay the runs out as a table of plain text, intervals in brackets."""
+    head = ("run", "Sen. Acc", "NED", "colour", "UNet", "WriteNet", "s/image")
+    rows = [
+        (
+            run["label"],
+            _with_interval(run["sen_acc"]),
+            _with_interval(run["ned"]),
+            _with_interval(run["color_acc"]),
+            f"{run['unet_evaluations']:g}",
+            f"{run['writenet_evaluations']:g}",
+            f"{run['seconds_per_image']:.3g}",
+        )
+        for run in summary["runs"]
+    ]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _with_interval(value: dict[str, Any] | None) -> str:
+    return "-" if value is None else f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

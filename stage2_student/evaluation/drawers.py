@@ -1,0 +1,174 @@
+"""From networks to the runs of an evaluation: the same noise for all, time and evaluations measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from common.config import Config
+from common.files import sha256_file
+from common.seeding import generator
+from stage2_student.adapter import find_adapter, read_card
+from stage2_student.evaluation.counting import EvaluationCounter
+from stage2_student.evaluation.runs import Drawn, Job, Run
+from stage2_student.sample import Sampler
+from stage2_student.student import Conditioning
+
+Picture = NDArray[np.uint8]
+"""(H, W, 3), RGB."""
+
+
+class Drawer(Protocol):
+    """Networks that turn noise into image latents in one way: the teacher on some grid, a student."""
+
+    @property
+    def label(self) -> str:
+        """For the tables."""
+
+    @property
+    def kind(self) -> str:
+        """Say "teacher" or "student"."""
+
+    @property
+    def steps(self) -> int:
+        """Solver steps."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the images depend on besides the inputs, as JSON values."""
+
+    @property
+    def noises(self) -> int:
+        """Noises needed per image."""
+
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """Return the UNet and the WriteNet whose evaluations are counted."""
+
+    def prepare(self, input_ids: Sequence[str]) -> Any:
+        """Encode inputs; not timed."""
+
+    def latents(self, prepared: Any, noise: Tensor) -> Tensor:
+        """Turn noise (B, K, C, h, w) into latents (B, C, h, w)."""
+
+
+def drawer_run(
+    drawer: Drawer, *, seed: int, shape: tuple[int, ...], decode: Callable[[Tensor], Sequence[Picture]]
+) -> Run:
+    """Return the run of a drawer.
+
+    Args:
+        drawer: the networks; loaded when it first draws.
+        seed: evaluate.seed, which keys the noise.
+        shape: of the latents, (C, h, w).
+        decode: latents (B, C, h, w) to pictures on the CPU.
+    """
+
+    def draw(jobs: Sequence[Job]) -> Drawn:
+        prepared = drawer.prepare([layout.layout_id for layout, _ in jobs])
+        noise = draw_noise(seed, jobs, shape, drawer.noises)
+        unet, writenet = drawer.modules()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # preparing must not be timed as drawing
+        with EvaluationCounter(unet=unet, writenet=writenet) as counter:
+            begun = time.perf_counter()
+            pictures = decode(drawer.latents(prepared, noise))
+            seconds = time.perf_counter() - begun
+        return Drawn(
+            images=pictures,
+            seconds=seconds,
+            unet_evaluations=counter.counts["unet"],
+            writenet_evaluations=counter.counts["writenet"],
+        )
+
+    return Run(
+        label=drawer.label,
+        kind=drawer.kind,
+        draw=draw,
+        steps=drawer.steps,
+        settings={**drawer.settings, "seed": seed},
+    )
+
+
+def draw_noise(seed: int, jobs: Sequence[Job], shape: tuple[int, ...], count: int = 1) -> Tensor:
+    """Draw the noise of each job: the same for every run of an evaluation, whoever draws.
+
+    Args:
+        seed: evaluate.seed.
+        jobs: B of them.
+        shape: of the latents, (C, h, w).
+        count: noises per image; more of them leave the first unchanged.
+
+    Returns:
+        (B, count, C, h, w) float32, on the CPU.
+    """
+    return torch.stack(
+        [
+            torch.randn((count, *shape), generator=generator(seed, "evaluate", layout.layout_id, sample))
+            for layout, sample in jobs
+        ]
+    )
+
+
+class StudentDrawer:
+    """A trained student, drawing in its own steps. The base is loaded when it first draws."""
+
+    kind = "student"
+
+    def __init__(
+        self, config: Config, adapter: Path, name: str, condition: Callable[[Sequence[str]], Conditioning]
+    ) -> None:
+        """Find the adapter.
+
+        Args:
+            config: model is used.
+            adapter: a run's folder, a checkpoint, or an adapter's folder.
+            name: for the label.
+            condition: encodes inputs by their ids.
+
+        Raises:
+            DataError: there is no adapter.
+        """
+        folder = find_adapter(adapter)
+        self._card = card = read_card(folder)
+        self._load = cache(lambda: Sampler.load(config, folder))
+        self.prepare = condition
+        self.label = f"{name}, {card.num_steps} step{'s' if card.num_steps > 1 else ''}"
+        self.steps = card.num_steps
+        self.settings: Mapping[str, Any] = {
+            "adapter": _hash_files(folder),
+            "base": card.base_fingerprint,
+            "objective": card.objective,
+            "trained_steps": card.step,
+            "timesteps": list(card.timesteps),
+            "sampler": card.sampler,
+            "rank": card.rank,
+            "dtype": config.model.dtype,
+        }
+
+    @cached_property
+    def noises(self) -> int:
+        """Noises needed per image: one, or with LCM's sampler one per step."""
+        return self._card.num_steps if self._card.sampler == "lcm" else 1
+
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """Return UNet and WriteNet, with their adapters."""
+        student = self._load().student
+        return student.unet, student.writenet
+
+    def latents(self, prepared: Conditioning, noise: Tensor) -> Tensor:
+        """Sample latents, (B, C, h, w), from noise (B, K, C, h, w)."""
+        return self._load().latents(prepared, noise)
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    """Return the start of the SHA-256 of every file of an adapter, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path)[:16] for path in files}

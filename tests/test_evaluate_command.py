@@ -1,0 +1,168 @@
+"""`pipeline.py evaluate` end to end, on a teacher small enough for tests: it draws noise, which is enough."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from common.anytext2.fingerprint import fingerprint
+from common.schedule import trailing_timesteps
+from pipeline import cli
+from stage2_student.adapter import Card, save_adapter
+from stage2_student.student import add_adapters, load_base
+from tests.stage1_teacher.small_teacher import annotation, load, write_annotations, write_teacher
+from tests.stage2_student.evaluation.drawn_text import draw_layouts
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, three held-out inputs and a student whose adapter changes nothing."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    config = load(write_teacher(folder), "lora.rank=2")
+    write_annotations(folder / "held_out.json", *map(annotation, range(3)))
+    student, checkpoint = load_base(config, torch.float32, "cpu")
+    add_adapters(student, config)
+    card = Card(
+        objective="phased",
+        sampler="ddim",
+        timesteps=tuple(trailing_timesteps(2).tolist()),
+        step=0,
+        rank=2,
+        alpha=config.lora.alpha,
+        base_fingerprint=fingerprint(checkpoint, "base"),
+        set_hash="none",
+        config={},
+    )
+    save_adapter(folder / "fresh", {name: p.detach() for name, p in student.trainable().items()}, card)
+    return folder
+
+
+def evaluate(folder: Path, out: Path, *more: str | Path) -> Result:
+    return run(
+        "evaluate",
+        *("--config", folder / "config.toml", "--annotations", folder / "held_out.json", "--out", out),
+        *("--set", "precompute.solver_steps=8", "--set", "evaluate.batch_size=2", *more),
+    )
+
+
+def summary_of(out: Path) -> dict[str, dict]:  # type: ignore[type-arg]
+    summary = json.loads((out / "evaluation.json").read_bytes())
+    return {row["label"]: row for row in summary["runs"]}
+
+
+def pictures(out: Path, name: str) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((out / "runs" / name / "images").iterdir())])
+
+
+def test_teacher_and_student_draw_from_the_same_noise_and_their_costs_are_counted(
+    folder: Path, tmp_path: Path
+) -> None:
+    result = evaluate(
+        folder,
+        tmp_path,
+        *("--adapter", f"untrained={folder / 'fresh'}", "--teacher", "trailing:2", "--teacher", "upstream:3"),
+        *("--set", "precompute.guidance_scale=1"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "teacher, 2 steps (trailing grid)" in result.output
+    rows = summary_of(tmp_path)
+    assert list(rows) == [
+        "teacher, 3 steps (upstream grid)",
+        "teacher, 2 steps (trailing grid)",
+        "untrained, 2 steps",
+    ]
+    assert [rows[label]["unet_evaluations"] for label in rows] == [3, 2, 2]
+    assert [rows[label]["writenet_evaluations"] for label in rows] == [1, 1, 1]
+    assert all(row["seconds_per_image"] > 0 and row["images"] == 3 for row in rows.values())
+    # An adapter that changes nothing, without guidance, is the teacher: a difference would be the measurement's.
+    ours, theirs = pictures(tmp_path, "untrained-2-steps"), pictures(tmp_path, "teacher-2-steps-trailing-grid")
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    other = pictures(tmp_path, "teacher-3-steps-upstream-grid")
+    assert np.abs(other.astype(int) - theirs).max() > 5
+
+
+def test_a_guided_solve_costs_two_evaluations_a_step_and_runs_join_a_folder(folder: Path, tmp_path: Path) -> None:
+    assert evaluate(folder, tmp_path, "--teacher", "trailing:8", "--truth").exit_code == 0
+    before = (tmp_path / "runs/teacher-8-steps-as-recorded/results.jsonl").read_bytes()
+    result = evaluate(folder, tmp_path, "--no-teacher", "--without", "writenet", "--without", "caption")
+    assert result.exit_code == 0, result.output
+    rows = summary_of(tmp_path)
+    assert list(rows) == [
+        "true images",
+        "true images through the VAE",
+        "teacher, 8 steps (as recorded)",
+        "teacher, 20 steps (upstream grid) without caption",
+        "teacher, 20 steps (upstream grid) without writenet",
+    ]
+    assert rows["teacher, 8 steps (as recorded)"]["unet_evaluations"] == 16
+    assert rows["teacher, 8 steps (as recorded)"]["writenet_evaluations"] == 2
+    assert rows["teacher, 20 steps (upstream grid) without writenet"]["writenet_evaluations"] == 0
+    assert (tmp_path / "runs/teacher-8-steps-as-recorded/results.jsonl").read_bytes() == before
+    assert len((tmp_path / "invocations.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_benchmarks_annotations_score_a_folder_of_its_images(tmp_path: Path) -> None:
+    images, layouts = draw_layouts("benchmark", 4, 512, (40, 60))
+    entries = []
+    for image, layout in zip(images, layouts, strict=True):
+        for sample in range(4):
+            shown = np.full_like(image, 99) if sample == 3 else image
+            Image.fromarray(shown).save(tmp_path / f"{layout.name}_{sample}.jpg", quality=95)
+        polygon = [[round(x), round(y)] for x, y in layout.lines[0].polygon]
+        line = {"polygon": polygon, "text": layout.lines[0].text, "language": "Latin", "valid": True, "pos": 4}
+        entries.append({"img_name": f"{layout.name}.jpg", "caption": "a sign", "annotations": [line]})
+    # data_root is a folder of another machine, as in the published file.
+    content = {"data_root": "/data/vdb/yuxiang.tyx/AIGC/data/laion_word/imgs", "data_list": entries}
+    (tmp_path / "test1k.json").write_text(json.dumps(content))
+    result = run(
+        *("evaluate", "--images", tmp_path, "--annotations", tmp_path / "test1k.json", "--out", tmp_path / "out")
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = summary_of(tmp_path / "out").values()
+    assert row["images"] == 16
+    assert row["sen_acc"]["value"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--teacher", "leading:4"), 2, "grid 'leading:4': expected trailing:STEPS or upstream:STEPS"),
+        (("--without", "eyes"), 2, "--without eyes: expected one of attnx, caption"),
+        (("--adapter", "nowhere"), 3, "nowhere: no adapter there"),
+        (("--set", "evaluate.recognizer=tesseract"), 2, "received 'tesseract'"),
+        (("--set", "evaluate.batch_size=0"), 2, "config evaluate.batch_size"),
+        (("--images", "nowhere"), 3, "nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_documented_exit_code(
+    folder: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result = evaluate(folder, tmp_path / "out", *arguments)
+    assert result.exit_code == code, result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_inputs_that_cannot_be_used_are_left_out_and_none_left_is_an_error(folder: Path, tmp_path: Path) -> None:
+    broken = annotation(0, img_name="missing.png")
+    write_annotations(tmp_path / "some.json", broken, annotation(1))
+    result = evaluate(folder, tmp_path / "out", "--annotations", tmp_path / "some.json", "--teacher", "trailing:1")
+    assert result.exit_code == 0, result.output
+    write_annotations(tmp_path / "none.json", broken)
+    result = run(
+        *("evaluate", "--config", folder / "config.toml", "--annotations", tmp_path / "none.json"),
+        *("--out", tmp_path / "other"),
+    )
+    assert result.exit_code == 3
+    assert "none of 1 inputs can be used" in result.output
