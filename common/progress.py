@@ -26,7 +26,7 @@ class Progress:
             initial: units already done by an earlier run.
         """
         self._total, self._description, self._unit = total, description, unit
-        self._count = self._initial = initial
+        self._count = self._initial = self._logged = initial
         self._facts: dict[str, Any] = {}
         self._bar: Any = None
         self._started = self._last_line = time.monotonic()
@@ -50,7 +50,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None and self._count > self._initial:
+        elif kind is None and self._count > self._logged:
             self._log()
 
     def update(self, n: int = 1, **facts: Any) -> None:
@@ -65,7 +65,7 @@ class Progress:
             self._log()
 
     def _log(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._logged = time.monotonic(), self._count
         rate = (self._count - self._initial) / max(self._last_line - self._started, 1e-9)
         of_total = f"/{self._total}" if self._total is not None else ""
         facts = "".join(f", {name} {value}" for name, value in self._facts.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def solve_guided(
     controls = [base.control(branch) for branch in branches]
     table, z = make_alphas_cumprod().to(device), noise.to(device, torch.float32)
     grid = [*trailing_timesteps(steps).tolist(), -1]
-    for t, t_end in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_end in pairwise(grid):
         now, later = (torch.full((count,), when, device=device) for when in (t, t_end))
         cond, rest = (base(z, now, *pair).float() for pair in zip(branches, controls, strict=True))
         z = ddim_step(z, guided(cond, rest, guidance_scale), alphas_at(table, now), alphas_at(table, later))

@@ -1,8 +1,9 @@
 """The ordinary commands on a full-size network: `make smoke-sd15`.
 
-Writes a checkpoint of the released AnyText2's every key and shape, filled by the golden rule (tests/parity.py), as
-upstream ships it (a .ckpt with a state_dict, float32, 6 GB), and the full-size CLIP folder; then runs precompute of one
-input with 2 solver steps at 256 px, 2 training steps, sampling, and parity. Needs 24 GB of memory and 15 GB of disk.
+Writes a checkpoint of every key and shape of the released AnyText2, filled by tests/golden_rule.py as
+upstream ships it (.ckpt with a state_dict, float32, 6 GB), and the full-size CLIP folder; then runs precompute of
+one input with 2 solver steps at 256 px, 2 training steps, sampling, and parity. Needs 24 GB of memory and 15 GB of
+disk.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from pathlib import Path
 import torch
 
 from common.config import PROJECT_ROOT
-from common.schedule import make_alphas_cumprod
-from tests.parity import golden_tensor
+from tests.golden_rule import rule_tensor
 
 GOLDEN = PROJECT_ROOT / "tests" / "golden"
 
@@ -29,8 +29,7 @@ def write_checkpoint(path: Path) -> None:
     if path.exists():
         return
     keys = json.loads((GOLDEN / "keys_sd15.json").read_text())
-    state = {key: golden_tensor(key, tuple(shape), dtype) for key, (shape, dtype) in keys.items()}
-    state["alphas_cumprod"] = make_alphas_cumprod()
+    state = {key: rule_tensor(key, tuple(shape)) for key, (shape, _) in keys.items()}
     temporary = path.with_suffix(".tmp")
     torch.save({"state_dict": state}, temporary)
     temporary.rename(path)
@@ -61,7 +60,7 @@ def run(*arguments: str | Path) -> float:
 def main() -> None:
     """Run all steps and print a table of seconds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=PROJECT_ROOT / "build" / "smoke-sd15", help="folder for the files")
+    parser.add_argument("--work", type=Path, default=PROJECT_ROOT / "build" / "smoke-sd15", help="folder")
     parser.add_argument("--golden", type=Path, action="append", default=[], help="golden file (again for more)")
     arguments = parser.parse_args()
     work: Path = arguments.work.resolve()

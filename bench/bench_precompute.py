@@ -1,0 +1,110 @@
+"""Stage one's UNet evaluations per second against a bare loop of batched UNet calls.
+
+    python bench/bench_precompute.py
+
+Both run in this process, in turn, at the same batch size: a whole `precompute` (drawing, encoding, WriteNet,
+the solve, rounding, writing and verifying the shard) and a loop that does nothing but call the UNet on batches of
+conditional and unconditional rows. An evaluation is one row through the UNet. Aim: at least 0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from common.config import PROJECT_ROOT, Config, load_config
+from stage1_teacher.precompute import precompute
+from stage1_teacher.solver import make_predict
+from stage1_teacher.teacher import Teacher
+from stage1_teacher.tiny.data import write_dataset
+
+
+def time_precompute(config: Config, annotations: Path) -> tuple[float, float, float]:
+    """Run precompute; return the seconds with and without its UNet calls, and the rows it evaluated.
+
+    The teacher's loading is not counted: it happens once in a run of days.
+    """
+    rows, inside, loading = 0, 0.0, 0.0
+    eps, load = Teacher.eps, Teacher.load
+
+    def counted_eps(self, noisy_latents, *args, **kwargs):  # type: ignore[no-untyped-def]
+        nonlocal rows, inside
+        started = time.perf_counter()
+        result = eps(self, noisy_latents, *args, **kwargs)
+        inside += time.perf_counter() - started
+        rows += len(noisy_latents)
+        return result
+
+    def counted_load(*args):  # type: ignore[no-untyped-def]
+        nonlocal loading
+        started = time.perf_counter()
+        teacher = load(*args)
+        loading += time.perf_counter() - started
+        return teacher
+
+    Teacher.eps, Teacher.load = counted_eps, staticmethod(counted_load)  # type: ignore[method-assign, assignment]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            precompute(config, Path(folder), annotations=[annotations])
+            seconds = time.perf_counter() - started - loading
+    finally:
+        Teacher.eps, Teacher.load = eps, load  # type: ignore[method-assign]
+    return seconds, inside, rows
+
+
+def time_bare_loop(config: Config, annotations: Path, teacher: Teacher) -> float:
+    """Return the rows per second of UNet calls alone, at the same batch and the same number of steps."""
+    from stage1_teacher.inputs import DrawSettings, draw_input
+    from stage1_teacher.sources import open_inputs
+
+    settings = DrawSettings.from_config(config)
+    inputs = open_inputs([annotations], [], config.precompute, settings.fonts, config.precompute.batch_size)
+    drawn = [draw_input(inputs[index], settings) for index in range(config.precompute.batch_size)]
+    with torch.no_grad():
+        predict = make_predict(teacher, teacher.encode(drawn), teacher.unconditional())
+        side = config.precompute.size // teacher.network.stride
+        z = torch.randn(len(drawn), teacher.network.latent_channels, side, side).to(teacher.device)
+        t = torch.full((len(drawn),), 500, device=teacher.device)
+        predict(z, t)  # warm up
+        started = time.perf_counter()
+        for _ in range(config.precompute.solver_steps):
+            predict(z, t)
+    return 2 * len(drawn) * config.precompute.solver_steps / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
+    parser.add_argument("--inputs", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    config = load_config(arguments.config)
+    teacher = Teacher.load(config)
+    ratios, shares = [], []
+    print(f"{'round':<7}{'precompute, rows/s':>20}{'bare loop, rows/s':>20}{'ratio':>8}{'share in UNet':>15}")
+    with tempfile.TemporaryDirectory() as folder:
+        annotations = write_dataset(Path(folder), count=arguments.inputs, seed=1, size=config.precompute.size)
+        for number in range(arguments.rounds):
+            before = time_bare_loop(config, annotations, teacher)
+            seconds, inside, rows = time_precompute(config, annotations)
+            bare = (before + time_bare_loop(config, annotations, teacher)) / 2
+            ratios.append(rows / seconds / bare)
+            shares.append(inside / seconds)
+            print(
+                f"{number:<7}{rows / seconds:>20.1f}{bare:>20.1f}{ratios[-1]:>8.2f}{shares[-1]:>15.2f}", flush=True
+            )
+    print(f"{'median':<47}{statistics.median(ratios):>8.2f}{statistics.median(shares):>15.2f}")
+
+
+if __name__ == "__main__":
+    main()
