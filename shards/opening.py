@@ -222,9 +222,7 @@ def _exclude(
     for header in headers:
         try:
             name = sidecar_name(header.shard)
-            found = verify_shard(
-                store.local_path(header.shard), header, decode_table(store.read(name), header, name)
-            )
+            found = verify_shard(store.shard_path(header), header, decode_table(store.read(name), header, name))
         except DataError as error:
             found = [Damage(shard=header.shard, sample=None, whole=True, message=str(error))]
         damages += [damage for damage in found if damage.whole or damage.sample is not None]

@@ -57,39 +57,34 @@ class ShardSet:
         *,
         allow_incomplete: bool = False,
         exclude_damaged: bool = False,
-        cache_dir: Path | None = None,
     ) -> ShardSet:
         """Open all committed shards of a set.
 
         Args:
-            location: a folder, or an fsspec URL such as s3://bucket/set.
+            location: a folder, or an fsspec URL such as s3://bucket/set (read through `remote`'s cache).
             allow_incomplete: take what is committed although the plan has more.
             exclude_damaged: verify everything first, and leave out what is damaged (under another set_hash).
-            cache_dir: for a URL, where shards are kept on this machine.
 
         Raises:
             DataError: no set there, nothing committed, shards missing, or a file damaged or from another set.
         """
-        store = open_store(location, cache_dir)
+        store = open_store(location)
         damage: OnDamage = "exclude" if exclude_damaged else "raise"
         return ShardSet(store, find_set(store, allow_incomplete=allow_incomplete, damage=damage))
 
     @staticmethod
-    def open_frozen(
-        run_dir: Path, location: str | Path | None = None, *, cache_dir: Path | None = None
-    ) -> ShardSet:
+    def open_frozen(run_dir: Path, location: str | Path | None = None) -> ShardSet:
         """Open the set that a run froze; shards added since are not in it.
 
         Args:
             run_dir: the run's folder.
             location: where the set is now, if it moved.
-            cache_dir: for a URL, where shards are kept on this machine.
 
         Raises:
             DataError: a shard of the frozen set is missing or was rewritten with other content.
         """
         frozen = read_frozen(run_dir)
-        store = open_store(frozen.location if location is None else location, cache_dir)
+        store = open_store(frozen.location if location is None else location)
         return ShardSet(store, select_frozen(store, frozen))
 
     def freeze(self, run_dir: Path) -> Path:
@@ -186,11 +181,11 @@ class ShardSet:
 
     def shard_path(self, shard_number: int) -> Path:
         """Return the path of a shard (by its place in `headers`) on this machine."""
-        return self._store.local_path(self.headers[shard_number].shard)
+        return self._store.shard_path(self.headers[shard_number])
 
     def prefetch(self, shard_numbers: Sequence[int]) -> None:
         """Start to bring shards (by their place in `headers`) to this machine."""
-        self._store.prefetch([self.headers[number].shard for number in shard_numbers])
+        self._store.prefetch([self.headers[number] for number in shard_numbers])
 
     def table(self, shard_number: int) -> list[Entry]:
         """Read a shard's table of samples, damaged ones included.
@@ -237,7 +232,7 @@ class _OpenShard:
     def __init__(self, store: Store, header: SidecarHeader, entries: Sequence[Entry]) -> None:
         self.header, self.entries = header, entries
         where = f"{header.shard} in {store.location}"
-        path = _guard(lambda: store.local_path(header.shard), where)
+        path = _guard(lambda: store.shard_path(header), where)
         self._file = _guard(lambda: path.open("rb", buffering=0), where)
 
     def read(self, entry: Entry, members: Sequence[str]) -> dict[str, bytes]:
@@ -268,12 +263,12 @@ _REMEDY = (
 )
 
 
-def open_store(location: str | Path, cache_dir: Path | None = None) -> Store:
+def open_store(location: str | Path) -> Store:
     """Return the store of a folder or URL."""
     if "://" in str(location):
         from shards.remote import CachedStore
 
-        return CachedStore(str(location), cache_dir)
+        return CachedStore(str(location))
     return FolderStore(Path(location))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from shards.sidecar import SidecarHeader
+
 
 class Store(Protocol):
     """Read access to a set's files; names are relative to the set, e.g. "plan/000000.txt"."""
@@ -25,15 +27,16 @@ class Store(Protocol):
             FileNotFoundError: there is none.
         """
 
-    def local_path(self, name: str) -> Path:
-        """Return a path on this machine that holds the whole file; a remote one is downloaded first.
+    def shard_path(self, header: SidecarHeader) -> Path:
+        """Return a path on this machine that holds a whole shard; a remote one is downloaded first.
 
         Raises:
             FileNotFoundError: there is none.
+            DataError: a download failed or brought other bytes than the sidecar says.
         """
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Start to bring files here in the background; needs no answer."""
+    def prefetch(self, headers: Sequence[SidecarHeader]) -> None:
+        """Start to bring shards here in the background; errors show when they are read."""
 
 
 class FolderStore:
@@ -65,12 +68,12 @@ class FolderStore:
                 return file.read(size) or b""
             return file.readall()
 
-    def local_path(self, name: str) -> Path:
+    def shard_path(self, header: SidecarHeader) -> Path:
         """See `Store`."""
-        path = self.folder / name
+        path = self.folder / header.shard
         if not path.exists():
             raise FileNotFoundError(path)
         return path
 
-    def prefetch(self, names: Sequence[str]) -> None:
+    def prefetch(self, headers: Sequence[SidecarHeader]) -> None:
         """Nothing to do: the files are here."""
