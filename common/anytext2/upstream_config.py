@@ -85,7 +85,7 @@ def _unet(table: Mapping[str, Any]) -> UNetConfig:
         attention_resolutions=attention,
         num_heads=int(table["num_heads"]),
         attnx_mid=bool(table.get("mid_attnx", True)),
-        attnx_levels=tuple(int(level) for level in levels if int(level) in all_levels),
+        attnx_levels=tuple(sorted((int(v) for v in levels if int(v) in all_levels), reverse=True)),
         attnx_down=bool(table.get("input_attnx", False)),
     )
 

@@ -13,7 +13,7 @@ from common.anytext2.checkpoint import load_unet, load_vae, load_writenet
 from common.anytext2.config import NetworkConfig, VaeConfig
 from common.anytext2.hints import Hints
 from common.anytext2.initialise import zero_output_layers
-from common.anytext2.unet import UNet, pad_contexts
+from common.anytext2.unet import AttnXBlock, UNet, pad_contexts
 from common.anytext2.writenet import WriteNet
 from tests.small_network import SMALL, base_checkpoint
 
@@ -85,8 +85,12 @@ def test_attnx_is_scaled_by_its_argument(unet: UNet) -> None:
     given = (random(1, 6, 8, 8), torch.tensor([10]), random(1, 77, 32))
     full, half, none = (unet(*given, attnx_scale=scale) for scale in (1.0, 0.5, 0.0))
     assert not torch.allclose(full, half)
-    assert not torch.allclose(half, none)
     assert torch.equal(full, unet(*given))
+    without = load_unet(SMALL, base_checkpoint())
+    for block in without.modules():
+        if isinstance(block, AttnXBlock):
+            block.attn1x = block.attn2x = None
+    torch.testing.assert_close(none, without(*given))
 
 
 def test_calls_in_any_order_give_the_same_numbers_and_leave_no_tensor_behind(

@@ -274,7 +274,8 @@ def test_the_exact_noise_of_one_image_leads_to_it_on_both_grids() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_or_inf_from_the_teacher_stops_the_run(bad: float) -> None:
+@pytest.mark.parametrize("keep", [[0, 1, 2, 3], []])
+def test_nan_or_inf_from_the_teacher_stops_the_run(bad: float, keep: list[int]) -> None:
     def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         eps = torch.zeros_like(z)
         if int(t[0]) < 600:
@@ -287,7 +288,7 @@ def test_nan_or_inf_from_the_teacher_stops_the_run(bad: float) -> None:
             noise(3),
             trailing_timesteps(4),
             guidance_scale=1.0,
-            keep=[0, 1, 2, 3],
+            keep=keep,
             alphas_cumprod_end=1.0,
             round_states=True,
         )
