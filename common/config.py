@@ -24,6 +24,12 @@ def _require(condition: bool, key: str, received: object, expected: str) -> None
         raise UsageError(f"config {key}: received {received!r}, expected {expected}")
 
 
+def _spread_states(solver_steps: int) -> int:
+    """Return the solver steps between kept states: 8, 4, 2 or 1 states, at least 2 steps apart if there are 2."""
+    counts = [count for count in (8, 4, 2) if solver_steps % count == 0 and solver_steps >= 2 * count]
+    return solver_steps // max(counts, default=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which network, and where its weights lie."""
@@ -78,8 +84,9 @@ class PrecomputeConfig:
     """Solves recorded per input, each from its own noise."""
     solver_steps: int = 40
     """DDIM steps of a solve, on the trailing grid."""
-    record_every: int = 5
-    """Keep every this many-th state; solver_steps must be a multiple."""
+    record_every: int = 0
+    """Keep every this many-th state; solver_steps must be a multiple. 0 keeps 8, 4, 2 or 1 states, as many as are
+    evenly spaced with at least 2 solver steps from one to the next (40 steps: 8 states, every 5th)."""
     guidance_scale: float = 7.5
     """s in eps_u + s (eps_c - eps_u)."""
     batch_size: int = 8
@@ -116,7 +123,6 @@ class PrecomputeConfig:
         for key in (
             "num_rollouts",
             "solver_steps",
-            "record_every",
             "batch_size",
             "max_lines",
             "max_chars",
@@ -125,8 +131,10 @@ class PrecomputeConfig:
             _require(getattr(self, key) >= 1, f"precompute.{key}", getattr(self, key), "at least 1")
         _require(self.max_lines <= 30, "precompute.max_lines", self.max_lines, "at most 30 (of 77 tokens)")
         _require(self.solver_steps <= 1000, "precompute.solver_steps", self.solver_steps, "at most 1000")
+        if self.record_every == 0:
+            object.__setattr__(self, "record_every", _spread_states(self.solver_steps))
         _require(
-            self.solver_steps % self.record_every == 0,
+            self.record_every > 0 and self.solver_steps % self.record_every == 0,
             "precompute.record_every",
             self.record_every,
             f"a divisor of precompute.solver_steps ({self.solver_steps})",

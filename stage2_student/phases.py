@@ -54,22 +54,23 @@ class Phases:
         return rollout_timesteps[:: self.states_per_phase]
 
 
-def require_distance(solver_steps_between_states: int) -> None:
+def require_distance(solver_steps: int) -> None:
     """Refuse targets between adjacent solver steps.
 
     Their states differ so little that float16 rounding of the record moves the target by 3 % (rms), 8 times more
     than between states that are 5 steps apart.
 
     Args:
-        solver_steps_between_states: the shards' precompute.record_every.
+        solver_steps: that the shortest crossing of a target takes.
 
     Raises:
-        UsageError: states of adjacent steps were recorded.
+        UsageError: the objective has targets between adjacent steps.
     """
-    if solver_steps_between_states < 2:
+    if solver_steps < 2:
         raise UsageError(
-            "these shards hold every solver step, and targets between adjacent steps are lost in float16 rounding;"
-            " expected precompute.record_every of 2 or more: precompute again, or train objective x0"
+            "this objective on these shards has targets between adjacent solver steps, which float16 rounding"
+            " spoils; precompute with precompute.record_every of 2 or more, train at phase starts with fewer phases,"
+            " or train objective x0"
         )
 
 

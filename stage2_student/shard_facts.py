@@ -14,6 +14,7 @@ from common.schedule import make_alphas_cumprod, trailing_timesteps
 from shards.layout import JSON, ROLLOUT
 from shards.meta import SampleMeta
 from shards.reader import ShardSet
+from stage2_student.losses import trains_at_starts
 from stage2_student.phases import Phases, require_distance
 
 PREDICTION_OBJECTIVES = ("lcm", "x0")
@@ -88,9 +89,9 @@ def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
         )
     if train.objective == "lcm":
         return Phases(num_states=len(facts.timesteps), num_phases=1), trailing_timesteps(train.num_phases)
-    if train.objective in ("phased", "pcm"):
-        require_distance(facts.record_every)
     phases = Phases(num_states=len(facts.timesteps), num_phases=train.num_phases)
+    if train.objective in ("phased", "pcm"):
+        require_distance(facts.record_every * (phases.states_per_phase if trains_at_starts(train) else 1))
     return phases, phases.student_timesteps(torch.tensor(facts.timesteps))
 
 

@@ -79,7 +79,6 @@ def main() -> None:
         "model.dtype=float32",
         "precompute.size=256",
         "precompute.solver_steps=2",
-        "precompute.record_every=1",
         "precompute.batch_size=1",
         "train.max_steps=2",
         "train.num_phases=1",

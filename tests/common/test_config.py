@@ -32,7 +32,7 @@ def test_values_come_from_the_file_then_from_overrides(tmp_path: Path) -> None:
         ("[train]\nmax_steps = 'many'\n", "train.max_steps: received 'many', expected int"),
         ("[train]\nmax_steps = true\n", "expected int"),
         ("[train]\nmax_steps = 0\n", "config train.max_steps: received 0, expected at least 1"),
-        ("[precompute]\nsolver_steps = 41\n", "divisor"),
+        ("[precompute]\nsolver_steps = 41\nrecord_every = 5\n", "divisor"),
         ("train = 3\n", "train must be a section"),
         ("[train\n", "config file"),
     ],
@@ -44,6 +44,14 @@ def test_a_wrong_file_is_an_error_that_says_what_where_and_what_was_expected(
         load_config(write(tmp_path, text))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("solver_steps", "every"), [(40, 5), (16, 2), (20, 5), (8, 2), (4, 2), (2, 2), (1, 1), (5, 5), (50, 25)]
+)
+def test_kept_states_are_spread_evenly_over_any_number_of_solver_steps(solver_steps: int, every: int) -> None:
+    config = load_config(None, [f"precompute.solver_steps={solver_steps}"])
+    assert config.precompute.record_every == every
 
 
 @pytest.mark.parametrize("override", ["train.max_steps", "max_steps=3", "=3", "train.=3"])

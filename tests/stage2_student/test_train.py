@@ -218,7 +218,7 @@ def test_shards_of_adjacent_solver_steps_are_refused(
 ) -> None:
     shards = write_shards(tmp_path / "shards", base_folder / "base.safetensors", record_every=1)
     with pytest.raises(UsageError, match="record_every of 2 or more"):
-        train(configure(), shards=shards, run=tmp_path / "run")
+        train(configure(states="all"), shards=shards, run=tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
