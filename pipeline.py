@@ -514,8 +514,11 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
 @click.option("--out", type=directory(), default=Path("demo"), show_default=True, help="Folder for everything.")
 @click.option("--count", type=click.IntRange(min=8), default=96, show_default=True, help="Inputs to generate.")
 @click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Training steps.")
-@click.option("--quick", is_flag=True, help="The same with 24 inputs and 40 steps.")
-def demo(out: Path, count: int, steps: int, quick: bool) -> None:
+@click.option(
+    "--layouts", type=click.IntRange(min=4), default=24, show_default=True, help="Held-out ones, measured."
+)
+@click.option("--quick", is_flag=True, help="The same with 24 inputs, 40 steps and 8 layouts.")
+def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     """Run everything on the embedded tiny teacher: minutes on a CPU, no download.
 
     It runs the ordinary commands, and prints each, so that you can run them yourself. Run again, it goes on.
@@ -523,41 +526,40 @@ def demo(out: Path, count: int, steps: int, quick: bool) -> None:
     Example: pipeline.py demo --out demo
     """
     if quick:
-        count, steps = 24, 40
+        count, steps, layouts = 24, 40, 8
     out = Path(os.path.relpath(out.absolute(), PROJECT_ROOT))  # the commands are run, and shown, from there
     tiny = ("--config", "configs/tiny.toml")
-    data, shards, run = out / "data", out / "shards", out / "run"
-    train_set = (f"train.max_steps={steps}", f"train.checkpoint_every={max(steps // 3, 1)}")
-    training = [part for value in train_set for part in ("--set", value)]
+    data, held_out, shards, run = out / "data", out / "held_out", out / "shards", out / "run"
+    evaluation, page, sheet = out / "evaluation", out / "report.html", out / "contact_sheet.png"
+    training = ("--set", f"train.max_steps={steps}", "--set", f"train.checkpoint_every={max(steps // 3, 1)}")
+    measuring = ("--adapter", run, "--truth", "--set", f"evaluate.num_samples={layouts}")
+    generate = ("-m", "stage1_teacher.tiny.data")
+    program = "pipeline.py"
     commands: dict[str, tuple[tuple[Any, ...], Path]] = {
-        "generate data": (("-m", "stage1_teacher.tiny.data", "--count", count, "--out", data), data / "data.json"),
+        "generate data": ((*generate, "--count", count, "--out", data), data / "data.json"),
         "precompute": (
-            ("pipeline.py", "precompute", *tiny, "--annotations", data / "data.json", "--out", shards),
+            (program, "precompute", *tiny, "--annotations", data / "data.json", "--out", shards),
             shards,
         ),
-        "finalize": (("pipeline.py", "finalize", "--shards", shards), shards / "summary.json"),
-        "inspect": (
-            ("pipeline.py", "inspect", *tiny, "--shards", shards, "--out", out / "contact_sheet.png"),
-            out / "contact_sheet.png",
-        ),
+        "finalize": ((program, "finalize", "--shards", shards), shards / "summary.json"),
+        "inspect": ((program, "inspect", *tiny, "--shards", shards, "--out", sheet), sheet),
         "train": (
-            ("pipeline.py", "train", *tiny, *training, "--shards", shards, "--out", run, "--resume", "auto"),
+            (program, "train", *tiny, *training, "--shards", shards, "--out", run, "--resume", "auto"),
             run,
         ),
         "compare": (
-            (
-                "pipeline.py",
-                "compare",
-                *tiny,
-                "--shards",
-                shards,
-                "--adapter",
-                run,
-                "--out",
-                out / "comparison.png",
-            ),
+            (program, "compare", *tiny, "--shards", shards, "--adapter", run, "--out", out / "comparison.png"),
             out / "comparison.png",
         ),
+        "held-out data": (
+            (*generate, "--count", layouts, "--seed", 1, "--out", held_out),
+            held_out / "data.json",
+        ),
+        "evaluate": (
+            (program, "evaluate", *tiny, *measuring, "--annotations", held_out / "data.json", "--out", evaluation),
+            evaluation / "evaluation.json",
+        ),
+        "report": ((program, "report", "--evaluation", evaluation, "--run", run, "--out", page), page),
     }
     seconds = {name: _run_step(arguments) for name, (arguments, _) in commands.items()}
     click.echo(f"\n{'what was done':<16}{'seconds':>9}  where it is")
@@ -651,6 +653,24 @@ def evaluate(
     summary = summarise(out)
     click.echo(format_table(summary))
     click.echo(f"{summary['lines']} lines of {summary['layouts']} layouts; everything is in {out}/evaluation.json")
+
+
+@cli.command()
+@click.option("--evaluation", type=directory(file_okay=False), required=True, help="Folder that evaluate wrote.")
+@click.option("--run", "runs", multiple=True, type=directory(file_okay=False), help="Training run, for its curve.")
+@click.option("--out", type=directory(dir_okay=False), required=True, help="The HTML file.")
+@click.option("--examples", type=click.IntRange(min=0), default=12, show_default=True, help="Layouts shown.")
+@click.option("--title", default="AnyText2 in few steps: how well text is drawn", help="Heading of the page.")
+def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, title: str) -> None:
+    """Write an evaluation as one self-contained HTML page: table, plots, images with what was read, settings.
+
+    Example: pipeline.py report --evaluation demo/evaluation --run demo/run --out demo/report.html
+    """
+    from stage2_student.report.data import gather
+    from stage2_student.report.page import write_report
+
+    write_report(out, gather(evaluation, runs, examples), title)
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 def _named_path(text: str) -> tuple[str, Path]:
