@@ -1,0 +1,132 @@
+"""What a report shows, gathered from an evaluation's folder and from the logs of training runs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.errors import DataError
+from stage2_student.evaluation.invocation import INVOCATIONS_FILE
+from stage2_student.evaluation.layouts import Layout
+from stage2_student.evaluation.results import RESULTS_FILE, ImageResult, load_layouts, load_results
+from stage2_student.evaluation.summary import summarise
+from stage2_student.runlog import read_log
+
+MAX_SIDE = 256
+"""Larger images are scaled down to this, pixels: a page with hundreds of them must still open."""
+LOSSLESS_SIDE = 160
+"""Images up to this are embedded as PNG, pixels; larger ones as JPEG."""
+_CONFIG_FILE = "config.json"
+"""A training run's resolved configuration, in its folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A training run's curve."""
+
+    name: str
+    losses: tuple[tuple[int, float], ...]
+    """(step, loss), ascending."""
+    config: Mapping[str, Any]
+    """Resolved; empty if the run kept none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One layout's image by one run."""
+
+    run: str
+    """The run's label."""
+    image: str
+    """data: URI."""
+    result: ImageResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """All that is on the page."""
+
+    summary: Mapping[str, Any]
+    """As `evaluation.json`."""
+    examples: tuple[tuple[Layout, tuple[Example, ...]], ...]
+    """For each shown layout the same noise drawn by each run, in the table's order."""
+    trainings: tuple[Training, ...]
+    invocations: tuple[Mapping[str, Any], ...]
+    """One per `evaluate` command, oldest first."""
+
+
+def gather(folder: Path, runs: Sequence[Path] = (), num_examples: int = 12) -> ReportData:
+    """Collect a report's data; the summary is computed anew.
+
+    Args:
+        folder: of the evaluation.
+        runs: folders of training runs, for their curves.
+        num_examples: layouts whose images are shown.
+
+    Raises:
+        DataError: the folder is not an evaluation's, a run has no log, or a file is damaged.
+    """
+    summary = summarise(folder)
+    return ReportData(
+        summary=summary,
+        examples=tuple(_examples(folder, summary, num_examples)),
+        trainings=tuple(_read_training(run) for run in runs),
+        invocations=tuple(_read_invocations(folder)),
+    )
+
+
+def _examples(folder: Path, summary: Mapping[str, Any], count: int) -> list[tuple[Layout, tuple[Example, ...]]]:
+    layouts, _ = load_layouts(folder)
+    kept: dict[str, list[Example]] = {}
+    for run in summary["runs"]:
+        place = folder / "runs" / run["folder"]
+        for result in load_results(place / RESULTS_FILE):
+            path = place / "images" / result.image
+            if result.image and path.is_file():
+                example = Example(run=run["label"], image=embed_image(path), result=result)
+                kept.setdefault(result.layout_id, []).append(example)
+    shown = [layout for layout in layouts if layout.layout_id in kept][:count]
+    return [(layout, tuple(kept[layout.layout_id])) for layout in shown]
+
+
+def embed_image(path: Path) -> str:
+    """Return an image file as a data: URI, scaled down if it is large.
+
+    Raises:
+        DataError: it is no image.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except OSError as error:
+        raise DataError(
+            f"{path}: not readable as an image ({error}); evaluate again without this run's folder"
+        ) from None
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    kind = "png" if max(image.size) <= LOSSLESS_SIDE else "jpeg"
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=88, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _read_training(run: Path) -> Training:
+    lines = read_log(run)
+    losses = [(int(line["step"]), float(line["loss"])) for line in lines if line.get("loss") is not None]
+    if not losses:
+        raise DataError(f"{run}: no training log there; expected the folder of a training run")
+    config: dict[str, Any] = {}
+    if (run / _CONFIG_FILE).exists():
+        config = json.loads((run / _CONFIG_FILE).read_bytes())
+    return Training(name=run.resolve().name, losses=tuple(losses), config=config)
+
+
+def _read_invocations(folder: Path) -> list[Mapping[str, Any]]:
+    path = folder / INVOCATIONS_FILE
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []

@@ -1,0 +1,88 @@
+"""The few figures at the head of the page, and what they say in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stage2_student.report.markup import Markup, tag
+from stage2_student.report.words import evaluations, interval, percent, points
+
+Run = Mapping[str, Any]
+
+
+def highlights(summary: Mapping[str, Any]) -> Markup | None:
+    """Return tiles: the best student, its ceiling, what few steps give without training, and its price."""
+    tiles = [tile for tile in _tiles(summary) if tile is not None]
+    return tag("ul", *tiles, class_="tiles") if tiles else None
+
+
+def _tiles(summary: Mapping[str, Any]) -> list[Markup | None]:
+    runs = [run for run in summary["runs"] if run["sen_acc"] and not run["settings"].get("without")]
+    students = [run for run in runs if run["kind"] == "student"]
+    ceiling = _ceiling(runs)
+    if not students:
+        shown = [ceiling] if ceiling else runs[:1]
+        return [_score_tile(run["label"], run) for run in shown if run]
+    best = max(students, key=lambda run: run["sen_acc"]["value"])
+    same = next((run for run in runs if run["kind"] == "teacher" and run["steps"] == best["steps"]), None)
+    return [
+        _score_tile(best["label"], best),
+        _score_tile(f"{ceiling['label']}: its ceiling", ceiling) if ceiling else None,
+        _score_tile(f"{same['label']}: the same steps, undistilled", same) if same else None,
+        _price_tile(summary["differences"], best, ceiling) if ceiling else None,
+    ]
+
+
+def _ceiling(runs: Sequence[Run]) -> Run | None:
+    """Return the solve that students learn from, or else the teacher's longest."""
+    teachers = [run for run in runs if run["kind"] == "teacher"]
+    recorded = [run for run in teachers if run["settings"].get("rounds_states")]
+    return max(recorded or teachers, key=lambda run: run["steps"], default=None)
+
+
+def telling_pairs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the differences that answer a question.
+
+    What does a student lose against the solve that it learnt from; what does it gain over the teacher in as few
+    steps; what is lost without a part of the teacher.
+    """
+    runs = summary["runs"]
+    whole = [run for run in runs if run["kind"] == "teacher" and not run["settings"].get("without")]
+    ceiling = _ceiling(whole)
+    wanted = set()
+    for run in runs:
+        if run["kind"] == "student":
+            wanted |= {(run["label"], other["label"]) for other in whole if other["steps"] == run["steps"]}
+            wanted |= {(run["label"], ceiling["label"])} if ceiling else set()
+        elif run["settings"].get("without"):
+            grid = run["settings"].get("grid")
+            wanted |= {(run["label"], other["label"]) for other in whole if other["settings"].get("grid") == grid}
+    order = [run["label"] for run in runs]
+    pairs = [row for row in summary["differences"] if (row["run"], row["less"]) in wanted]
+    return sorted(pairs, key=lambda row: order.index(row["run"]))
+
+
+def _score_tile(label: str, run: Run) -> Markup:
+    return tag(
+        "li",
+        tag("strong", percent(run["sen_acc"])),
+        tag("span", label),
+        tag("small", f"95 % interval {interval(run['sen_acc'])}"),
+        class_=run["kind"],
+    )
+
+
+def _price_tile(differences: Sequence[Mapping[str, Any]], student: Run, ceiling: Run) -> Markup:
+    pair = next((d for d in differences if (d["run"], d["less"]) == (student["label"], ceiling["label"])), None)
+    faster = ceiling["seconds_per_image"] / student["seconds_per_image"] if student["seconds_per_image"] else 0
+    ours, theirs = evaluations(student["unet_evaluations"]), evaluations(ceiling["unet_evaluations"])
+    calls = f"{ours} UNet calls instead of {theirs}"
+    return tag(
+        "li",
+        tag("strong", f"{faster:.1f} × faster" if faster else calls),
+        tag("span", f"{calls if faster else ''}"),
+        tag(
+            "small", f"{points(pair['sen_acc'])} points of Sen. Acc ({interval(pair['sen_acc'])})" if pair else ""
+        ),
+    )

@@ -1,0 +1,185 @@
+"""The report itself: sections in the order in which they are read, in one file that needs no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import write_bytes_atomic
+from stage2_student.report.data import Example, ReportData
+from stage2_student.report.highlights import highlights, telling_pairs
+from stage2_student.report.markup import Child, Markup, join, tag
+from stage2_student.report.plots import accuracy_plot, loss_plot
+from stage2_student.report.tables import differences_table, heights_table, runs_table
+
+_STYLE = Path(__file__).with_name("style.css")
+
+
+def write_report(path: Path, data: ReportData, title: str) -> None:
+    """Write the page, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(path, render(data, title).encode())
+
+
+def render(data: ReportData, title: str) -> str:
+    """Return the page."""
+    summary = data.summary
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Markup(_STYLE.read_text())),
+    )
+    body = tag(
+        "body",
+        tag("header", tag("h1", title), tag("p", _lead(data), class_="lead"), highlights(summary)),
+        tag("main", *_sections(data)),
+        tag("footer", tag("p", "Made by pipeline.py report from this evaluation's folder alone.")),
+    )
+    return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
+
+
+def _lead(data: ReportData) -> str:
+    summary = data.summary
+    last = data.invocations[-1] if data.invocations else None
+    where = f" Measured on {last['machine']}, {last['time'][:10]}." if last else ""
+    samples = summary["settings"]["samples_per_layout"]
+    per = f", {samples} images each" if samples > 1 else ""
+    return (
+        f"{summary['layouts']} held-out layouts{per} with {summary['lines']} lines of text in all, drawn by each"
+        f" run from the same noise and read by {summary['settings']['recognizer'].split()[0]}, which took no part"
+        f" in drawing them.{where}"
+    )
+
+
+def _sections(data: ReportData) -> list[Markup]:
+    summary = data.summary
+    runs = summary["runs"]
+    found = [
+        _section(
+            "Accuracy against steps",
+            "Lines read exactly as asked for (Sen. Acc), with 95 % intervals. The scale of steps is logarithmic.",
+            accuracy_plot(summary),
+        ),
+        _section(
+            "All runs",
+            "NED is the normalised edit similarity. A guided step of the teacher calls the UNet twice. Time is"
+            " that of the networks, without the encoding of prompts.",
+            runs_table(runs),
+        ),
+        _examples_section(data),
+        _section("By height of the text", "Sen. Acc, by the height of the line's box.", heights_table(runs)),
+        _differences_section(summary),
+        _section("Training", "Loss of the runs that made the students.", loss_plot(data.trainings)),
+        _settings_section(data),
+        _again_section(data),
+    ]
+    return [section for section in found if section is not None]
+
+
+def _section(heading: str, intro: Child, content: Child) -> Markup | None:
+    if not content:
+        return None
+    return tag("section", tag("h2", heading), tag("p", intro, class_="intro"), content)
+
+
+def _differences_section(summary: Mapping[str, Any]) -> Markup | None:
+    """Show the pairs that answer a question, and all others folded."""
+    differences = summary["differences"]
+    if not differences:
+        return None
+    text = (
+        "Two runs on the same layouts and noise, resampled together: far narrower than two intervals side by side."
+        " A difference is beyond chance where its 95 % interval does not hold 0."
+    )
+    telling = telling_pairs(summary)
+    rest = tag("details", tag("summary", f"All {len(differences)} pairs"), differences_table(differences))
+    return _section("Paired differences", text, join(differences_table(telling) if telling else None, rest))
+
+
+def _examples_section(data: ReportData) -> Markup | None:
+    if not data.examples:
+        return None
+    articles = [
+        tag(
+            "article",
+            tag("h3", *_asked(layout.lines), tag("small", layout.caption)),
+            tag(
+                "div",
+                *(tag("div", *map(_figure, group), class_="figures") for group in _groups(data, examples)),
+                class_="groups",
+            ),
+        )
+        for layout, examples in data.examples
+    ]
+    intro = "The first layouts, not chosen. Under each image is what the recogniser read: wrong readings are red."
+    return _section("The same noise, drawn by each run", intro, join(*articles))
+
+
+def _groups(data: ReportData, examples: Sequence[Example]) -> list[list[Example]]:
+    """Put teacher and true images in one row, students in the next, what leaves a part out in a third."""
+    runs = {run["label"]: run for run in data.summary["runs"]}
+    rows: dict[int, list[Example]] = {}
+    for example in examples:
+        run = runs[example.run]
+        row = 2 if run["settings"].get("without") else 1 if run["kind"] == "student" else 0
+        rows.setdefault(row, []).append(example)
+    return [rows[row] for row in sorted(rows)]
+
+
+def _asked(lines: Sequence[Any]) -> list[Child]:
+    if not lines:
+        return [tag("em", "no text asked for")]
+    return [tag("q", line.text) for line in lines]
+
+
+def _figure(example: Example) -> Markup:
+    readings: list[Child] = []
+    for line in example.result.lines:
+        shown = line.read or "nothing"
+        kind = "right" if line.exact else "wrong" if line.read else "wrong unread"
+        readings.append(tag("span", shown, class_=f"reading {kind}"))
+    return tag(
+        "figure",
+        tag("img", src=example.image, alt=f"drawn by {example.run}"),
+        tag("figcaption", tag("small", example.run), *readings),
+    )
+
+
+def _settings_section(data: ReportData) -> Markup | None:
+    blocks = [_settings("Evaluation", data.summary["settings"])]
+    blocks += [_settings(run["label"], run["settings"]) for run in data.summary["runs"] if run["settings"]]
+    blocks += [_settings(f"Training run {run.name}", run.config) for run in data.trainings if run.config]
+    if data.invocations:
+        blocks.append(_settings("Versions", data.invocations[-1]["packages"]))
+    return _section("Settings", "What the images and figures depend on.", join(*blocks))
+
+
+def _settings(heading: str, values: Mapping[str, Any]) -> Markup:
+    rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in _flatten(values)]
+    return tag("details", tag("summary", heading), tag("dl", *rows))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Write nested settings as dotted names."""
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            rows += _flatten(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _again_section(data: ReportData) -> Markup | None:
+    if not data.invocations:
+        return None
+    commands = "\n".join(dict.fromkeys(str(line["command"]) for line in data.invocations))
+    text = (
+        "Run in the project's root. Every random choice is keyed, so that the same inputs give the same figures."
+    )
+    return _section("How to make it again", text, tag("pre", tag("code", commands)))

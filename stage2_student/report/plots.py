@@ -1,0 +1,132 @@
+"""The report's charts: accuracy against steps, and loss curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stage2_student.report.charts import Axis, Point, Reference, Series, both_widths, legend, line_chart
+from stage2_student.report.data import Training
+from stage2_student.report.markup import Markup, join
+from stage2_student.report.words import interval, percent
+
+COLORS = 8
+"""Of the page's style; the first two are the teacher's."""
+_TEACHERS = ("teacher, trailing grid", "teacher, AnyText2's own grid")
+MAX_CURVE_POINTS = 240
+"""A longer curve is averaged into this many points."""
+
+
+def accuracy_plot(summary: Mapping[str, Any]) -> Markup | None:
+    """Draw Sen. Acc against steps, with intervals; None if no run has steps."""
+    series = _accuracy_series(summary["runs"])
+    if not series:
+        return None
+    references = [
+        Reference(label=f"{run['label']}, {percent(run['sen_acc'])}", y=run["sen_acc"]["value"])
+        for run in summary["runs"]
+        if run["kind"] in ("truth", "vae") and run["sen_acc"]
+    ][-1:]  # the VAE's if there is one: nothing drawn through it can be read better
+    steps = sorted({point.x for one in series for point in one.points})
+    x = Axis(
+        label="solver steps",
+        low=steps[0] / 1.25,
+        high=steps[-1] * 1.25,
+        ticks=tuple((step, f"{step:g}") for step in steps),
+        logarithmic=True,
+    )
+    y = Axis(label="", low=0, high=1, ticks=tuple((i / 5, f"{20 * i} %") for i in range(6)))
+
+    def draw(width: int, height: int) -> Markup:
+        return line_chart(
+            "Sen. Acc against solver steps", series, x, y, width=width, height=height, references=references
+        )
+
+    return join(legend(series, references), both_widths(draw))
+
+
+def _accuracy_series(runs: Sequence[Mapping[str, Any]]) -> list[Series]:
+    groups: dict[str, list[Point]] = {}
+    for run in runs:
+        if not run["steps"] or not run["sen_acc"] or run["settings"].get("without"):
+            continue
+        value = run["sen_acc"]
+        point = Point(
+            x=run["steps"],
+            y=value["value"],
+            low=value["low"],
+            high=value["high"],
+            note=f"{run['label']}: {percent(value)} ({interval(value)})",
+        )
+        groups.setdefault(_group_of(run), []).append(point)
+    students = [label for label in groups if label not in _TEACHERS]
+    colors = {label: color for color, label in enumerate((*_TEACHERS, *students))}
+    return [
+        Series(label=label, points=tuple(sorted(groups[label], key=lambda point: point.x)), color=color % COLORS)
+        for label, color in colors.items()
+        if label in groups
+    ]
+
+
+def _group_of(run: Mapping[str, Any]) -> str:
+    if run["kind"] == "student":
+        return f"students, {run['settings'].get('objective', 'trained')}"
+    upstream = str(run["settings"].get("grid", "")).startswith("upstream")
+    return _TEACHERS[1] if upstream else _TEACHERS[0]
+
+
+def loss_plot(trainings: Sequence[Training]) -> Markup | None:
+    """Draw the loss of training runs, on a logarithmic scale; None if there are none."""
+    series = [
+        Series(
+            label=run.name,
+            points=tuple(_smooth(run.losses)),
+            color=(index + len(_TEACHERS)) % COLORS,
+            markers=False,
+        )
+        for index, run in enumerate(trainings)
+    ]
+    values = [point.y for one in series for point in one.points if point.y > 0]
+    if not values:
+        return None
+    last = max(point.x for one in series for point in one.points)
+    step = nice_step(last / 5)
+    x = Axis(
+        label="optimizer steps",
+        low=0,
+        high=last,
+        ticks=tuple((i * step, f"{i * step:g}") for i in range(int(last / step) + 1)),
+    )
+    low, high = min(values), max(values)
+    y = Axis(label="", low=low / 1.1, high=high * 1.1, ticks=_log_ticks(low / 1.1, high * 1.1), logarithmic=True)
+
+    def draw(width: int, height: int) -> Markup:
+        return line_chart("Loss against optimizer steps", series, x, y, width=width, height=height)
+
+    return join(legend(series), both_widths(draw))
+
+
+def _smooth(losses: Sequence[tuple[int, float]]) -> list[Point]:
+    """Average neighbours so that at most MAX_CURVE_POINTS are left; a loss of 0 cannot be on the scale."""
+    kept = [(step, loss) for step, loss in losses if loss > 0]
+    size = max(1, math.ceil(len(kept) / MAX_CURVE_POINTS))
+    chunks = [kept[start : start + size] for start in range(0, len(kept), size)]
+    return [Point(x=chunk[-1][0], y=sum(loss for _, loss in chunk) / len(chunk)) for chunk in chunks]
+
+
+def nice_step(rough: float) -> float:
+    """Return the smallest 1, 2 or 5 times a power of ten that is at least as large."""
+    power = 10 ** math.floor(math.log10(rough))
+    return float(next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9)))
+
+
+def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """Mark 1, 2 and 5 times powers of ten in a range, or only its ends if it is narrow."""
+    marks = [
+        factor * 10.0**power
+        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for factor in (1, 2, 5)
+        if low <= factor * 10.0**power <= high
+    ]
+    return tuple((value, f"{value:.3g}") for value in (marks if len(marks) > 1 else [low, high]))

@@ -1,0 +1,124 @@
+"""The report in a real browser. Needs Debian's packages chromium and chromium-driver; CI installs them."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
+from stage2_student.report.data import gather
+from stage2_student.report.page import write_report
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",  # for root, as in containers
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+WIDTHS = {"desktop": 1280, "phone": 390}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        if os.environ.get("REQUIRE_CHROMIUM"):
+            pytest.fail("REQUIRE_CHROMIUM is set and chromium or chromedriver is not installed")
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium chromium-driver)")
+    options = ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with Chrome(options=options, service=ChromeService(driver)) as chrome:
+        yield chrome
+
+
+@pytest.fixture(scope="module")
+def address(evaluation: Path, training: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, gather(evaluation, [training]), "How well text is drawn")
+    return path.as_uri()
+
+
+def open_at(browser: Chrome, address: str, width: int) -> None:
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get_log("browser")
+    browser.get(address)
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS.keys())
+def test_the_page_is_shown_whole(browser: Chrome, address: str, width: int) -> None:
+    open_at(browser, address, width)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return window.innerWidth") == width
+
+    # All images are there and have a size on the screen.
+    images = browser.execute_script(
+        "return [...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width])"
+    )
+    assert len(images) == 35
+    assert all(complete and natural > 0 and shown >= 60 for complete, natural, shown in images)
+
+    # Nothing reaches beyond the right edge, folded parts unfolded.
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") == width
+    cut = browser.execute_script(
+        """return [...document.querySelectorAll('body *')].filter(e => {
+             const box = e.getBoundingClientRect();
+             const hidden = e.closest('thead') && getComputedStyle(e.closest('thead')).position === 'absolute';
+             return box.width && !hidden && (box.right > window.innerWidth + 1 || box.left < -1);
+           }).map(e => e.outerHTML.slice(0, 120))"""
+    )
+    assert cut == []
+    clipped = browser.execute_script(
+        """return [...document.querySelectorAll('td, th, figcaption, li, h1, h2, h3, dd, dt, p')].filter(e =>
+             e.offsetParent && !e.closest('thead') && e.scrollWidth > e.clientWidth + 1
+           ).map(e => e.outerHTML.slice(0, 120))"""
+    )
+    assert clipped == []
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS.keys())
+def test_its_text_can_be_read(browser: Chrome, address: str, width: int) -> None:
+    """No text is smaller than 11 px on the screen, charts included, and one chart of each pair is shown."""
+    open_at(browser, address, width)
+    sizes = browser.execute_script(
+        """return [...document.querySelectorAll('svg.chart')].filter(s => s.getBoundingClientRect().width).map(s =>
+             parseFloat(getComputedStyle(s.querySelector('text')).fontSize)
+               * s.getBoundingClientRect().width / s.viewBox.baseVal.width)"""
+    )
+    assert len(sizes) == 2
+    assert min(sizes) >= 10.5
+    smallest = browser.execute_script(
+        """return Math.min(...[...document.querySelectorAll('body *')].filter(e => e.offsetParent && e.innerText)
+             .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
+    )
+    assert smallest >= 11
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS.keys())
+def test_a_screenshot_is_not_blank(browser: Chrome, address: str, width: int) -> None:
+    open_at(browser, address, width)
+    shot = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+    assert shot.width == width
+    pixels = np.asarray(shot, int)
+    ground = pixels[2, 2]
+    drawn = (np.abs(pixels - ground).sum(axis=2) > 60).mean()
+    assert drawn > 0.02
+    # The first screen says the title and the tiles: there is ink in its upper and in its lower half.
+    halves = np.abs(pixels - ground).sum(axis=2) > 60
+    assert halves[:450].mean() > 0.01 and halves[450:].mean() > 0.005

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from stage2_student.report.charts import Axis, Point, Series, line_chart
+from stage2_student.report.data import Training
+from stage2_student.report.markup import Markup, join, tag
+from stage2_student.report.plots import MAX_CURVE_POINTS, accuracy_plot, loss_plot, nice_step
+from stage2_student.report.words import percent, points, seconds
+
+AXIS = Axis(label="x", low=1, high=100, ticks=((1, "1"), (10, "10"), (100, "100")), logarithmic=True)
+SHARE = Axis(label="", low=0, high=1, ticks=((0, "0"), (1, "1")))
+
+
+def parse(svg: Markup) -> ElementTree.Element:
+    return ElementTree.fromstring(f"<div>{svg}</div>")
+
+
+def test_markup_escapes_what_is_not_markup() -> None:
+    assert tag("p", "a < b & c", tag("b", 1), None, class_="x", title='"', hidden=False) == (
+        '<p class="x" title="&quot;">a &lt; b &amp; c<b>1</b></p>'
+    )
+    assert tag("img", src="a") == '<img src="a">'
+    assert join("<", Markup("<br>")) == "&lt;<br>"
+
+
+def test_a_chart_places_points_by_value_on_both_scales() -> None:
+    series = Series(
+        label="s", points=(Point(x=1, y=0), Point(x=10, y=0.5, low=0.4, high=0.7), Point(x=100, y=1)), color=0
+    )
+    root = parse(line_chart("t", [series], AXIS, SHARE, width=460, height=252))
+    circles = [
+        (float(c.get("cx", 0)), float(c.get("cy", 0))) for c in root.iter("{http://www.w3.org/2000/svg}circle")
+    ]
+    assert circles == [(46, 212), (246, 112), (446, 12)]
+    whisker = next(e for e in root.iter("{http://www.w3.org/2000/svg}line") if e.get("class") == "whisker")
+    assert (float(whisker.get("y1", 0)), float(whisker.get("y2", 0))) == (132, 72)
+
+
+def run(
+    label: str, steps: int, value: float | None, kind: str = "teacher", **settings: object
+) -> dict[str, object]:
+    accuracy = None if value is None else {"value": value, "low": value - 0.1, "high": value + 0.1, "count": 9}
+    return {"label": label, "steps": steps, "sen_acc": accuracy, "kind": kind, "settings": settings}
+
+
+def test_the_accuracy_plot_has_one_series_per_grid_and_objective_and_no_ablations() -> None:
+    runs = [
+        run("true images", 0, 1.0, "truth"),
+        run("t40", 40, 0.9, grid="trailing:40"),
+        run("t4", 4, 0.3, grid="trailing:4"),
+        run("u20", 20, 0.9, grid="upstream:20"),
+        run("ablated", 20, 0.2, grid="upstream:20", without="attnx"),
+        run("a", 4, 0.8, "student", objective="phased"),
+        run("b", 4, 0.7, "student", objective="lcm"),
+        run("no lines", 4, None, "student", objective="x0"),
+    ]
+    plot = accuracy_plot({"runs": runs})
+    assert plot is not None
+    root = parse(plot)
+    labels = ["".join(item.itertext()) for item in root.iter("li")]
+    assert labels == [
+        "teacher, trailing grid",
+        "teacher, AnyText2's own grid",
+        "students, phased",
+        "students, lcm",
+        "true images, 100.0\u00a0%",
+    ]
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * 5
+
+
+def test_without_steps_there_is_no_accuracy_plot() -> None:
+    assert accuracy_plot({"runs": [run("folder", 0, 0.5, "images")]}) is None
+    assert loss_plot([]) is None
+
+
+@pytest.mark.parametrize("count", [1, 7, 5000])
+def test_loss_curves_of_any_length_are_drawn_with_few_points(count: int) -> None:
+    training = Training(name="a", losses=tuple((i + 1, 1 / (i + 1)) for i in range(count)), config={})
+    plot = loss_plot([training])
+    assert plot is not None
+    for line in parse(plot).iter("{http://www.w3.org/2000/svg}polyline"):
+        assert len(line.get("points", "").split()) <= MAX_CURVE_POINTS
+    assert "NaN" not in plot
+
+
+@pytest.mark.parametrize(("rough", "step"), [(1, 1), (3, 5), (0.11, 0.2), (200, 200), (6, 10)])
+def test_ticks_are_at_round_numbers(rough: float, step: float) -> None:
+    assert nice_step(rough) == pytest.approx(step)
+
+
+def test_numbers_are_written_for_reading() -> None:
+    assert percent(0.1234) == "12.3\u00a0%"
+    assert percent(None) == "–"
+    assert points({"value": -0.051}) == "−5.1"
+    assert [seconds(value) for value in (0, 0.0123, 2.5, 123.4)] == ["–", "12 ms", "2.50 s", "123 s"]
