@@ -74,33 +74,25 @@ def precompute(
             inputs failed, or the teacher produced NaN or Inf.
         Stopped: a signal came; committed shards are kept and a further run goes on from there.
     """
-    if not 0 <= task_index < num_tasks:
-        raise UsageError(
-            f"task index: received {task_index}, expected 0 to {num_tasks - 1} (of {num_tasks} tasks)"
-        )
+    _check_task(task_index, num_tasks)
     _check_size(config)
     device = resolve_device(config.model.device)
-    load_teacher = functools.cache(lambda: Teacher.load(config))
+    load_teacher = functools.cache(lambda: Teacher.load(config))  # a finished set needs none
     with StopFlag() as stop, _repeatable():
         settings = DrawSettings.from_config(config)
         inputs = open_inputs(annotations, prompts, config.precompute, settings.fonts, limit)
         manifest, uncond = create_or_check(
             out, build_identity(config, settings), describe_run(device), lambda: make_stored_uncond(load_teacher())
         )
+        identity = manifest.identity_sha256
         remove_leftovers(out)
         ids = inputs.ids()
         plan = extend_plan(out, ids, config.shards.samples_per_shard)
-        identity = manifest.identity_sha256
         share = choose_share(out, identity, plan, ids, task_index=task_index, num_tasks=num_tasks)
         if share.todo:
             stop.raise_if_requested(share.standing)
-            recorder = Recorder(
-                load_teacher(),
-                uncond,
-                config.precompute,
-                between_batches=lambda: stop.raise_if_requested(share.standing),
-            )
             maker = ShardMaker(out, identity, share, config.precompute, stop, describe_machine(device))
+            recorder = Recorder(load_teacher(), uncond, config.precompute, between_batches=maker.check_stop)
             maker.make_all(inputs, settings, recorder)
     return Done(
         shards_planned=plan.num_shards,
@@ -110,6 +102,13 @@ def precompute(
         records=share.records,
         failed=share.failed,
     )
+
+
+def _check_task(task_index: int, num_tasks: int) -> None:
+    if not 0 <= task_index < num_tasks:
+        raise UsageError(
+            f"task index: received {task_index}, expected 0 to {num_tasks - 1} (of {num_tasks} tasks)"
+        )
 
 
 def _check_size(config: Config) -> None:

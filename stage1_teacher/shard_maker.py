@@ -49,7 +49,7 @@ class ShardMaker:
             identity_sha256: its manifest's.
             share: what this task makes; its counts are kept up to date.
             settings: batch size, threads and the budget of failures.
-            stop: asked between shards.
+            stop: asked between shards and batches.
             machine: device and library versions, stored in every sidecar.
         """
         self._folder, self._identity_sha256 = folder, identity_sha256
@@ -71,8 +71,16 @@ class ShardMaker:
             draw_ahead(inputs, indices, draw_settings, workers=self._settings.draw_workers, ahead=ahead) as drawn,
         ):
             for item in todo:
-                self._stop.raise_if_requested(self._share.standing)
+                self.check_stop()
                 self._make(item.shard, drawn, recorder, progress)
+
+    def check_stop(self) -> None:
+        """Ask whether to go on; done between shards and, by the recorder, between batches.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        self._stop.raise_if_requested(self._share.standing)
 
     def _make(self, shard: PlannedShard, drawn: Iterator[Outcome], recorder: Recorder, progress: Progress) -> None:
         writer = ShardWriter(
@@ -80,7 +88,7 @@ class ShardMaker:
         )
         with writer:
             first = shard.first_index
-            for group in self._group(drawn, len(shard.input_ids)):
+            for group in group_by_drawn(drawn, len(shard.input_ids), self._settings.batch_size):
                 self._write_group(writer, shard, first, group, recorder)
                 first += len(group)
                 progress.update(len(group), failed=self._share.failed)
@@ -101,17 +109,6 @@ class ShardMaker:
                 writer.add(index, next(records))
             else:
                 writer.fail(self._note(shard, index, outcome))
-
-    def _group(self, drawn: Iterator[Outcome], count: int) -> Iterator[list[Outcome]]:
-        """Cut the next `count` outcomes into groups with `batch_size` drawn inputs, failures where they fall."""
-        group: list[Outcome] = []
-        for _ in range(count):
-            group.append(next(drawn))
-            if sum(isinstance(item, DrawnInput) for item in group) == self._settings.batch_size:
-                yield group
-                group = []
-        if group:
-            yield group
 
     def _note(self, shard: PlannedShard, index: int, failure: InputFailure) -> Failure:
         """Count a failed input.
@@ -135,3 +132,15 @@ class ShardMaker:
             reason=failure.reason,
             message=str(failure),
         )
+
+
+def group_by_drawn(drawn: Iterator[Outcome], count: int, batch_size: int) -> Iterator[list[Outcome]]:
+    """Cut the next `count` outcomes into groups with `batch_size` drawn inputs, failures where they fall."""
+    group: list[Outcome] = []
+    for _ in range(count):
+        group.append(next(drawn))
+        if sum(isinstance(item, DrawnInput) for item in group) == batch_size:
+            yield group
+            group = []
+    if group:
+        yield group
