@@ -57,6 +57,10 @@ format: $(STAMP)  ## rewrite the code in the house format
 bench: $(STAMP)  ## the benchmarks: tables of ratios measured side by side
 	for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
+.PHONY: torture
+torture: $(STAMP)  ## kill writers, fail disks and flip bits for a few minutes
+	$(BIN)/python -m tests.torture $(TORTURE_FLAGS)
+
 .PHONY: smoke-sd15
 smoke-sd15: $(STAMP)  ## the ordinary commands on a full-size, rule-made checkpoint (24 GB of memory)
 	$(BIN)/python -m tests.smoke_sd15

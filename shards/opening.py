@@ -20,6 +20,8 @@ from shards.verify import Damage, verify_shard
 logger = logging.getLogger(__name__)
 
 _NAMED = 5
+_CHUNK = 32
+"""Sidecars that a thread reads at a time."""
 
 PLANNED_ONLY = "planned, not written"
 """Ends the line about a shard that is not there yet."""
@@ -138,8 +140,12 @@ def _read_manifest(store: Store) -> tuple[Manifest, bytes]:
 
 def _read_headers(store: Store, names: Sequence[str]) -> Iterator[tuple[str, SidecarHeader | DataError]]:
     """Read the first line of many sidecars; waiting for a file server is done side by side."""
+    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
     with ThreadPoolExecutor(8) as pool:
-        yield from zip(names, pool.map(lambda name: _read_header(store, name), names), strict=True)
+        for chunk, found in zip(
+            chunks, pool.map(lambda chunk: [_read_header(store, name) for name in chunk], chunks), strict=True
+        ):
+            yield from zip(chunk, found, strict=True)
 
 
 def _read_header(store: Store, name: str) -> SidecarHeader | DataError:

@@ -1,8 +1,8 @@
 """Whole rollouts of a held-out set, for evaluation: any state of any sample in one read.
 
-A zarr v3 array `states` [sample, step, C, h, w]: a chunk is one state with its own crc32c, a zarr shard (one file) is
-a block of samples, written at once by one task. The array is made whole beforehand; a record of its own, made after
-the block's file is on disk, says that a block was written, so that missing never looks like zeros.
+A zarr v3 array `states` [sample, step, C, h, w]: a chunk is one state with its own crc32c, a zarr shard (one file)
+is a block of samples, written at once by one task. The array is made whole beforehand; a record of its own, made
+after the block's file is on disk, says that a block was written, so that missing never looks like zeros.
 """
 
 from __future__ import annotations
