@@ -89,7 +89,15 @@ class FeatureStore:
         return len(self.layouts)
 
     def batch(
-        self, seed: int, step: int, *, images: int, noises: int, blank_latents: Tensor, side: int | None = None
+        self,
+        seed: int,
+        step: int,
+        *,
+        images: int,
+        noises: int,
+        blank_latents: Tensor,
+        side: int | None = None,
+        lowest: int = 0,
     ) -> TrainingBatch:
         """Draw a batch, keyed by (seed, step) (and by the layouts read so far).
 
@@ -100,8 +108,9 @@ class FeatureStore:
             noises: K.
             blank_latents: (C, h, w), of the image that shows nothing.
             side: pixels of a crop that is trained on, a multiple of 16; None for whole images.
+            lowest: timestep drawn.
         """
-        random_ = rng("batch", seed, step)
+        random_ = rng("batch", seed, step, side or 0)
         chosen = [self._choose(random_, blank_latents) for _ in range(images)]
         if side is not None:
             chosen = [_crop(item, side, random_) for item in chosen]
@@ -113,10 +122,11 @@ class FeatureStore:
             name: torch.cat([item[name] for item in chosen])
             for name in ("glyph_features", "where", "font_features", "colors")
         }
-        g = generator("noise", seed, step)
+        g = generator("noise", seed, step, side or 0)
         latents = stacked["latents"].float()
         count = images * noises
-        # One timestep from each of `count` equal strata, in random order: less noise in the loss.
+        # One timestep from each of `count` strata, in random order: less noise in the loss. Their density rises
+        # with t: at high noise the captions alone tell what the picture is, and that is what is slow to learn.
         strata = (torch.randperm(count, generator=g) + torch.rand(count, generator=g)) / count
         latents_stride = stacked["positions"].shape[-1] // latents.shape[-1]
         weight = 1 + functional.max_pool2d(stacked["positions"].clamp(max=1), latents_stride)
@@ -131,7 +141,7 @@ class FeatureStore:
             **joined,
             weight=weight / weight.mean(),
             noise=torch.randn((count, *latents.shape[1:]), generator=g),
-            timesteps=(strata * 1000).long().clamp(max=999),
+            timesteps=(lowest + strata.sqrt() * (1000 - lowest)).long().clamp(max=999),
         )
 
     def _choose(self, random_: Any, blank_latents: Tensor) -> dict[str, Tensor]:

@@ -32,13 +32,15 @@ log = logging.getLogger(__name__)
 
 MAX_SNR = 5.0
 """Above it a noise level's weight falls (min-SNR, Hang et al. 2023, arXiv 2303.09556)."""
-MAX_WEIGHT = 8.0
+MAX_WEIGHT = 200.0
 """Of an eps error. (SNR + 1) / SNR would count errors of v alike; with the plain eps loss a network learns late
 what the picture is, for at high noise that hardly shows in eps."""
 EMA_DECAY, EMA_EVERY = 0.995, 5
 CROP = 64
 """Pixels; whole images have 96."""
-LOG_EVERY, SAVE_EVERY = 50, 100
+PATCH, PATCH_TIMESTEP = 32, 500
+"""Side of a patch, pixels, and the lowest timestep at which it is seen."""
+LOG_EVERY = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,11 @@ class Settings:
     peak: float
     """Learning rate after warm-up; a cosine follows."""
     seed: int
+    patches: int = 0
+    """Small crops of as many other images at high noise, added to each step. They cost a ninth each, and what the
+    captions say shows in them as well as in a whole image: a batch of twelve is too noisy to learn it from."""
+    save_every: int = 100
+    """Steps."""
     crop_steps: int
     """First steps, on crops: they teach how letters look under their glyphs at less than half the cost."""
 
@@ -110,14 +117,17 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             log.info("goes on from step %d", self.step)
 
-    def train_step(self, batch: TrainingBatch, cumulative: Tensor) -> Tensor:
-        """Take one optimizer step; returns each prediction's loss, (B K,)."""
+    def train_step(self, batch: TrainingBatch, cumulative: Tensor, patches: TrainingBatch | None = None) -> Tensor:
+        """Take one optimizer step; returns each prediction's loss, (B K,), without those of the patches."""
         rate = learning_rate(self.step, self.settings.steps, self.settings.peak, warmup=100)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         losses = denoising_losses(self.denoiser, batch, cumulative, self.config.placeholder_token_id)
         self.optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()
+        if patches is not None:
+            more = denoising_losses(self.denoiser, patches, cumulative, self.config.placeholder_token_id)
+            more.mean().backward()
         trained = list(self.parameters.values())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
@@ -159,7 +169,18 @@ def train(out: Path, settings: Settings, *, features: Path, vae: Path, position:
             blank_latents=blank,
             side=CROP if trainer.step < settings.crop_steps else None,
         )
-        losses = trainer.train_step(batch, cumulative)
+        patches = None
+        if settings.patches:
+            patches = store.batch(
+                settings.seed,
+                trainer.step,
+                images=settings.patches,
+                noises=1,
+                blank_latents=blank,
+                side=PATCH,
+                lowest=PATCH_TIMESTEP,
+            )
+        losses = trainer.train_step(batch, cumulative, patches)
         # By noise level: mean of the first, second ... quarter of the timesteps.
         parts.append(losses[batch.timesteps.argsort()].reshape(4, -1).mean(1))
         if trainer.step % LOG_EVERY == 0:
@@ -168,7 +189,7 @@ def train(out: Path, settings: Settings, *, features: Path, vae: Path, position:
             pace = (time.monotonic() - began) / LOG_EVERY
             log.info("step %d loss %.4f (%s) %.2f s/step", trainer.step, quarters.mean(), levels, pace)
             began, parts = time.monotonic(), []
-        if trainer.step % SAVE_EVERY == 0 or trainer.step == settings.steps:
+        if trainer.step % settings.save_every == 0 or trainer.step == settings.steps:
             trainer.save()
             log.info("saved; %d layouts", store.refresh())
 
@@ -181,6 +202,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--crop-steps", type=int, default=1500, help="first steps, on crops of 64 px")
     parser.add_argument("--images", type=int, default=6, help="images of a step")
+    parser.add_argument("--patches", type=int, default=40, help="small crops added to a step")
     parser.add_argument("--noises", type=int, default=2, help="noises an image")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -196,6 +218,7 @@ def main() -> None:
         peak=options.learning_rate,
         seed=options.seed,
         crop_steps=options.crop_steps,
+        patches=options.patches,
     )
     train(options.out, settings, features=options.features, vae=options.vae, position=options.position)
 

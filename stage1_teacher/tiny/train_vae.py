@@ -68,9 +68,9 @@ def crops(pool: Tensor, seed: int, step: int, batch_size: int, side: int = 64) -
     return to_unit(torch.stack(parts))
 
 
-def prepare(seed: int) -> tuple[Any, PatchBasis]:
+def prepare(seed: int, num_fitted: int) -> tuple[Any, PatchBasis]:
     """Build the VAE with its fitted encoder and its decoder's linear start."""
-    images = to_unit(draw_images(seed + 1, 400))
+    images = to_unit(draw_images(seed + 1, num_fitted))
     basis = fit_patch_basis(images, 4, 16)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -80,10 +80,20 @@ def prepare(seed: int) -> tuple[Any, PatchBasis]:
     return vae, basis
 
 
-def train(out: Path, *, steps: int, batch_size: int, peak: float, seed: int, num_images: int) -> None:
-    """Train the decoder; writes `checkpoint.pt` (everything) to `out` every 100 steps."""
+def train(
+    out: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    peak: float,
+    seed: int,
+    num_images: int,
+    save_every: int = 100,
+    num_fitted: int = 400,
+) -> None:
+    """Train the decoder; writes `checkpoint.pt` (everything) to `out` every `save_every` steps."""
     out.mkdir(parents=True, exist_ok=True)
-    vae, basis = prepare(seed)
+    vae, basis = prepare(seed, num_fitted)
     decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     ema = [p.detach().clone() for p in decoder]
     optimizer = torch.optim.AdamW(decoder, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
@@ -112,8 +122,9 @@ def train(out: Path, *, steps: int, batch_size: int, peak: float, seed: int, num
         decay = min(0.998, (1 + step) / (10 + step))
         torch._foreach_lerp_(ema, [p.detach() for p in decoder], 1 - decay)
         total += float(loss.detach())
-        if (step + 1) % 100 == 0:
-            log.info("step %d loss %.4f %.2f s/step", step + 1, total / 100, (time.monotonic() - began) / 100)
+        if (step + 1) % save_every == 0:
+            pace = (time.monotonic() - began) / save_every
+            log.info("step %d loss %.4f %.2f s/step", step + 1, total / save_every, pace)
             began, total = time.monotonic(), 0.0
             _save(out, vae, basis, optimizer, ema, step + 1)
 
