@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from stage2_student.evaluation.layouts import Layout
     from stage2_student.evaluation.runs import Drawn, Job, Plan, Run
 
+TRUE_IMAGES = "true images"
+"""Label of the run that reads what was not drawn."""
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -645,11 +647,14 @@ def evaluate(
             config, annotations, prompts, chosen, tuple(map(_named_path, adapters)), truth, without
         )
     settings = {**settings, "samples_per_layout": plan.samples_per_layout, "recognizer": recognizer.identity}
+    measure = _image_measure(config, out, plan, truth)
     save_layouts(out, plan.layouts, settings)
     note_invocation(out, sys.argv, config.as_dict())
     with StopFlag() as stop:
         for run in runs:
             evaluate_run(run, plan, recognizer, out, stop)
+            if measure is not None:
+                measure(run)
     summary = summarise(out)
     click.echo(format_table(summary))
     click.echo(f"{summary['lines']} lines of {summary['layouts']} layouts; everything is in {out}/evaluation.json")
@@ -671,6 +676,30 @@ def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, t
 
     write_report(out, gather(evaluation, runs, examples), title)
     click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+def _image_measure(config: Config, out: Path, plan: Plan, truth: bool) -> Callable[[Run], None] | None:
+    """Return what computes FID and CLIP score of a run, or None if their weights are not given."""
+    evaluation = config.evaluate
+    if not evaluation.fid_weights and not evaluation.clip_score_model:
+        return None
+
+    from stage2_student.evaluation.image_quality import measure_quality
+    from stage2_student.evaluation.runs import run_folder
+
+    weights, clip = evaluation.fid_weights, evaluation.clip_score_model
+    fid_weights = config.resolve(weights, "evaluate.fid_weights") if weights else None
+    clip_model = config.resolve(clip, "evaluate.clip_score_model") if clip else None
+    reference = run_folder(out, TRUE_IMAGES)
+    if fid_weights and not truth and not reference.exists():
+        raise UsageError("evaluate.fid_weights: FID compares with the true images; add --truth")
+
+    def measure(run: Run) -> None:
+        of_run = None if run.label == TRUE_IMAGES else fid_weights
+        place = run_folder(out, run.label)
+        measure_quality(place, plan.layouts, fid_weights=of_run, clip_model=clip_model, truth=reference)
+
+    return measure
 
 
 def _named_path(text: str) -> tuple[str, Path]:
@@ -719,6 +748,7 @@ def _images_to_score(
         samples_per_layout=count_samples(images, layouts),
         batch_size=config.evaluate.batch_size,
         keep_images=config.evaluate.keep_images,
+        keep_all=bool(config.evaluate.fid_weights or config.evaluate.clip_score_model),
     )
     return plan, {}, [folder_run(images, images.resolve().name)]
 
@@ -770,7 +800,7 @@ def _runs_to_evaluate(
 
     def runs() -> Iterator[Run]:
         if truth:
-            yield Run(label="true images", kind="truth", draw=true_images)
+            yield Run(label=TRUE_IMAGES, kind="truth", draw=true_images)
             vae = {"teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher")}
             yield Run(label="true images through the VAE", kind="vae", draw=through_vae, settings=vae)
         for drawer in drawers:
@@ -786,6 +816,7 @@ def _runs_to_evaluate(
         samples_per_layout=config.evaluate.samples_per_layout,
         batch_size=config.evaluate.batch_size,
         keep_images=config.evaluate.keep_images,
+        keep_all=bool(config.evaluate.fid_weights or config.evaluate.clip_score_model),
     )
     return plan, {"inputs": describe_settings(config, settings)}, runs()
 

@@ -332,6 +332,10 @@ class EvaluateConfig:
     """Keys the initial noise, the same for every run compared."""
     keep_images: int = 16
     """Layouts whose first image is kept, for the report."""
+    fid_weights: str = ""
+    """TorchScript Inception file (inception-2015-12-05.pt): FID against the true images. Keeps all images."""
+    clip_score_model: str = ""
+    """Folder of a CLIP model with its image tower: CLIP score with the caption. Keeps all images."""
 
     def __post_init__(self) -> None:
         for key in ("num_samples", "samples_per_layout", "batch_size"):

@@ -142,6 +142,8 @@ def test_the_benchmarks_annotations_score_a_folder_of_its_images(tmp_path: Path)
         (("--set", "evaluate.recognizer=tesseract"), 2, "received 'tesseract'"),
         (("--set", "evaluate.batch_size=0"), 2, "config evaluate.batch_size"),
         (("--images", "nowhere"), 3, "nowhere: no such folder"),
+        (("--set", "evaluate.fid_weights=nowhere.pt"), 3, "config evaluate.fid_weights: no file or folder"),
+        (("--set", "evaluate.fid_weights=README.md"), 2, "FID compares with the true images; add --truth"),
     ],
 )
 def test_a_mistake_is_one_line_and_the_documented_exit_code(

@@ -75,6 +75,8 @@ class Plan:
     batch_size: int = 8
     keep_images: int = 16
     """Layouts whose first image is kept as a PNG file, from the first on."""
+    keep_all: bool = False
+    """Keep every image: for measures that need them all."""
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -118,14 +120,18 @@ def evaluate_run(run: Run, plan: Plan, recognizer: Recognizer, folder: Path, sto
     done = {(result.layout_id, result.sample): result for result in load_results(place / RESULTS_FILE)}
     jobs = plan.jobs()
     left = [(layout, sample) for layout, sample in jobs if (layout.layout_id, sample) not in done]
-    kept = {layout.layout_id for layout in plan.layouts[: plan.keep_images]}
+    shown = {layout.layout_id for layout in plan.layouts[: plan.keep_images]}
+
+    def keeps(layout: Layout, sample: int) -> bool:
+        return plan.keep_all or (sample == 0 and layout.layout_id in shown)
+
     with (
         Progress(len(jobs), run.label, "image", initial=len(jobs) - len(left)) as progress,
         ResultsWriter(place / RESULTS_FILE) as writer,
     ):
         for start in range(0, len(left), plan.batch_size):
             stop.raise_if_requested(f"{len(done)} of {len(jobs)} images of run {run.label!r} are evaluated")
-            results = _evaluate_batch(run, left[start : start + plan.batch_size], recognizer, place, kept)
+            results = _evaluate_batch(run, left[start : start + plan.batch_size], recognizer, place, keeps)
             writer.append(results)
             done.update({(result.layout_id, result.sample): result for result in results})
             progress.update(len(results))
@@ -133,14 +139,14 @@ def evaluate_run(run: Run, plan: Plan, recognizer: Recognizer, folder: Path, sto
 
 
 def _evaluate_batch(
-    run: Run, jobs: Sequence[Job], recognizer: Recognizer, place: Path, kept: set[str]
+    run: Run, jobs: Sequence[Job], recognizer: Recognizer, place: Path, keeps: Callable[[Layout, int], bool]
 ) -> list[ImageResult]:
     drawn = run.draw(jobs)
     lines = read_images(recognizer, drawn.images, [layout for layout, _ in jobs])
     results = []
     for (layout, sample), image, of_image in zip(jobs, drawn.images, lines, strict=True):
         name = ""
-        if sample == 0 and layout.layout_id in kept:
+        if keeps(layout, sample):
             name = f"{layout.layout_id}_{sample}.png"
             (place / "images").mkdir(exist_ok=True)
             Image.fromarray(image).save(place / "images" / name)

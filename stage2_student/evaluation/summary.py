@@ -24,6 +24,8 @@ from stage2_student.evaluation.results import (
 )
 
 SUMMARY_FILE = "evaluation.json"
+QUALITY_FILE = "quality.json"
+"""Of a run, where FID or CLIP score were asked for."""
 HEIGHT_EDGES = (0, 12, 16, 20, 24, 32, 48, 64, 96)
 """Pixels: lower edges of the classes of text height; the last is open."""
 
@@ -41,8 +43,8 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
         bootstrap_seed: keys the resampling.
 
     Returns:
-        What was written: settings, runs (each with sen_acc, sen_acc_folded, ned, color_acc, by_height and costs),
-        and the paired differences of all pairs of runs.
+        What was written: settings, runs (each with sen_acc, sen_acc_folded, ned, color_acc, by_height and costs;
+        fid and clip_score where measured), and the paired differences of all pairs of runs.
 
     Raises:
         DataError: the folder is not an evaluation's, or holds no complete run.
@@ -62,7 +64,8 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
             incomplete.append(description["label"])
             continue
         of_run = results[description["label"]] = [found[key] for key in sorted(expected)]
-        runs.append({"folder": place.parent.name, **_summarise_run(description, of_run, palette, bootstrap_seed)})
+        row = _summarise_run(description, of_run, palette, bootstrap_seed)
+        runs.append({"folder": place.parent.name, **row, **_quality(place.with_name(QUALITY_FILE))})
     if not runs:
         raise DataError(f"{folder}: no run is complete (begun: {incomplete}); run evaluate again to go on")
     runs.sort(key=_rank)
@@ -123,6 +126,12 @@ def folded_score(line: LineResult) -> float:
 def ned_score(line: LineResult) -> float:
     """NED of the line."""
     return ned(line.text, line.read)
+
+
+def _quality(path: Path) -> dict[str, Any]:
+    """Return FID and CLIP score if they were measured."""
+    quality = read_description(path) if path.exists() else {}
+    return {name: quality[name] for name in ("fid", "clip_score") if name in quality}
 
 
 def _optional(value: bool | None) -> float | None:

@@ -68,7 +68,8 @@ def _sections(data: ReportData) -> list[Markup]:
         _section(
             "All runs",
             "NED is the normalised edit similarity. A guided step of the teacher calls the UNet twice. Time is"
-            " that of the networks, without the encoding of prompts.",
+            " that of the networks, without the encoding of prompts. Intervals come from resampling the layouts:"
+            " where all lines are right, or none is, they have no width, and say less than they seem to.",
             runs_table(runs),
         ),
         _examples_section(data),

@@ -15,6 +15,10 @@ def runs_table(runs: Sequence[Run]) -> Markup:
     """Lay out what every run scored and cost."""
     colors = any(run["color_acc"] for run in runs)
     head = ["", "Sen. Acc", "ignoring case, spaces", "NED", *(["colour"] if colors else [])]
+    extras = [
+        (key, name) for key, name in (("fid", "FID"), ("clip_score", "CLIP score")) if any(key in r for r in runs)
+    ]
+    head += [name for _, name in extras]
     head += ["UNet calls", "WriteNet calls", "time per image"]
     rows = []
     for run in runs:
@@ -23,6 +27,7 @@ def runs_table(runs: Sequence[Run]) -> Markup:
             percent(run["sen_acc_folded"]),
             _score(run["ned"]),
             *([percent(run["color_acc"])] if colors else []),
+            *(f"{run[key]:.2f}" if key in run else "–" for key, _ in extras),
             evaluations(run["unet_evaluations"]),
             evaluations(run["writenet_evaluations"]),
             seconds(run["seconds_per_image"]),
