@@ -8,17 +8,19 @@ RUN/checkpoints/step-N/      see `state`; `lora/` (or `ema/`) in it is an adapte
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from common.config import Config
 from common.errors import UsageError
-from common.files import canonical_json, write_bytes_atomic
+from common.files import canonical_json, claim, write_bytes_atomic
 from common.signals import StopFlag
 from shards.layout import FROZEN
 from shards.reader import ShardSet
@@ -27,7 +29,9 @@ from stage2_student.lora import Adapted, summarise
 from stage2_student.prepare import prepare
 from stage2_student.trainer import Trainer
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways of accelerate that split parameters among processes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +82,14 @@ def train(
         Stopped: a signal came, and a checkpoint holds everything so far.
     """
     started = time.perf_counter()
-    with StopFlag() as stop:
+    with StopFlag() as stop, ExitStack() as held:
         accelerator = make_accelerator(config)
         checkpoint = find_start(run, resume)
         with accelerator.main_process_first():
             dataset = _open_set(run, shards, checkpoint, allow_incomplete, exclude_damaged)
         trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint)
         if accelerator.is_main_process:
+            held.enter_context(hold_run(run))
             for line in (*summarise(adapted), _describe(trainer)):
                 announce(line)
             dataset.freeze(run)
@@ -103,6 +108,20 @@ def train(
     )
 
 
+@contextmanager
+def hold_run(run: Path) -> Iterator[None]:
+    """Keep a second training out of a run's folder for as long as this one lives.
+
+    Raises:
+        UsageError: another process trains there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK_FILE).open("ab") as lock:
+        if not claim(lock.fileno()):
+            raise UsageError(f"another process is training in {run}; wait for it, or give another --out folder")
+        yield
+
+
 def make_accelerator(config: Config) -> Accelerator:
     """Start accelerate: the processes of this launch, their devices, mixed precision.
 
@@ -113,11 +132,19 @@ def make_accelerator(config: Config) -> Accelerator:
     cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f'model.device: received "{device}", but there is no CUDA device; set "auto" or "cpu"')
-    if device.startswith("cuda:"):
+    if device.startswith("cuda:") and "LOCAL_RANK" not in os.environ:  # a launcher gives each process its own
         torch.cuda.set_device(device)
     if cpu and precision == "fp16":
         raise UsageError('train.mixed_precision: "fp16" needs a GPU; set "no" or "bf16"')
-    return Accelerator(mixed_precision=precision, cpu=cpu)
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    if accelerator.distributed_type in SHARDING:
+        raise UsageError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which shards what is trained; an"
+            " adapter is small: configure plain data parallelism (accelerate launch --multi_gpu)"
+        )
+    # Ours is train.gradient_accumulation; one set in accelerate's own configuration would scale the loss again.
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator
 
 
 def find_start(run: Path, resume: str) -> Path | None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def learning_rate(step: int, config: Config) -> float:
 class _Clock:
     """Time since the last log line, seconds."""
 
-    started: float
+    started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     samples: int = 0
     steps: int = 0
@@ -75,6 +75,8 @@ class Trainer:
     card: Card
     identity: dict[str, Any]
     run: Path
+    _clock: _Clock = field(default_factory=_Clock)
+    _last_loss: float | None = None
 
     def train(self, stop: StopFlag) -> float | None:
         """Train up to train.max_steps; returns the mean loss of the last log line.
@@ -84,17 +86,16 @@ class Trainer:
             DataError: a loss is not finite.
         """
         state, total = self.progression, self.config.train.max_steps
-        self._last_loss: float | None = None
         main = self.accelerator.is_main_process
         batches = iter(self.loader)
-        self._clock = _Clock(time.perf_counter())
+        self._clock = _Clock()
         with (
             RunLog(self.run, state.step) if main else nullcontext() as log,
             Progress(total, "train", "step", initial=state.step) if main else nullcontext() as progress,
         ):
             saved = state.step
             while state.step < total:
-                facts = self._optimizer_step(batches)
+                facts = self.optimizer_step(batches)
                 if log is not None and facts is not None:
                     log.write(state.step, facts)
                 if progress is not None:
@@ -126,7 +127,7 @@ class Trainer:
             prune(root, self.config.train.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _optimizer_step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
+    def optimizer_step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
         """Do one optimizer step; returns what to log if it is time to."""
         train, state, clock = self.config.train, self.progression, self._clock
         rate = learning_rate(state.step, self.config)
@@ -236,5 +237,5 @@ class Trainer:
             "data_wait_seconds": clock.waited / clock.steps,
         }
         state.loss_sum, state.loss_count = 0.0, 0
-        self._clock = _Clock(time.perf_counter())
+        self._clock = _Clock()
         return facts

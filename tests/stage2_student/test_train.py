@@ -11,7 +11,7 @@ import torch
 from common.errors import DataError, UsageError
 from stage2_student.adapter import load_tensors, read_card
 from stage2_student.runlog import read_log
-from stage2_student.train import TrainResult, train
+from stage2_student.train import TrainResult, hold_run, train
 from tests.stage2_student.conftest import Configure, write_shards
 
 TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds"}
@@ -166,6 +166,15 @@ def test_starting_over_an_existing_run_is_refused(configure: Configure, shards: 
     train(configure(max_steps=1), shards=shards, run=tmp_path / "run")
     with pytest.raises(UsageError, match="--resume auto"):
         train(configure(max_steps=1), shards=shards, run=tmp_path / "run")
+
+
+def test_two_trainings_in_one_folder_are_kept_apart(configure: Configure, shards: Path, tmp_path: Path) -> None:
+    with (
+        hold_run(tmp_path / "run"),
+        pytest.raises(UsageError, match="another process is training"),
+    ):
+        train(configure(max_steps=1), shards=shards, run=tmp_path / "run")
+    assert train(configure(max_steps=1), shards=shards, run=tmp_path / "run").steps == 1
 
 
 def test_shards_added_later_do_not_reach_a_run_in_progress(

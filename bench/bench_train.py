@@ -1,0 +1,163 @@
+"""Training steps from shards, against one batch held in memory, and against running the teacher online.
+
+    python bench/bench_train.py
+
+All in this process, in turn, with the same student, batch size and optimizer, weights made up. A step from shards
+reads, checks and decodes its records. The online step does what diffusers' LCM-LoRA script does: it encodes
+images (VAE), captions (CLIP) and lines (OCR), calls the teacher twice and the target once besides the student; the
+drawing of its inputs is not counted. Aims: at least 0.95 of the rate in memory, at least 2 times the online rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from common.anytext2.checkpoint import schedule_buffers, write_checkpoint
+from common.anytext2.config import load_network_config
+from common.config import PROJECT_ROOT, Config, load_config
+from common.schedule import make_alphas_cumprod
+from shards.reader import ShardSet
+from stage1_teacher.inputs import DrawnInput, DrawSettings, draw_input
+from stage1_teacher.precompute import precompute
+from stage1_teacher.solver import make_predict
+from stage1_teacher.sources import open_inputs
+from stage1_teacher.teacher import Teacher
+from stage1_teacher.teacher_keys import teacher_shapes
+from stage1_teacher.tiny.data import write_dataset
+from stage2_student.objectives import alphas_at, consistency_value, guided_solver_step, pseudo_huber
+from stage2_student.prepare import make_loader, prepare
+from stage2_student.student import Conditioning
+from stage2_student.train import make_accelerator
+from stage2_student.trainer import Trainer
+
+Step = Callable[[], None]
+
+
+def made_up_config(path: Path, folder: Path) -> Config:
+    """Return a configuration whose checkpoint has random weights: they do not change how long a step takes."""
+    config = load_config(path)
+    network = load_network_config(config.resolve(config.model.network, "model.network"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = schedule_buffers()
+    for key, shape in teacher_shapes(network).items():
+        if key not in tensors:
+            fan_in = max(1, torch.Size(shape[1:]).numel())
+            values = torch.randn(shape, generator=generator) / fan_in**0.5
+            is_scale = len(shape) <= 1 and (key.endswith("weight") or "running_var" in key)
+            tensors[key] = values.abs() + 1 if is_scale else values
+    write_checkpoint(folder / "made_up.safetensors", tensors)
+    model = replace(config.model, checkpoint=str(folder / "made_up.safetensors"))
+    few_steps = replace(config.precompute, solver_steps=8, record_every=2)  # records look as after 40 steps
+    return replace(
+        config, model=model, precompute=few_steps, train=replace(config.train, max_steps=10**6, log_every=10**6)
+    )
+
+
+def draw_inputs(config: Config, annotations: Path) -> list[DrawnInput]:
+    """Draw one batch of inputs."""
+    settings = DrawSettings.from_config(config)
+    count = config.train.batch_size
+    inputs = open_inputs([annotations], [], config.precompute, settings.fonts, count)
+    return [draw_input(inputs[index], settings) for index in range(count)]
+
+
+def make_online_step(trainer: Trainer, teacher: Teacher, inputs: list[DrawnInput]) -> Step:
+    """Return a step of latent consistency distillation with the teacher in the process."""
+    table = make_alphas_cumprod().to(teacher.device)
+    images = torch.stack([item.image for item in inputs if item.image is not None])
+    scale = trainer.config.precompute.guidance_scale
+    uncond = teacher.unconditional()
+
+    def step() -> None:
+        t = torch.randint(20, 1000, (len(inputs),)).to(teacher.device)
+        a, a_next = alphas_at(table, t), alphas_at(table, t - 20)
+        with torch.no_grad():
+            latents = teacher.vae.encode(images.to(teacher.device, teacher.dtype)).float()
+            conditionings = teacher.encode(inputs)
+            z = a.sqrt() * latents + (1 - a).sqrt() * torch.randn_like(latents)
+            eps_cond, eps_uncond = make_predict(teacher, conditionings, uncond)(z, t)
+            assert eps_uncond is not None
+            eps = eps_uncond + scale * (eps_cond - eps_uncond)
+            x0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
+            z_next = guided_solver_step(z, x0, a, a_next)
+            conditioning = Conditioning.stack(conditionings).to(teacher.device, trainer.student.dtype)
+            control = trainer.student.control(conditioning)
+            target_eps = trainer.student(z_next, t - 20, conditioning, control).float()
+            target = consistency_value(z_next, target_eps, t - 20, a_next)
+        value = consistency_value(z, trainer.model(z, t, conditioning, control).float(), t, a)
+        trainer.accelerator.backward(pseudo_huber(value - target, 1e-3).mean())
+        trainer.accelerator.clip_grad_norm_(trainer.learner.parameters.values(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def endless(batches: Iterator[object], trainer: Trainer) -> Step:
+    """Return the trainer's own step on batches."""
+    return lambda: [trainer.optimizer_step(batches), None][1]  # type: ignore[arg-type, func-returns-value]
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Time the steps in turn, so that all meet the same weather; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            before = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - before)
+    return seconds
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
+    parser.add_argument("--records", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = made_up_config(arguments.config, folder)
+        annotations = write_dataset(folder / "data", count=arguments.records, seed=1, size=config.precompute.size)
+        precompute(config, folder / "shards", annotations=[annotations])
+        dataset = ShardSet.open(folder / "shards")
+        accelerator = make_accelerator(config)
+        trainer, _ = prepare(config, accelerator, dataset, folder / "run", None)
+        loader = make_loader(replace(config, train=replace(config.train, num_workers=1)), accelerator, dataset)
+        batch = next(iter(trainer.loader))
+        steps = {
+            "one batch in memory": endless(itertools.repeat(batch), trainer),
+            "from shards": endless(iter(trainer.loader), trainer),
+            "from shards, 1 worker": endless(iter(loader), trainer),
+            "teacher online": make_online_step(trainer, Teacher.load(config), draw_inputs(config, annotations)),
+        }
+        seconds = measure(steps, arguments.rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    size = config.train.batch_size
+    print(
+        f"batch of {size}, {torch.get_num_threads()} threads on {accelerator.device}, median of {arguments.rounds}"
+    )
+    print(f"{'step':<24}{'ms a step':>10}{'samples/s':>11}{'rate, of in memory':>20}{'rate, of online':>17}")
+    for name, median in medians.items():
+        memory, online = medians["one batch in memory"] / median, medians["teacher online"] / median
+        print(f"{name:<24}{1000 * median:>10.1f}{size / median:>11.1f}{memory:>20.2f}{online:>17.2f}")
+
+
+if __name__ == "__main__":
+    main()
