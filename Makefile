@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 DEMO_DIR ?= demo
 export PYTHONUNBUFFERED := 1
 
@@ -12,36 +13,44 @@ export PYTHONUNBUFFERED := 1
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+INPUTS := pyproject.toml constraints.txt requirements-ocr.txt
+
 # torch first and alone: the constraint picks one build, and nothing installed later can swap it.
-$(STAMP): pyproject.toml constraints.txt requirements-ocr.txt
+$(STAMP): $(INPUTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[teacher,evaluate,s3,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-ocr.txt
+	$(PIP) --upgrade pip
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[teacher,evaluate]'
+	$(PIP) --no-deps -r requirements-ocr.txt
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(PIP) -c constraints.txt -e '.[teacher,evaluate,s3,dev]'
 	touch $@
 
 .PHONY: setup
-setup: $(STAMP)  ## create .venv and install everything
+setup: $(DEV_STAMP)  ## create .venv and install everything
 
 .PHONY: demo
 demo: $(STAMP)  ## generate data, precompute, train, sample, measure: minutes on a CPU
 	$(BIN)/python pipeline.py demo --out $(DEMO_DIR) $(DEMO_FLAGS)
 
-# The report's tests drive a real browser. Who may not install one sees them skipped, by name; CI requires them.
-.PHONY: browser
-browser:
-	@command -v chromedriver >/dev/null || { \
+# The report's tests drive a real browser, and kerned text needs fribidi. Who may not install them sees the browser's
+# tests skipped, by name; CI requires them.
+.PHONY: system
+system:
+	@{ command -v chromedriver && ldconfig -p | grep libfribidi; } >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; \
-	} || echo "chromium and chromium-driver are not installed: the browser tests will be skipped"
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver libfribidi0 >/dev/null; \
+	} || echo "chromium, chromium-driver or libfribidi0 are not installed: the browser tests will be skipped"
 
 .PHONY: test
-test: $(STAMP) browser  ## run the test suite
+test: $(DEV_STAMP) system  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 .PHONY: check
-check: $(STAMP)  ## format, lint, types, import rules, hooks
+check: $(DEV_STAMP)  ## format, lint, types, import rules, hooks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
@@ -49,20 +58,20 @@ check: $(STAMP)  ## format, lint, types, import rules, hooks
 	$(BIN)/pre-commit validate-config
 
 .PHONY: format
-format: $(STAMP)  ## rewrite the code in the house format
+format: $(DEV_STAMP)  ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 .PHONY: bench
-bench: $(STAMP)  ## the benchmarks: tables of ratios measured side by side
+bench: $(DEV_STAMP)  ## the benchmarks: tables of ratios measured side by side
 	for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 .PHONY: torture
-torture: $(STAMP)  ## kill writers, fail disks and flip bits for a few minutes
+torture: $(DEV_STAMP)  ## kill writers, fail disks and flip bits for a few minutes
 	$(BIN)/python -m tests.torture $(TORTURE_FLAGS)
 
 .PHONY: smoke-sd15
-smoke-sd15: $(STAMP)  ## the ordinary commands on a full-size, rule-made checkpoint (24 GB of memory)
+smoke-sd15: $(DEV_STAMP)  ## the ordinary commands on a full-size, rule-made checkpoint (24 GB of memory)
 	$(BIN)/python -m tests.smoke_sd15
 
 .PHONY: clean
