@@ -69,8 +69,8 @@ def require_distance(solver_steps: int) -> None:
     if solver_steps < 2:
         raise UsageError(
             "this objective on these shards has targets between adjacent solver steps, which float16 rounding"
-            " spoils; precompute with precompute.record_every of 2 or more, train at phase starts with fewer phases,"
-            " or train objective x0"
+            " spoils; precompute with precompute.record_every of 2 or more, train at phase starts with fewer"
+            " phases, or train objective x0"
         )
 
 
