@@ -821,5 +821,41 @@ def _runs_to_evaluate(
     return plan, {"inputs": describe_settings(config, settings)}, runs()
 
 
+@cli.command()
+@config_options
+@click.option("--adapter", type=directory(), required=True, help="A run's folder, a checkpoint, an adapter.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["diffusers", "kohya", "merged"]),
+    required=True,
+    help="LoRA for diffusers, for kohya's tools, or a whole AnyText2 checkpoint.",
+)
+@click.option(
+    "--out", type=directory(dir_okay=False), required=True, help="A .safetensors file; merged: or .ckpt."
+)
+def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
+    """Hand a student on to other tools.
+
+    `merged` adds the adapter to the checkpoint that --config names and keeps its keys. Sample any of them without
+    guidance at the printed timesteps: diffusers' DDIMScheduler with timestep_spacing="trailing" and
+    set_alpha_to_one=True has them.
+
+    Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
+    """
+    from stage2_student import export as exporting
+    from stage2_student.adapter import find_adapter, read_card
+
+    folder = find_adapter(adapter)
+    if kind == "merged":
+        count = exporting.export_merged(config, folder, out)
+    else:
+        count = {"diffusers": exporting.export_diffusers, "kohya": exporting.export_kohya}[kind](folder, out)
+    card = read_card(folder)
+    click.echo(
+        f"{out}: {count} adapted modules; {card.num_steps} {card.sampler} steps at t = {list(card.timesteps)}"
+    )
+
+
 if __name__ == "__main__":
     cli()

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors import safe_open
 
 from pipeline import cli
 from tests.stage1_teacher.small_teacher import write_prompts, write_teacher
@@ -109,3 +110,15 @@ def test_requests_that_make_no_sense_are_refused(
     result = call("sample", "--config", place.config, *given, "--out", tmp_path / "x.png")
     assert result.exit_code == 2 and message in result.output
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya", "merged"])
+def test_a_student_is_exported_with_the_timesteps_to_sample_it_at(place: Place, kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "student.safetensors"
+    result = call("export", "--config", place.config, "--adapter", place.run, "--format", kind, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "2 ddim steps at t = [999, 499]" in result.output
+    with safe_open(out, "pt") as file:
+        names = set(file.keys())
+    prefix = {"diffusers": "unet.", "kohya": "lora_unet_", "merged": "model.diffusion_model."}[kind]
+    assert any(name.startswith(prefix) for name in names)
