@@ -151,6 +151,10 @@ def _number_tasks(environ: Mapping[str, str], task_index: int | None, num_tasks:
 @click.option("--task-index", type=click.IntRange(min=0), help="Which task this is. Default: from the job system.")
 @click.option("--num-tasks", type=click.IntRange(min=1), help="Tasks that share the work. Default: likewise.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first N inputs.")
+@click.option(
+    "--trajectories", type=directory(file_okay=False), help="Keep whole rollouts too, in this folder (zarr)."
+)
+@click.option("--upload", metavar="URL", help="Copy each shard there after its commit; any fsspec URL.")
 def precompute(
     config: Config,
     annotations: tuple[Path, ...],
@@ -159,6 +163,8 @@ def precompute(
     task_index: int | None,
     num_tasks: int | None,
     limit: int | None,
+    trajectories: Path | None,
+    upload: str | None,
 ) -> None:
     """Stage one: run the teacher on inputs and record what it does, as shards.
 
@@ -178,11 +184,20 @@ def precompute(
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     done = run(
-        config, out, annotations=annotations, prompts=prompts, task_index=index, num_tasks=count, limit=limit
+        config,
+        out,
+        annotations=annotations,
+        prompts=prompts,
+        task_index=index,
+        num_tasks=count,
+        limit=limit,
+        trajectories=trajectories,
+        upload=upload,
     )
     click.echo(
         f"{out}: {done.shards_written} shards written with {done.records} records, {done.shards_found} were there,"
         f" {done.failed} inputs failed; task {index} of {count}, {done.shards_planned} shards planned in all"
+        + (f"; {done.uploaded} shards uploaded to {upload}" if upload else "")
     )
 
 

@@ -50,7 +50,7 @@ class TrajectoryStore:
             raise DataError(f"{folder}: no trajectories; write them with precompute --trajectories") from None
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path}: damaged; restore it from a copy or write the trajectories anew") from None
-        self._done: set[int] = set()
+        self._done: dict[int, frozenset[int]] = {}  # of blocks known to be written: their failed samples
 
     @staticmethod
     def create_or_open(
@@ -95,6 +95,11 @@ class TrajectoryStore:
         return store
 
     @property
+    def rollout_shape(self) -> tuple[int, ...]:
+        """Of one sample, (N + 1, C, h, w)."""
+        return (len(self.timesteps) + 1, *self._shape)
+
+    @property
     def num_blocks(self) -> int:
         """Files that hold the samples; the last block may be short."""
         return -(-len(self.input_ids) // self._block)
@@ -107,8 +112,8 @@ class TrajectoryStore:
         """Tell whether a block's completion record is there and its file is the one recorded."""
         path = self._block_path(block)
         try:
-            record = json.loads((self.folder / _DONE / f"{block:06d}.json").read_bytes())
-            return bool(record["sha256"] == sha256_file(path))
+            record = json.loads(self._record_path(block).read_bytes())
+            return bool(record["sha256"] == (sha256_file(path) if record["sha256"] else None))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
@@ -116,31 +121,43 @@ class TrajectoryStore:
         """Return the blocks that are yet to be written, or damaged."""
         return [block for block in range(self.num_blocks) if not self.is_done(block)]
 
-    def write_block(self, block: int, states: torch.Tensor) -> None:
+    def write_block(self, block: int, states: torch.Tensor, *, failed: Sequence[int] = ()) -> None:
         """Write all samples of a block at once, then its completion record.
 
         Args:
             block: which one.
-            states: (samples, N + 1, C, h, w), stored as float32.
+            states: (samples, N + 1, C, h, w), stored as float16.
+            failed: rows of `states` that have no rollout, because their input failed; their values are not read.
 
         Raises:
             DataError: the shape is another, or a value is NaN or infinite.
+            OSError: the disk refused.
         """
         samples = self.block_samples(block)
-        values = states.detach().float().cpu().numpy()
-        expected = (len(samples), len(self.timesteps) + 1, *self._shape)
+        values = states.detach().half().cpu().numpy()
+        expected = (len(samples), *self.rollout_shape)
         if values.shape != expected:
             raise DataError(f"{self.folder}, block {block}: states have shape {values.shape}, expected {expected}")
-        if not np.isfinite(values).all():
+        solved = np.setdiff1d(np.arange(len(values)), np.asarray(failed, np.int64))
+        if not np.isfinite(values[solved]).all():
             raise DataError(f"{self.folder}, block {block}: states hold NaN or infinity; check the teacher")
-        self._array[samples.start : samples.stop] = values
         path = self._block_path(block)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        fsync_dir(path.parent)
-        record = canonical_json({"block": block, "sha256": sha256_file(path)})
-        write_bytes_atomic(self.folder / _DONE / f"{block:06d}.json", record)
-        self._done.discard(block)
+        self._done.pop(block, None)
+        self._record_path(block).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # it may be damaged, and zarr would read it to fill up a short block
+        if len(solved):
+            values = values.copy()
+            values[list(failed)] = np.nan  # the fill value: zarr stores nothing for it
+            self._array[samples.start : samples.stop] = values
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            fsync_dir(path.parent)
+        record = {
+            "block": block,
+            "failed": [samples.start + row for row in failed],
+            "sha256": sha256_file(path) if len(solved) else None,
+        }
+        write_bytes_atomic(self._record_path(block), canonical_json(record))
 
     def read(self, sample: int, step: int) -> torch.Tensor:
         """Read one state.
@@ -150,15 +167,15 @@ class TrajectoryStore:
             step: 0 is the noise, N the solved x0.
 
         Returns:
-            (C, h, w) float32.
+            (C, h, w) float16.
 
         Raises:
-            DataError: the block was not written, or the state is damaged.
+            DataError: the block was not written, its input failed, or the state is damaged.
         """
         return self._read(sample, slice(step, step + 1) if step >= 0 else slice(step, None))[0]
 
     def read_rollout(self, sample: int) -> torch.Tensor:
-        """Read all states of a sample, (N + 1, C, h, w) float32; see `read`."""
+        """Read all states of a sample, (N + 1, C, h, w) float16; see `read`."""
         return self._read(sample, slice(None))
 
     def _read(self, sample: int, steps: slice) -> torch.Tensor:
@@ -169,11 +186,9 @@ class TrajectoryStore:
         block = sample // self._block
         where = f"{self.folder}, sample {sample} ({self.input_ids[sample]})"
         if block not in self._done:
-            if not (self.folder / _DONE / f"{block:06d}.json").exists():
-                raise DataError(
-                    f"{where}: its block {block} was never written; run precompute --trajectories again"
-                )
-            self._done.add(block)
+            self._done[block] = self._read_failed(block, where)
+        if sample in self._done[block]:
+            raise DataError(f"{where}: this input failed and has no rollout; the set's failures/ says why")
         try:
             values = np.asarray(self._array[sample, steps])
         except Exception as error:  # zarr raises what its codecs and its store raise
@@ -182,11 +197,23 @@ class TrajectoryStore:
             raise DataError(f"{where}: the state is missing from its file; run precompute --trajectories again")
         return torch.from_numpy(values.copy())
 
+    def _read_failed(self, block: int, where: str) -> frozenset[int]:
+        try:
+            return frozenset(json.loads(self._record_path(block).read_bytes())["failed"])
+        except FileNotFoundError:
+            what = "was never written"
+        except (ValueError, KeyError, TypeError):
+            what = "has a damaged completion record"
+        raise DataError(f"{where}: its block {block} {what}; run precompute --trajectories again")
+
     @cached_property
     def _array(self) -> Any:
         import zarr
 
         return zarr.open_array(str(self.folder / _STATES), mode="r+")
+
+    def _record_path(self, block: int) -> Path:
+        return self.folder / _DONE / f"{block:06d}.json"
 
     def _block_path(self, block: int) -> Path:
         return self.folder / _STATES / "c" / f"{block}" / "0" / "0" / "0" / "0"
@@ -207,7 +234,7 @@ def _make_whole(folder: Path, about: dict[str, Any]) -> None:
             shape=(len(about["input_ids"]), steps, *shape),
             chunks=(1, 1, *shape),
             shards=(about["block"], steps, *shape),
-            dtype="float32",
+            dtype="float16",
             fill_value=float("nan"),
             compressors=[Crc32cCodec()],
             dimension_names=["sample", "step", "channel", "height", "width"],

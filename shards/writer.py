@@ -89,6 +89,11 @@ class ShardWriter:
         """Samples added so far."""
         return len(self._entries)
 
+    @property
+    def sha256(self) -> str:
+        """Of the bytes written so far."""
+        return self._hash.hexdigest()
+
     def add(self, sample_index: int, record: Record) -> None:
         """Append a record.
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +20,16 @@ from common.errors import UsageError
 from common.signals import StopFlag
 from shards.leftovers import remove_leftovers
 from shards.manifest import create_or_check
-from shards.plan import extend_plan
+from shards.plan import Plan, extend_plan
+from shards.upload import Uploader
 from stage1_teacher.identity import build_identity, describe_machine, describe_run, load_network
 from stage1_teacher.inputs import DrawSettings
 from stage1_teacher.recording import Recorder, make_stored_uncond
 from stage1_teacher.shard_maker import ShardMaker
-from stage1_teacher.share import choose_share
+from stage1_teacher.share import Share, choose_share
 from stage1_teacher.sources import open_inputs
 from stage1_teacher.teacher import Teacher, resolve_device
+from stage1_teacher.whole_rollouts import RolloutKeeper, check_has_rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +41,15 @@ class Done:
     shards_found: int
     """Of this task, committed before."""
     shards_written: int
-    """Of this task, committed now."""
+    """Of this task, committed now, or made again for their trajectories."""
     shards_without_inputs: int
     """Of this task, not made because this run was not given their inputs."""
     records: int
     """Written now."""
     failed: int
     """Inputs of this task's committed shards that failed, earlier runs included."""
+    uploaded: int = 0
+    """Shards of this task uploaded now."""
 
 
 def precompute(
@@ -56,6 +61,8 @@ def precompute(
     task_index: int = 0,
     num_tasks: int = 1,
     limit: int | None = None,
+    trajectories: Path | None = None,
+    upload: str | None = None,
 ) -> Done:
     """Make one task's shards of a set.
 
@@ -67,15 +74,20 @@ def precompute(
         task_index: which task this is, 0 to num_tasks - 1; it makes every num_tasks-th shard.
         num_tasks: tasks that share the work.
         limit: use only the first this many inputs.
+        trajectories: folder in which whole rollouts are kept too, see `shards.trajectories`; shards that were
+            committed without are solved again for them.
+        upload: URL to which this task's shards are copied, each after its commit; earlier ones first.
 
     Raises:
-        UsageError: the configuration or the task's number is wrong.
+        UsageError: the configuration or the task's number is wrong, or there are no rollouts to keep.
         DataError: a file is missing or wrong, the set was made with other settings, more than `max_failures`
-            inputs failed, or the teacher produced NaN or Inf.
+            inputs failed, the teacher produced NaN or Inf, or the upload failed.
         Stopped: a signal came; committed shards are kept and a further run goes on from there.
     """
     _check_task(task_index, num_tasks)
     _check_size(config)
+    if trajectories is not None:
+        check_has_rollouts(config.precompute)
     device = resolve_device(config.model.device)
     load_teacher = functools.cache(lambda: Teacher.load(config))  # a finished set needs none
     with StopFlag() as stop, _repeatable():
@@ -88,19 +100,60 @@ def precompute(
         remove_leftovers(out)
         ids = inputs.ids()
         plan = extend_plan(out, ids, config.shards.samples_per_shard)
-        share = choose_share(out, identity, plan, ids, task_index=task_index, num_tasks=num_tasks)
+        keeper = _open_keeper(trajectories, config, manifest.identity, plan)
+        share = choose_share(
+            out,
+            identity,
+            plan,
+            ids,
+            task_index=task_index,
+            num_tasks=num_tasks,
+            make_again=keeper.is_missing if keeper else lambda _shard: False,
+        )
+        uploader = Uploader(out, upload) if upload is not None else None
+        machine = describe_machine(device)
+        maker = ShardMaker(
+            out, identity, share, config.precompute, stop, machine, rollouts=keeper, uploader=uploader
+        )
+        maker.send_found()
         if share.todo:
             stop.raise_if_requested(share.standing)
-            maker = ShardMaker(out, identity, share, config.precompute, stop, describe_machine(device))
-            recorder = Recorder(load_teacher(), uncond, config.precompute, between_batches=maker.check_stop)
+            recorder = Recorder(
+                load_teacher(),
+                uncond,
+                config.precompute,
+                between_batches=maker.check_stop,
+                keep_rollouts=keeper.collect if keeper else None,
+            )
             maker.make_all(inputs, settings, recorder)
+    return _count(plan, share)
+
+
+def _open_keeper(
+    folder: Path | None, config: Config, identity: dict[str, Any], plan: Plan
+) -> RolloutKeeper | None:
+    if folder is None:
+        return None
+    network, settings = load_network(config), config.precompute
+    side = settings.size // network.stride
+    return RolloutKeeper.open(
+        folder,
+        identity=identity,
+        plan=plan,
+        settings=settings,
+        latent_shape=(network.latent_channels, side, side),
+    )
+
+
+def _count(plan: Plan, share: Share) -> Done:
     return Done(
         shards_planned=plan.num_shards,
-        shards_found=share.found,
+        shards_found=len(share.found),
         shards_written=share.written,
         shards_without_inputs=share.without_inputs,
         records=share.records,
         failed=share.failed,
+        uploaded=share.uploaded,
     )
 
 

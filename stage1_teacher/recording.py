@@ -73,6 +73,7 @@ class Recorder:
         settings: PrecomputeConfig,
         *,
         between_batches: Callable[[], None] = lambda: None,
+        keep_rollouts: Callable[[Tensor], None] | None = None,
     ) -> None:
         """Prepare.
 
@@ -81,10 +82,12 @@ class Recorder:
             uncond: the set's unconditional contexts.
             settings: how inputs are solved.
             between_batches: called before every batch of solves; may raise to stop.
+            keep_rollouts: given whole rollouts, (B, N + 1, C, h, w) float16 on the CPU, of every batch of solves:
+                inputs in order, of each its rollouts in order. Records are the same with and without it.
         """
         self._teacher, self._settings = teacher, settings
         self._uncond = round_uncond(uncond, teacher)
-        self._between_batches = between_batches
+        self._between_batches, self._keep_rollouts = between_batches, keep_rollouts
         network = teacher.network
         side = settings.size // network.stride
         self._latent_shape = (network.latent_channels, side, side)
@@ -134,7 +137,10 @@ class Recorder:
             guidance_scale=self._settings.guidance_scale,
             keep=self._keep,
             store_predictions=self._settings.store_predictions,
+            keep_all=self._keep_rollouts is not None,
         )
+        if self._keep_rollouts is not None and rollout.all_states is not None:
+            self._keep_rollouts(rollout.all_states.cpu())
         return [
             _Solved(states, rollout.timesteps, *predictions)
             for states, predictions in zip(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from common.signals import StopFlag
 from shards.failures import Failure
 from shards.layout import shard_name
 from shards.plan import PlannedShard
+from shards.upload import Uploader
 from shards.writer import ShardWriter
 from stage1_teacher.content import InputFailure
 from stage1_teacher.draw_ahead import Outcome, draw_ahead
@@ -26,6 +27,7 @@ from stage1_teacher.inputs import DrawnInput, DrawSettings
 from stage1_teacher.recording import Recorder
 from stage1_teacher.share import Share
 from stage1_teacher.sources import Inputs
+from stage1_teacher.whole_rollouts import RolloutKeeper
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ class ShardMaker:
         settings: PrecomputeConfig,
         stop: StopFlag,
         machine: Mapping[str, Any],
+        *,
+        rollouts: RolloutKeeper | None = None,
+        uploader: Uploader | None = None,
     ) -> None:
         """Prepare.
 
@@ -51,16 +56,28 @@ class ShardMaker:
             settings: batch size, threads and the budget of failures.
             stop: asked between shards and batches.
             machine: device and library versions, stored in every sidecar.
+            rollouts: keeps whole rollouts; the recorder must hand them to its `collect`.
+            uploader: sends every shard away after it was committed.
         """
         self._folder, self._identity_sha256 = folder, identity_sha256
         self._share, self._settings, self._stop, self._machine = share, settings, stop, machine
+        self._rollouts, self._uploader = rollouts, uploader
         self._reasons: Counter[str] = Counter()
+
+    def send_found(self) -> None:
+        """Upload the shards that earlier runs committed, where they are not there yet.
+
+        Raises:
+            DataError: the upload failed for good.
+            Stopped: a signal came.
+        """
+        self._send(self._share.found)
 
     def make_all(self, inputs: Inputs, draw_settings: DrawSettings, recorder: Recorder) -> None:
         """Make every shard that is left.
 
         Raises:
-            DataError: too many inputs failed, or the teacher or the disk did.
+            DataError: too many inputs failed, or the teacher, the disk or the upload did.
             Stopped: a signal came; the shard in work is dropped.
         """
         todo = self._share.todo
@@ -86,15 +103,39 @@ class ShardMaker:
         writer = ShardWriter(
             self._folder, shard.shard_index, identity_sha256=self._identity_sha256, provenance=self._machine
         )
+        if self._rollouts is not None:
+            self._rollouts.begin()
+        failed: list[int] = []
         with writer:
             first = shard.first_index
             for group in group_by_drawn(drawn, len(shard.input_ids), self._settings.batch_size):
                 self._write_group(writer, shard, first, group, recorder)
+                places = range(first - shard.first_index, len(shard.input_ids))
+                failed += [p for p, item in zip(places, group, strict=False) if isinstance(item, InputFailure)]
                 first += len(group)
                 progress.update(len(group), failed=self._share.failed)
-            writer.commit()
+            header = writer.commit()
+        if self._rollouts is not None:
+            if header.sha256 != writer.sha256:
+                logger.warning(
+                    "%s was committed with other values than it has now (another device or version?): its "
+                    "trajectories are not those of its records to the last bit",
+                    header.shard,
+                )
+            self._rollouts.write(shard, failed)
         self._share.records += writer.count
         self._share.written += 1
+        self._send([header.shard])
+
+    def _send(self, shards: Sequence[str]) -> None:
+        if self._uploader is None:
+            return
+        try:
+            for shard in shards:
+                self.check_stop()
+                self._share.uploaded += self._uploader.upload_shard(shard)
+        except DataError as error:
+            raise DataError(f"{error} ({self._share.standing} in {self._folder})") from None
 
     def _write_group(
         self, writer: ShardWriter, shard: PlannedShard, first: int, group: list[Outcome], recorder: Recorder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,8 @@ class Share:
     """Shards to be made now, in order."""
     shards: int
     """Shards of this task in all."""
-    found: int
-    """Of those, committed before this run."""
+    found: tuple[str, ...]
+    """Names of those that were committed before this run, and are not made again."""
     without_inputs: int
     """Of those, neither committed nor possible: this run was not given their inputs."""
     failed: int
@@ -41,15 +41,24 @@ class Share:
     """Shards committed by this run."""
     records: int = 0
     """Records in them."""
+    uploaded: int = 0
+    """Shards uploaded by this run."""
 
     @property
     def standing(self) -> str:
         """What is safe, in words."""
-        return f"{self.found + self.written} of this task's {self.shards} shards are committed"
+        return f"{len(self.found) + self.written} of this task's {self.shards} shards are committed"
 
 
 def choose_share(
-    folder: Path, identity_sha256: str, plan: Plan, ids: Sequence[str], *, task_index: int, num_tasks: int
+    folder: Path,
+    identity_sha256: str,
+    plan: Plan,
+    ids: Sequence[str],
+    *,
+    task_index: int,
+    num_tasks: int,
+    make_again: Callable[[int], bool] = lambda _shard_index: False,
 ) -> Share:
     """Look at what is committed and choose what is left: shard j belongs to task j modulo num_tasks.
 
@@ -60,10 +69,16 @@ def choose_share(
         ids: of the inputs of this run, in order.
         task_index: 0 to num_tasks - 1.
         num_tasks: tasks that share the work.
+        make_again: asked of a committed shard's index; true if it must be solved again all the same.
     """
     mine = [shard for shard in plan.shards() if shard.shard_index % num_tasks == task_index]
-    headers = [read_committed(folder, shard_name(shard.shard_index), identity_sha256) for shard in mine]
-    pending = [shard for shard, header in zip(mine, headers, strict=True) if header is None]
+    headers = {
+        shard.shard_index: header
+        for shard in mine
+        if (header := read_committed(folder, shard_name(shard.shard_index), identity_sha256)) is not None
+        and not make_again(shard.shard_index)
+    }
+    pending = [shard for shard in mine if shard.shard_index not in headers]
     wanted = {input_id for shard in pending for input_id in shard.input_ids}
     backwards = range(len(ids) - 1, -1, -1)  # so that the first of equal inputs counts
     index_of = {ids[index]: index for index in backwards if ids[index] in wanted}
@@ -82,7 +97,7 @@ def choose_share(
     return Share(
         todo=todo,
         shards=len(mine),
-        found=len(mine) - len(pending),
+        found=tuple(header.shard for header in headers.values()),
         without_inputs=len(pending) - len(todo),
-        failed=sum(header.failed for header in headers if header is not None),
+        failed=sum(header.failed for header in headers.values()),
     )

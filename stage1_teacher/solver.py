@@ -30,6 +30,8 @@ class Rollout:
     """One-step predictions of the conditional branch at the kept states, (B, S, C, h, w)."""
     x0_uncond: Tensor | None
     """Of the unconditional branch, likewise."""
+    all_states: Tensor | None = None
+    """The state at every timestep of the grid, and the end, (B, N + 1, C, h, w) float16, if asked for."""
 
 
 @torch.no_grad()
@@ -45,6 +47,7 @@ def solve(
     alphas_cumprod_end: float = 1.0,
     round_states: bool = True,
     store_predictions: bool = False,
+    keep_all: bool = False,
     attnx_scale: float = 1.0,
 ) -> Rollout:
     """Solve B samples of one image size side by side.
@@ -62,6 +65,7 @@ def solve(
         round_states: round kept states to float16 and go on from the rounded value, so that the record is
             what the teacher saw.
         store_predictions: record x0_cond and x0_uncond.
+        keep_all: also copy every state on the way; the solve itself is the same to the bit.
         attnx_scale: weight of AttnX.
 
     Raises:
@@ -78,6 +82,7 @@ def solve(
         alphas_cumprod_end=alphas_cumprod_end,
         round_states=round_states,
         store_predictions=store_predictions,
+        keep_all=keep_all,
     )
 
 
@@ -133,6 +138,7 @@ def integrate(
     alphas_cumprod_end: float,
     round_states: bool,
     store_predictions: bool = False,
+    keep_all: bool = False,
 ) -> Rollout:
     """Run DDIM over a grid with a given predictor; see `solve`.
 
@@ -144,6 +150,7 @@ def integrate(
     dtype = torch.float16 if round_states else torch.float32
     states: list[Tensor] = []
     predictions: list[tuple[Tensor, Tensor]] = []
+    copies: list[Tensor] = []  # never read back: only kept states are rounded on the way
     z = noise
     for index, t in enumerate(grid):
         alpha = torch.tensor(alphas[index], device=z.device)
@@ -151,6 +158,8 @@ def integrate(
             states.append(z.to(dtype))
             _check_finite(states[-1], f"in the state at timestep {t}")
             z = states[-1].float()
+        if keep_all:
+            copies.append(_copy_half(z, f"in the state at timestep {t}"))
         eps_cond, eps_uncond = predict(z, torch.full((len(z),), t, device=z.device))
         if store_predictions and index in kept:
             if eps_uncond is None:
@@ -162,12 +171,21 @@ def integrate(
         z = ddim_step(z, eps, alpha, torch.tensor(alphas[index + 1], device=z.device))
     states.append(z.to(dtype))
     _check_finite(states[-1], "at the end of the solve")
+    if keep_all:
+        copies.append(_copy_half(z, "at the end of the solve"))
     return Rollout(
         states=torch.stack(states, dim=1),  # (B, S + 1, C, h, w)
         timesteps=torch.tensor([grid[index] for index in sorted(kept)], dtype=torch.int64),
         x0_cond=torch.stack([pair[0] for pair in predictions], dim=1) if store_predictions else None,
         x0_uncond=torch.stack([pair[1] for pair in predictions], dim=1) if store_predictions else None,
+        all_states=torch.stack(copies, dim=1) if keep_all else None,  # (B, N + 1, C, h, w)
     )
+
+
+def _copy_half(z: Tensor, where: str) -> Tensor:
+    copy = z.to(torch.float16, copy=True)
+    _check_finite(copy, where)
+    return copy
 
 
 def _check_finite(values: Tensor, where: str) -> None:

@@ -30,7 +30,7 @@ def create(folder: Path, **changes: Any) -> TrajectoryStore:
 
 
 def rollout(sample: int) -> torch.Tensor:
-    return torch.randn(5, *SHAPE, generator=generator("rollout", sample))
+    return torch.randn(5, *SHAPE, generator=generator("rollout", sample)).half()
 
 
 def write(store: TrajectoryStore, block: int) -> None:
@@ -80,7 +80,7 @@ def test_damage_and_a_lost_file_are_found(tmp_path: Path) -> None:
     path = tmp_path / "t" / "states" / "c" / "1" / "0" / "0" / "0" / "0"
     whole = path.read_bytes()
     wrong = 0
-    for bit in range(0, 8 * len(whole), 4001):
+    for bit in range(0, 8 * len(whole), 1499):
         flip_bit(path, bit)
         opened = TrajectoryStore(tmp_path / "t")
         assert opened.missing() == [1]
@@ -95,6 +95,30 @@ def test_damage_and_a_lost_file_are_found(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match="sample 4"):
         TrajectoryStore(tmp_path / "t").read(4, 0)
+
+
+def test_a_damaged_short_block_is_written_anew(tmp_path: Path) -> None:
+    store = create(tmp_path / "t")
+    write(store, 2)
+    path = tmp_path / "t" / "states" / "c" / "2" / "0" / "0" / "0" / "0"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    write(create(tmp_path / "t"), 2)
+    assert path.read_bytes() == whole and TrajectoryStore(tmp_path / "t").missing() == [0, 1]
+
+
+def test_a_failed_input_is_said_to_have_failed(tmp_path: Path) -> None:
+    store = create(tmp_path / "t")
+    store.write_block(
+        0, torch.stack([rollout(0), torch.full_like(rollout(1), float("nan")), rollout(2)]), failed=[1]
+    )
+    store.write_block(1, torch.full((3, 5, *SHAPE), float("nan")), failed=[0, 1, 2])
+    again = TrajectoryStore(tmp_path / "t")
+    assert again.missing() == [2]
+    assert torch.equal(again.read_rollout(2), rollout(2))
+    for sample in (1, 3, 4, 5):
+        with pytest.raises(DataError, match=rf"sample {sample} .* this input failed"):
+            again.read(sample, 0)
 
 
 def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
