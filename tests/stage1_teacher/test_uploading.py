@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from pipeline import cli
 from shards import remote
 from shards.reader import ShardSet
+from shards.trajectories import TrajectoryStore
 from tests.stage1_teacher.small_teacher import write_prompts, write_teacher
 
 
@@ -41,12 +42,14 @@ def test_a_set_is_uploaded_as_it_is_made_and_reads_there(
     monkeypatch.setenv("SHARD_CACHE_DIR", str(tmp_path / "cache"))
     out, there = tmp_path / "out", tmp_path / "there"
     for index in (0, 1):
-        result = run(folder, out, "--upload", f"file://{there}", "--task-index", index, "--num-tasks", 2)
+        result = run(folder, out, "--upload", f"file://{there}", "--task-index", index, "--num-tasks", 2,
+                     "--trajectories", tmp_path / "t")  # fmt: skip
         assert result.exit_code == 0, result.output
         assert f"1 shards uploaded to file://{there}" in result.output
         assert len(names(there)) == 2 * (index + 1)
     assert all((there / name).read_bytes() == (out / name).read_bytes() for name in names(out))
     assert torch.equal(ShardSet.open(f"file://{there}")[4].rollout_latents, ShardSet.open(out)[4].rollout_latents)
+    assert torch.equal(TrajectoryStore(tmp_path / "t").read(4, 2), ShardSet.open(out)[4].rollout_latents[0, 1])
     assert "0 shards uploaded" in run(folder, out, "--upload", f"file://{there}").output
 
 
