@@ -50,6 +50,7 @@ def test_dry_run_prints_the_resolved_configuration(tmp_path: Path) -> None:
 
 
 TINY, FULL = ("--config", "configs/tiny.toml"), ("--config", "configs/sd15.toml")
+DATA = "tests/golden/data/data.json"
 TO = ("--shards", "no-such-folder", "--out", "y")
 
 
@@ -59,7 +60,7 @@ TO = ("--shards", "no-such-folder", "--out", "y")
         (("train", "--config", "none.toml", *TO), 2, "none.toml"),
         (("train", *TINY, "--set", "train.max_step=1", *TO), 2, "did you mean max_steps"),
         (("train", *TINY, *TO), 3, "no-such-folder"),
-        (("precompute", *FULL, "--prompts", "README.md", "--out", "y"), 3, "model.checkpoint"),
+        (("precompute", *FULL, "--annotations", DATA, "--out", "y"), 3, "model.checkpoint"),
         (("no-such-command",), 2, "No such command"),
     ],
 )
