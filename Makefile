@@ -50,12 +50,8 @@ test: $(DEV_STAMP) system  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 .PHONY: check
-check: $(DEV_STAMP)  ## format, lint, types, import rules, hooks
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/lint-imports
-	$(BIN)/mypy
-	$(BIN)/pre-commit validate-config
+check: $(DEV_STAMP)  ## format, lint, types, import rules: the pre-commit hooks on every file
+	$(BIN)/pre-commit run --all-files
 
 .PHONY: format
 format: $(DEV_STAMP)  ## rewrite the code in the house format
