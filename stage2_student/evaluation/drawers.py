@@ -71,9 +71,15 @@ def drawer_run(
         decode: latents (B, C, h, w) to pictures on the CPU.
     """
 
+    warm = False
+
     def draw(jobs: Sequence[Job]) -> Drawn:
+        nonlocal warm
         prepared = drawer.prepare([layout.layout_id for layout, _ in jobs])
         noise = draw_noise(seed, jobs, shape, drawer.noises)
+        if not warm:  # one image for nothing: a network's first call allocates, chooses kernels, reads weights in
+            decode(drawer.latents(drawer.prepare([jobs[0][0].layout_id]), noise[:1]))
+            warm = True
         unet, writenet = drawer.modules()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # preparing must not be timed as drawing

@@ -108,7 +108,7 @@ def _summarise_run(
         "by_height": _by_height(results, seed),
         "unet_evaluations": statistics.fmean(result.unet_evaluations for result in results),
         "writenet_evaluations": statistics.fmean(result.writenet_evaluations for result in results),
-        # The median: the first batch of a process also pays for warming up.
+        # The median: a machine that is shared for a while should not decide.
         "seconds_per_image": statistics.median(result.seconds for result in results),
     }
 
