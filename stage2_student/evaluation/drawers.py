@@ -70,7 +70,6 @@ def drawer_run(
         shape: of the latents, (C, h, w).
         decode: latents (B, C, h, w) to pictures on the CPU.
     """
-
     warm = False
 
     def draw(jobs: Sequence[Job]) -> Drawn:
