@@ -21,12 +21,12 @@ $(STAMP): $(INPUTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[teacher,evaluate]'
+	$(PIP) -c constraints.txt '.[teacher,evaluate]'
 	$(PIP) --no-deps -r requirements-ocr.txt
 	touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(PIP) -c constraints.txt -e '.[teacher,evaluate,s3,dev]'
+	$(PIP) -c constraints.txt '.[teacher,evaluate,s3,dev]'
 	touch $@
 
 .PHONY: setup
