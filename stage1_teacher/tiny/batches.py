@@ -125,8 +125,7 @@ class FeatureStore:
         g = generator("noise", seed, step, side or 0)
         latents = stacked["latents"].float()
         count = images * noises
-        # One timestep from each of `count` strata, in random order: less noise in the loss. Their density rises
-        # with t: at high noise the captions alone tell what the picture is, and that is what is slow to learn.
+        # One timestep from each of `count` equal strata, in random order: less noise in the loss.
         strata = (torch.randperm(count, generator=g) + torch.rand(count, generator=g)) / count
         latents_stride = stacked["positions"].shape[-1] // latents.shape[-1]
         weight = 1 + functional.max_pool2d(stacked["positions"].clamp(max=1), latents_stride)
@@ -141,7 +140,7 @@ class FeatureStore:
             **joined,
             weight=weight / weight.mean(),
             noise=torch.randn((count, *latents.shape[1:]), generator=g),
-            timesteps=(lowest + strata.sqrt() * (1000 - lowest)).long().clamp(max=999),
+            timesteps=(lowest + strata * (1000 - lowest)).long().clamp(max=999),
         )
 
     def _choose(self, random_: Any, blank_latents: Tensor) -> dict[str, Tensor]:

@@ -25,6 +25,10 @@ BRANCH_SCALE = 0.3
 CONTEXT_GAIN = 2.6
 """Cross-attention's values and outputs start this much larger than PyTorch has them."""
 
+COLOR_GAIN, LINE_MARK, LINE_SCORE = 2.0, 6.0, 4.5
+"""Of a line's embedding: its colour's size, the size of the direction that all lines share, and the attention score
+that this direction gets in WriteNet."""
+
 
 def network_config() -> NetworkConfig:
     """Read models/tiny/network.toml."""
@@ -87,11 +91,34 @@ def _start(denoiser: Denoiser) -> None:
     # CLIP starts its tables at 0.02, which a few thousand steps hardly leave.
     nn.init.normal_(denoiser.clip.embeddings.token_embedding.weight, std=0.5)
     nn.init.normal_(denoiser.clip.embeddings.position_embedding.weight, std=0.3)
+    point_at_lines(denoiser)
+
+
+def point_at_lines(denoiser: Denoiser) -> None:
+    """Let WriteNet look at the lines' tokens, and let colour be most of what they say.
+
+    A text caption is one to three such tokens among 77. Spread evenly, attention makes of a line's colour less than
+    a hundredth of the residuals, and training then makes colour vanish instead of hearing it.
+    """
     # Colours come as 0-255 and are normalised afterwards: the bias must not vanish beside them, or black,
     # grey and white are one colour.
     color: Any = denoiser.embedding.color_proj[0]
     nn.init.normal_(color.weight, std=1 / 128)
     nn.init.normal_(color.bias, std=0.7)
+    norm: Any = denoiser.embedding.color_proj[1]
+    norm.weight.fill_(COLOR_GAIN)
+    # Lines' tokens share a direction; each head's keys along it lie where a constant part of its queries points.
+    width = len(norm.bias)
+    direction = torch.randn(width)
+    direction /= direction.norm()
+    norm.bias.copy_(LINE_MARK * direction)
+    for block in denoiser.writenet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            attention, heads = block.attn2, block.attn2.heads
+            nn.init.normal_(block.norm2.bias, std=2.0)
+            constant = (attention.to_q.weight @ block.norm2.bias).reshape(heads, -1)
+            constant = constant / constant.square().sum(1, keepdim=True) * constant.shape[1] ** 0.5
+            attention.to_k.weight.add_(LINE_SCORE / 2.3 * torch.outer(constant.flatten(), direction))
 
 
 def _listen(block: BasicTransformerBlock) -> None:

@@ -35,7 +35,7 @@ MAX_SNR = 5.0
 MAX_WEIGHT = 200.0
 """Of an eps error. (SNR + 1) / SNR would count errors of v alike; with the plain eps loss a network learns late
 what the picture is, for at high noise that hardly shows in eps."""
-EMA_DECAY, EMA_EVERY = 0.995, 5
+EMA_DECAY, EMA_EVERY = 0.95, 5
 CROP = 64
 """Pixels; whole images have 96."""
 PATCH, PATCH_TIMESTEP = 32, 500
