@@ -162,12 +162,16 @@ def test_two_processes_train_like_one_with_their_batches_together(
     )
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("trainable parameters") == 1  # only one of them speaks
-    one = train(configure(**{**settings, "batch_size": 4}), shards=shards, run=tmp_path / "one")
-    assert one.checkpoint is not None
+    alone = configure(**{**settings, "batch_size": 4})
+    one = train(alone, shards=shards, run=tmp_path / "one")
+    halfway = tmp_path / "two/checkpoints/step-00000003"  # of two processes, taken up by one
+    mixed = train(alone, shards=shards, run=tmp_path / "mixed", resume=str(halfway))
+    assert one.checkpoint is not None and mixed.resumed_from == 3
     for kind in ("lora", "ema"):
         expected = load_tensors(one.checkpoint / kind)
-        found = load_tensors(tmp_path / "two/checkpoints" / one.checkpoint.name / kind)
-        for name, tensor in expected.items():
-            assert float((found[name] - tensor).norm()) <= 2e-3 * float(tensor.norm()), name
+        for run in ("two", "mixed"):
+            found = load_tensors(tmp_path / run / "checkpoints" / one.checkpoint.name / kind)
+            for name, tensor in expected.items():
+                assert float((found[name] - tensor).norm()) <= 2e-3 * float(tensor.norm()), (run, name)
     losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
