@@ -26,8 +26,8 @@ CONTEXT_GAIN = 2.6
 """Cross-attention's values and outputs start this much larger than PyTorch has them."""
 
 COLOR_GAIN, LINE_MARK, LINE_SCORE = 2.0, 6.0, 4.5
-"""Of a line's embedding: its colour's size, the size of the direction that all lines share, and the attention score
-that this direction gets in WriteNet."""
+"""Of a line's embedding: its colour's size, the size of the direction that all lines share, and the attention
+score that this direction gets in WriteNet."""
 
 
 def network_config() -> NetworkConfig:
@@ -97,8 +97,8 @@ def _start(denoiser: Denoiser) -> None:
 def point_at_lines(denoiser: Denoiser) -> None:
     """Let WriteNet look at the lines' tokens, and let colour be most of what they say.
 
-    A text caption is one to three such tokens among 77. Spread evenly, attention makes of a line's colour less than
-    a hundredth of the residuals, and training then makes colour vanish instead of hearing it.
+    A text caption is one to three such tokens among 77. Spread evenly, attention makes of a line's colour less
+    than a hundredth of the residuals, and training then makes colour vanish instead of hearing it.
     """
     # Colours come as 0-255 and are normalised afterwards: the bias must not vanish beside them, or black,
     # grey and white are one colour.
