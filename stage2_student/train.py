@@ -2,6 +2,7 @@
 
 RUN/shards.json              the set that the run trains on, frozen
 RUN/config.json              the resolved configuration
+RUN/adapted.json             every module that has an adapter
 RUN/log.jsonl, tensorboard/  loss, learning rate, gradient norm, times
 RUN/checkpoints/step-N/      see `state`; `lora/` (or `ema/`) in it is an adapter to sample with
 """
@@ -12,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from stage2_student.lora import Adapted, summarise
 from stage2_student.prepare import prepare
 from stage2_student.trainer import Trainer
 
-CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
+CONFIG_FILE, ADAPTED_FILE, LOCK_FILE = "config.json", "adapted.json", ".lock"
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 """Ways of accelerate that split parameters among processes."""
 
@@ -90,10 +91,11 @@ def train(
         trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint)
         if accelerator.is_main_process:
             held.enter_context(hold_run(run))
-            for line in (*summarise(adapted), _describe(trainer)):
-                announce(line)
             dataset.freeze(run)
             write_bytes_atomic(run / CONFIG_FILE, canonical_json(config.as_dict()))
+            write_bytes_atomic(run / ADAPTED_FILE, canonical_json([asdict(module) for module in adapted]))
+            for line in (*summarise(adapted), f"each by name: {run / ADAPTED_FILE}", _describe(trainer)):
+                announce(line)
         accelerator.wait_for_everyone()
         resumed_from = trainer.progression.step if checkpoint is not None else None
         loss = trainer.train(stop)

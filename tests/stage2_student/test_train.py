@@ -39,6 +39,8 @@ def test_a_run_trains_logs_and_leaves_an_adapter_with_its_card(
     assert result.steps == 6 and result.loss is not None
     assert any("to_q" in line and "modules" in line for line in lines)
     assert "2 steps at t = [999, 499]" in lines[-1]
+    listed = json.loads((result.run / "adapted.json").read_text())
+    assert [(module["part"], module["name"]) for module in listed] == [(a.part, a.name) for a in result.adapted]
     log = read_log(result.run)
     assert [line["step"] for line in log] == [2, 4, 6]
     assert {"loss", "learning_rate", "grad_norm", "epoch"} | TIMES <= log[0].keys()
@@ -51,7 +53,7 @@ def test_a_run_trains_logs_and_leaves_an_adapter_with_its_card(
 
 
 def test_the_loss_goes_down(configure: Configure, shards: Path, tmp_path: Path) -> None:
-    config = configure(max_steps=40, loss="l2", learning_rate=3e-3, log_every=10, batch_size=4)
+    config = configure(max_steps=24, loss="l2", learning_rate=5e-3, log_every=6, batch_size=4)
     train(config, shards=shards, run=tmp_path / "run")
     losses = [line["loss"] for line in read_log(tmp_path / "run")]
     assert losses[-1] < 0.95 * losses[0]
@@ -106,12 +108,11 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(
     assert distance(start, once, start) == 1.0
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(
-    configure: Configure, shards: Path, tmp_path: Path, schedule: str
+    configure: Configure, shards: Path, tmp_path: Path
 ) -> None:
     """The checkpoint falls between two log lines; what follows it crosses an epoch."""
-    settings = {"ema_decay": 0.9, "log_every": 3, "checkpoint_every": 2, "max_steps": 7, "schedule": schedule}
+    settings = {"ema_decay": 0.9, "log_every": 3, "checkpoint_every": 2, "max_steps": 7, "schedule": "cosine"}
     whole = train(configure(**settings), shards=shards, run=tmp_path / "whole")
     run = tmp_path / "killed"  # what a process killed while it wrote its third checkpoint leaves behind
     shutil.copytree(whole.run, run)
