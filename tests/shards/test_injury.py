@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,3 +276,24 @@ def test_the_measured_rounding_error_is_that_of_rounding(tmp_path: Path) -> None
         float((exact.half().double() - exact).square().mean().sqrt()), rel=0.1
     )
     assert measured["phases_4"] > measured["phases_1"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "../../evil.json"}, {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}]
+)
+def test_a_member_that_points_elsewhere_is_found_and_leads_nowhere(
+    folder: Path, change: dict[str, object]
+) -> None:
+    path = folder / NAME
+    data = bytearray(path.read_bytes())
+    header = tarfile.TarInfo.frombuf(bytes(data[:512]), "utf-8", "strict")
+    for key, value in change.items():
+        setattr(header, key, value)
+    data[:512] = header.tobuf(tarfile.USTAR_FORMAT)[:512]
+    path.write_bytes(data)
+
+    shards = ShardSet.open(folder)
+    assert any(NAME in message for message in verify(shards))
+    right, refused = read_all(shards)  # by the sidecar's offsets: names and links in the tar are never followed
+    assert len(right) == len(IDS) and not refused
+    assert not (folder.parent.parent / "evil.json").exists()
