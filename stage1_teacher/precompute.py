@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from common.config import Config
+from common.device import resolve_device
 from common.errors import UsageError
 from common.signals import StopFlag
 from shards.leftovers import remove_leftovers
@@ -28,7 +29,7 @@ from stage1_teacher.recording import Recorder, make_stored_uncond
 from stage1_teacher.shard_maker import ShardMaker
 from stage1_teacher.share import Share, choose_share
 from stage1_teacher.sources import open_inputs
-from stage1_teacher.teacher import Teacher, resolve_device
+from stage1_teacher.teacher import Teacher
 from stage1_teacher.whole_rollouts import RolloutKeeper, check_has_rollouts
 
 

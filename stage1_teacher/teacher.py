@@ -23,6 +23,7 @@ from common.anytext2.unet import Control, UNet
 from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
 from common.config import Config
+from common.device import resolve_device
 from stage1_teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
 from stage1_teacher.inputs import DrawnInput
 from stage1_teacher.recognizer import Recognizer
@@ -231,10 +232,3 @@ class Teacher:
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is CUDA if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)

@@ -12,12 +12,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from common.config import Config
+from common.device import resolve_device
 from common.errors import UsageError
 from common.schedule import ddim_step, make_alphas_cumprod, trailing_timesteps
 from shards.reader import ShardSet
 from shards.record import Record, Uncond
 from stage2_student.objectives import alphas_at, guided
-from stage2_student.sample import Picture, Sampler, decode, load_decoder, resolve_device
+from stage2_student.sample import Picture, Sampler, decode, load_decoder
 from stage2_student.student import DTYPES, Conditioning, Student, load_base
 
 GAP, LABEL_HEIGHT = 6, 20

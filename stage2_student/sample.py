@@ -17,6 +17,7 @@ from common.anytext2.checkpoint import load_vae
 from common.anytext2.fingerprint import fingerprint
 from common.anytext2.vae import VAE
 from common.config import Config
+from common.device import resolve_device
 from common.files import write_bytes_atomic
 from common.schedule import ddim_step, make_alphas_cumprod
 from common.seeding import generator
@@ -155,10 +156,3 @@ def write_png(path: Path, picture: Picture) -> None:
     Image.fromarray(picture).save(buffer, format="PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(path, buffer.getvalue())
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is CUDA if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
