@@ -538,10 +538,13 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
 def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     """Run everything on the embedded tiny teacher: minutes on a CPU, no download.
 
-    It runs the ordinary commands, and prints each, so that you can run them yourself. Run again, it goes on.
+    It runs the ordinary commands, and prints each, so that you can run them yourself. Run again, it goes on; other
+    counts or steps need another --out.
 
     Example: pipeline.py demo --out demo
     """
+    from stage2_student.evaluation.summary import format_table
+
     if quick:
         count, steps, layouts = 24, 40, 8
     out = Path(os.path.relpath(out.absolute(), PROJECT_ROOT))  # the commands are run, and shown, from there
@@ -582,7 +585,9 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     click.echo(f"\n{'what was done':<16}{'seconds':>9}  where it is")
     for name, (_, where) in commands.items():
         click.echo(f"{name:<16}{seconds[name]:>9.1f}  {where}")
-    click.echo(f"{'all':<16}{sum(seconds.values()):>9.1f}")
+    click.echo(f"{'all':<16}{sum(seconds.values()):>9.1f}\n")
+    click.echo(format_table(json.loads((evaluation / "evaluation.json").read_bytes())))
+    click.echo(f"\nopen {page} in a browser")
 
 
 def _run_step(arguments: Sequence[Any]) -> float:
@@ -646,6 +651,18 @@ def evaluate(
     """
     if not annotations and not prompts:
         raise UsageError("no inputs; give --annotations FILE or --prompts FILE")
+    if images is not None:
+        draws = {"--truth": truth, "--adapter": adapters, "--teacher": grids, "--no-teacher": no_teacher}
+        if others := ", ".join(option for option, value in {**draws, "--without": without}.items() if value):
+            raise UsageError(
+                f"--images {images}: received {others} too, expected none of these, as only the folder is scored;"
+                f" leave {others} out, or leave --images out and give another --out"
+            )
+        if config.evaluate.fid_weights and not config.evaluate.fid_reference:
+            raise UsageError(
+                "evaluate.fid_weights: received no evaluate.fid_reference, expected one with --images, as there"
+                " are no true images; give --set evaluate.fid_reference=FOLDER, or leave evaluate.fid_weights out"
+            )
 
     from stage2_student.evaluation.invocation import note_invocation
     from stage2_student.evaluation.recognizers import load_recognizer
@@ -669,7 +686,7 @@ def evaluate(
         for run in runs:
             evaluate_run(run, plan, recognizer, out, stop)
             if measure is not None:
-                measure(run)
+                measure(run, stop)
     summary = summarise(out)
     click.echo(format_table(summary))
     click.echo(f"{summary['lines']} lines of {summary['layouts']} layouts; everything is in {out}/evaluation.json")
@@ -693,26 +710,42 @@ def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, t
     click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
-def _image_measure(config: Config, out: Path, plan: Plan, truth: bool) -> Callable[[Run], None] | None:
+def _image_measure(config: Config, out: Path, plan: Plan, truth: bool) -> Callable[[Run, StopFlag], None] | None:
     """Return what computes FID and CLIP score of a run, or None if their weights are not given."""
     evaluation = config.evaluate
     if not evaluation.fid_weights and not evaluation.clip_score_model:
         return None
 
-    from stage2_student.evaluation.image_quality import measure_quality
+    from stage1_teacher.annotations import caption_as_annotated
+    from stage2_student.evaluation.image_quality import Reference, find_reference, kept_images, measure_quality
     from stage2_student.evaluation.runs import run_folder
 
-    weights, clip = evaluation.fid_weights, evaluation.clip_score_model
+    weights, clip, folder = evaluation.fid_weights, evaluation.clip_score_model, evaluation.fid_reference
     fid_weights = config.resolve(weights, "evaluate.fid_weights") if weights else None
     clip_model = config.resolve(clip, "evaluate.clip_score_model") if clip else None
-    reference = run_folder(out, TRUE_IMAGES)
-    if fid_weights and not truth and not reference.exists():
-        raise UsageError("evaluate.fid_weights: FID compares with the true images; add --truth")
+    real: Path | Reference = run_folder(out, TRUE_IMAGES)
+    if fid_weights and folder:
+        real = find_reference(config.resolve(folder, "evaluate.fid_reference"))
+    elif fid_weights and not truth:
+        if not run_folder(out, TRUE_IMAGES).exists():
+            raise UsageError(
+                "evaluate.fid_weights: FID compares with the true images; add --truth, or give"
+                " evaluate.fid_reference, a folder of images"
+            )
+        kept_images(run_folder(out, TRUE_IMAGES), plan)  # an incomplete set is refused before anything is drawn
+    captions = {layout.layout_id: caption_as_annotated(layout.caption) for layout in plan.layouts}
 
-    def measure(run: Run) -> None:
-        of_run = None if run.label == TRUE_IMAGES else fid_weights
-        place = run_folder(out, run.label)
-        measure_quality(place, plan.layouts, fid_weights=of_run, clip_model=clip_model, truth=reference)
+    def measure(run: Run, stop: StopFlag) -> None:
+        with_itself = run.label == TRUE_IMAGES and not isinstance(real, Reference)
+        measure_quality(
+            run_folder(out, run.label),
+            plan,
+            fid_weights=None if with_itself else fid_weights,
+            clip_model=clip_model,
+            real=real,
+            captions=captions,
+            stop=stop,
+        )
 
     return measure
 
@@ -765,7 +798,7 @@ def _images_to_score(
         keep_images=config.evaluate.keep_images,
         keep_all=bool(config.evaluate.fid_weights or config.evaluate.clip_score_model),
     )
-    return plan, {}, [folder_run(images, images.resolve().name)]
+    return plan, {}, [folder_run(images, images.resolve().name, plan.jobs())]
 
 
 def _runs_to_evaluate(
@@ -826,14 +859,17 @@ def _runs_to_evaluate(
                 decode=lambda latents: decode(load()[0].vae, latents),
             )
 
+    told = {item.input_id for item in held_out.items if item.ground_is_told}
     plan = Plan(
         layouts=_layouts(held_out.items),
+        truth=lambda layout: held_out.true_image(layout.layout_id) if layout.layout_id in told else None,
         samples_per_layout=config.evaluate.samples_per_layout,
         batch_size=config.evaluate.batch_size,
         keep_images=config.evaluate.keep_images,
         keep_all=bool(config.evaluate.fid_weights or config.evaluate.clip_score_model),
     )
-    return plan, {"inputs": describe_settings(config, settings)}, runs()
+    shared = {"inputs": describe_settings(config, settings), "seed": config.evaluate.seed}
+    return plan, shared, runs()
 
 
 @cli.command()

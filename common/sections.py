@@ -321,7 +321,9 @@ class EvaluateConfig:
     keep_images: int = 16
     """Layouts whose first image is kept, for the report."""
     fid_weights: str = ""
-    """TorchScript Inception file (inception-2015-12-05.pt): FID against the true images. Keeps all images."""
+    """TorchScript Inception file (inception-2015-12-05.pt): FID. Keeps all images."""
+    fid_reference: str = ""
+    """Folder of images (.png, .jpg, of any sizes) that FID compares with; empty for the true images of --truth."""
     clip_score_model: str = ""
     """Folder of a CLIP model with its image tower: CLIP score with the caption. Keeps all images."""
 

@@ -181,6 +181,14 @@ class Annotations:
         return tuple(lines), tuple(ignored)
 
 
+def caption_as_annotated(caption: str) -> str:
+    """Take off a caption again what its watermark score put there, where it did."""
+    for score in (0.0, 1.0):
+        if caption.endswith(phrase := describe_watermark("", score)):
+            return caption.removesuffix(phrase)
+    return caption
+
+
 def locate_image(root: Path, name: Any, where: str) -> Path:
     """Find an image by its name inside a folder.
 

@@ -47,14 +47,14 @@ class Item:
     """r, g, b in 0-255; None where no colour is asked for."""
     size: tuple[int, int]
     """(H, W), pixels."""
-    has_image: bool
-    """Whether the true image is there."""
+    ground_is_told: bool
+    """Whether there is a true image and the caption alone tells its ground: in edit mode the image itself does."""
 
 
 def describe(content: Content, drawn: DrawnInput) -> Item:
     """Say what an input asks for, as it is drawn."""
     lines = [
-        (text, polygon, color)
+        (text.strip(), polygon, color)  # a reader cannot see a space at an end, where a line was cut
         for text, polygon, color in zip(drawn.texts, drawn.polygons, drawn.colors.tolist(), strict=True)
         if text.strip()
     ]
@@ -66,7 +66,7 @@ def describe(content: Content, drawn: DrawnInput) -> Item:
         polygons=tuple(polygon for _, polygon, _ in lines),
         colors=tuple(None if tuple(color) == UNKNOWN_COLOR else _rgb(color) for _, _, color in lines),
         size=drawn.size,
-        has_image=drawn.image is not None,
+        ground_is_told=drawn.image is not None and drawn.mode == "generate",
     )
 
 
@@ -87,7 +87,7 @@ def describe_undrawn(content: Content, side: int) -> Item:
         polygons=tuple(line.polygon for line in lines),
         colors=tuple(None if line.color == UNKNOWN_COLOR else line.color for line in lines),
         size=(frame, frame),
-        has_image=False,
+        ground_is_told=False,
     )
 
 

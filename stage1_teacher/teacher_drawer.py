@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,9 @@ class TeacherDrawer:
             DataError: the teacher produced NaN or Inf.
         """
         teacher, _ = self.load()
+        # As objects of their own: images that share an input must not share its WriteNet evaluations, or the cost
+        # of an image would depend on how many are drawn of it.
+        conditionings = [replace(item) for item in conditionings]
         rounds = self.record_every > 0
         rollout = integrate(
             self._predict(conditionings),
@@ -154,6 +157,8 @@ def teacher_drawers(
 
     for part in without:
         check_ablation(part)
+    if without:  # with what it is compared
+        grids = [*grids, ABLATION_GRID]
     return [make(name) for name in dict.fromkeys(grids)] + [make(ABLATION_GRID, part) for part in without]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.device import resolve_device
 from common.errors import UsageError
@@ -19,6 +21,7 @@ from shards.reader import ShardSet
 from shards.record import Record, Uncond
 from stage2_student.objectives import alphas_at, guided
 from stage2_student.sample import Picture, Sampler, decode, load_decoder
+from stage2_student.shard_facts import read_facts, require_base
 from stage2_student.student import DTYPES, Conditioning, Student, load_base
 
 GAP, LABEL_HEIGHT = 6, 20
@@ -32,7 +35,7 @@ def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[i
     All start at the record's noise. The teacher in M steps is what a user would get without distillation.
 
     Args:
-        config: its [model] section and precompute.guidance_scale.
+        config: its [model] section.
         shards: a set of recorded solves.
         adapter: a run's folder, a checkpoint, or an adapter's folder.
         indices: of the records to draw.
@@ -42,8 +45,14 @@ def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[i
 
     Raises:
         UsageError: an index is not in the set, or the records are not solves.
-        DataError: no adapter there, or it belongs to another base.
+        DataError: no adapter there, or it or the set belongs to another base.
     """
+    recorded: dict[str, Any] = shards.manifest.identity["config"]["precompute"]
+    require_base(
+        read_facts(shards),
+        fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "base"),
+        "the set",
+    )
     records = [_read(shards, index) for index in indices]
     sampler = Sampler.load(config, adapter)
     steps = sampler.card.num_steps
@@ -55,12 +64,12 @@ def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[i
         later = sampler.noise(0, indices, shape)[:, 1:]
         noise = torch.cat([noise, later], dim=1)
     base, _ = load_base(config, DTYPES[config.model.dtype], resolve_device(config.model.device))
-    scale = config.precompute.guidance_scale
+    scale = recorded["guidance_scale"]
     undistilled = solve_guided(base, conditioning, shards.uncond, noise[:, 0], steps=steps, guidance_scale=scale)
     vae = load_decoder(config)
     columns = {
         "layout": [_layout(record) for record in records],
-        f"teacher, {config.precompute.solver_steps} steps": decode(vae, solves[:, -1]),
+        f"teacher, {recorded['solver_steps']} steps": decode(vae, solves[:, -1]),
         f"teacher, {steps} steps": decode(vae, undistilled),
         f"student, {steps} steps": decode(vae, sampler.latents(conditioning, noise)),
     }

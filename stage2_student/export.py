@@ -17,7 +17,7 @@ from common.config import Config
 from common.errors import DataError
 from common.files import write_bytes_atomic
 from stage2_student.adapter import Card, attach_adapter, load_tensors, read_card
-from stage2_student.lora import ADAPTER_NAME, adapted_layers
+from stage2_student.lora import adapted_layers, merge
 from stage2_student.student import Student, load_base, network_of
 
 FORMATS = ("diffusers", "kohya", "merged")
@@ -111,15 +111,10 @@ def _merge(student: Student, config: Config) -> dict[str, Tensor]:
     network, changed = network_of(config), {}
     parts: dict[str, nn.Module] = {"unet": student.unet, "writenet": student.writenet}
     for part, model in parts.items():
-        layers = adapted_layers(model)
-        for name, layer in layers.items():
-            base = layer.get_base_layer()
-            base.weight.data += layer.get_delta_weight(ADAPTER_NAME).to(base.weight.dtype)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, base)
+        merged = merge(model)
         state = export_state(model, part, network)
         names = dict(zip(model.state_dict(), state, strict=True))  # our name to the checkpoint's key
-        for name in layers:
+        for name in merged:
             key = names[f"{name}.weight"]
             changed[key] = state[key]
     return changed

@@ -136,6 +136,17 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def merge(model: nn.Module) -> list[str]:
+    """Add the adapters to the weights, W + (alpha / rank) B A, and take them off; returns the changed modules."""
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        base.weight.data += layer.get_delta_weight(ADAPTER_NAME).to(base.weight.dtype)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, base)
+    return list(layers)
+
+
 def lora_pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     """Return an adapter's A, (r, in, ...), and B, (out, r, ...)."""
     return layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight

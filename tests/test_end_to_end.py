@@ -142,6 +142,21 @@ def test_a_comparison_shows_layout_teacher_and_student_of_each_record(place: Pla
     assert refused.exit_code == 2
     assert "the set holds records 0 to 3" in refused.output
 
+    # How the set was recorded counts, not what the configuration says by now.
+    sets = ("precompute.guidance_scale=9", "precompute.solver_steps=16")
+    again = call(*base, "--records", "0,2", "--out", tmp_path / "again.png", sets=sets)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+
+
+def test_a_comparison_with_a_set_of_another_base_is_refused(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = write_teacher(tmp_path / "other", seed="1")
+    wrong = ("--config", other, "--shards", place.shards, "--adapter", place.run, "--out", tmp_path / "none.png")
+    refused = call("compare", *wrong)
+    assert refused.exit_code == 3
+    assert "the set: the shards were recorded on the base" in refused.output
+
 
 def test_the_teacher_solves_the_same_from_shards_alone_as_in_stage_one(place: Place) -> None:
     config = load_config(place.config)

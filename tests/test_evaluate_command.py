@@ -100,6 +100,7 @@ def test_a_guided_solve_costs_two_evaluations_a_step_and_runs_join_a_folder(fold
     assert list(rows) == [
         "true images",
         "true images through the VAE",
+        "teacher, 20 steps (upstream grid)",
         "teacher, 8 steps (as recorded)",
         "teacher, 20 steps (upstream grid) without caption",
         "teacher, 20 steps (upstream grid) without writenet",
@@ -109,6 +110,65 @@ def test_a_guided_solve_costs_two_evaluations_a_step_and_runs_join_a_folder(fold
     assert rows["teacher, 20 steps (upstream grid) without writenet"]["writenet_evaluations"] == 0
     assert (tmp_path / "runs/teacher-8-steps-as-recorded/results.jsonl").read_bytes() == before
     assert len((tmp_path / "invocations.jsonl").read_text().splitlines()) == 2
+
+
+def test_without_brings_the_whole_teacher_and_every_part_left_out_changes_the_images(
+    folder: Path, tmp_path: Path
+) -> None:
+    parts = ("attnx", "caption", "color", "glyph-embedding", "writenet")
+    line = {"polygon": [[60, 75], [436, 75], [436, 165], [60, 165]], "text": "OPEN", "color": [200, 30, 30]}
+    write_annotations(tmp_path / "a.json", annotation(0, annotations=[line]))
+    result = run(
+        *("evaluate", "--config", folder / "config.toml", "--annotations", tmp_path / "a.json"),
+        *("--no-teacher", "--set", "precompute.edit_fraction=0", "--out", tmp_path / "out"),
+        *(word for part in parts for word in ("--without", part)),
+    )
+    assert result.exit_code == 0, result.output
+    whole = "teacher, 20 steps (upstream grid)"
+    rows = summary_of(tmp_path / "out")
+    assert list(rows) == [whole, *(f"{whole} without {part.replace('-', ' ')}" for part in parts)]
+    drawn = pictures(tmp_path / "out", rows[whole]["folder"])
+    for part in parts:
+        without = pictures(tmp_path / "out", rows[f"{whole} without {part.replace('-', ' ')}"]["folder"])
+        assert np.abs(without.astype(int) - drawn).max() > 0, part
+
+
+def test_the_ground_is_compared_with_the_true_image_where_the_caption_alone_tells_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    for share, compared in (("0", 3), ("1", 0)):
+        out = tmp_path / share
+        more = ("--truth", "--teacher", "trailing:2", "--set", f"precompute.edit_fraction={share}")
+        result = evaluate(folder, out, *more)
+        assert result.exit_code == 0, result.output
+        rows = summary_of(out)
+        if compared == 0:
+            assert rows["true images"]["ground"] is None
+            continue
+        assert rows["true images"]["ground"]["value"] == 0
+        assert rows["teacher, 2 steps (trailing grid)"]["ground"]["value"] > 5
+        assert rows["teacher, 2 steps (trailing grid)"]["ground"]["count"] == compared
+        (difference,) = (
+            row
+            for row in json.loads((out / "evaluation.json").read_bytes())["differences"]
+            if row["run"].startswith("teacher") and row["less"] == "true images"
+        )
+        assert difference["ground"]["low"] > 0
+        assert difference["color_acc"] is None
+
+
+def test_an_images_cost_does_not_depend_on_how_many_are_drawn_of_its_layout(folder: Path, tmp_path: Path) -> None:
+    more = ("--teacher", "trailing:2", "--set", "evaluate.samples_per_layout=2")
+    assert evaluate(folder, tmp_path, *more).exit_code == 0
+    (row,) = summary_of(tmp_path).values()
+    assert (row["images"], row["unet_evaluations"], row["writenet_evaluations"]) == (6, 4, 2)
+
+
+def test_another_seed_is_refused_in_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    assert evaluate(folder, tmp_path, "--teacher", "trailing:2").exit_code == 0
+    result = evaluate(folder, tmp_path, "--teacher", "trailing:3", "--set", "evaluate.seed=7")
+    assert result.exit_code == 3
+    assert "what is evaluated differs in settings" in result.output
 
 
 def test_the_benchmarks_annotations_score_a_folder_of_its_images(tmp_path: Path) -> None:
@@ -144,6 +204,11 @@ def test_the_benchmarks_annotations_score_a_folder_of_its_images(tmp_path: Path)
         (("--images", "nowhere"), 3, "nowhere: no such folder"),
         (("--set", "evaluate.fid_weights=nowhere.pt"), 3, "config evaluate.fid_weights: no file or folder"),
         (("--set", "evaluate.fid_weights=README.md"), 2, "FID compares with the true images; add --truth"),
+        (("--images", ".", "--truth"), 2, "received --truth too"),
+        (("--images", ".", "--adapter", "x", "--without", "attnx"), 2, "received --adapter, --without too"),
+        (("--images", ".", "--teacher", "trailing:4"), 2, "received --teacher too"),
+        (("--images", ".", "--no-teacher"), 2, "received --no-teacher too"),
+        (("--images", ".", "--set", "evaluate.fid_weights=README.md"), 2, "received no evaluate.fid_reference"),
     ],
 )
 def test_a_mistake_is_one_line_and_the_documented_exit_code(

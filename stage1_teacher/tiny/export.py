@@ -28,6 +28,7 @@ from stage1_teacher.recognizer import Recognizer
 from stage1_teacher.text_encoder import load_tokenizer
 from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground
 from stage1_teacher.tiny.networks import MODEL_FOLDER, Denoiser, build_denoiser, network_config
+from stage1_teacher.tiny.train_denoiser import load_start
 from stage1_teacher.tiny.train_vae import load_trained
 
 log = logging.getLogger(__name__)
@@ -43,13 +44,13 @@ class TrainedTeacher:
     recognizer: Recognizer
 
 
-def load_runs(vae_run: Path, denoiser_run: Path, position: Path, *, averaged: bool = True) -> TrainedTeacher:
+def load_runs(vae: Path, denoiser_run: Path, start: Path, *, averaged: bool = True) -> TrainedTeacher:
     """Put together what the training scripts wrote.
 
     Args:
-        vae_run: folder of `train_vae`.
+        vae: folder of `train_vae`, or of a teacher that has it already.
         denoiser_run: folder of `train_denoiser`.
-        position: file of `train_position`.
+        start: what the denoiser's run started from: a file of `train_position`, or a whole teacher's folder.
         averaged: the EMA of the denoiser's weights, or the last ones.
     """
     config = network_config()
@@ -61,17 +62,17 @@ def load_runs(vae_run: Path, denoiser_run: Path, position: Path, *, averaged: bo
         torch.float32,
         "cpu",
     )
-    vae = VAE(config)
-    vae.autoencoder.load_state_dict(load_trained(vae_run).state_dict())
+    trained_vae = VAE(config)
+    trained_vae.autoencoder.load_state_dict(load_trained(vae).state_dict())
     denoiser = build_denoiser(config, seed=0)
-    denoiser.embedding.position_encoder.load_state_dict(torch.load(position, weights_only=True))
+    load_start(denoiser, start, config)
     denoiser.embedding.font_predictor.load_state_dict(recognizer.state_dict())
-    saved: dict[str, Any] = torch.load(denoiser_run / "checkpoint.pt", weights_only=True)
+    saved: dict[str, Any] = torch.load(denoiser_run / "checkpoint.pt", weights_only=True, map_location="cpu")
     values: dict[str, Tensor] = saved["ema" if averaged else "weights"]
     for name, parameter in denoiser.named_parameters().items():
         parameter.data.copy_(values[name])
     log.info("denoiser of step %d", saved["step"])
-    return TrainedTeacher(config=config, denoiser=denoiser, vae=vae, recognizer=recognizer)
+    return TrainedTeacher(config=config, denoiser=denoiser, vae=trained_vae, recognizer=recognizer)
 
 
 @torch.no_grad()
@@ -126,8 +127,11 @@ def write(teacher: TrainedTeacher, out: Path) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("vae", "denoiser", "position", "out"):
+    for name in ("vae", "denoiser", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument(
+        "--position", type=Path, required=True, help="file of train_position, or what --start-from named"
+    )
     parser.add_argument("--last", action="store_true", help="the last weights instead of their average")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

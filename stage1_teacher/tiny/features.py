@@ -1,6 +1,6 @@
 """Compute once what the denoiser's training needs of frozen networks: latents and the recogniser's features.
 
-    python -m stage1_teacher.tiny.features --vae runs/tiny/vae --out runs/tiny/features --count 3000
+    python -m stage1_teacher.tiny.features --vae runs/tiny/vae --out runs/tiny/features --count 5500
 
 Writes chunks of layouts, `00000.pt` and so on, each with several colourings; chunks that exist are left alone.
 """
@@ -22,6 +22,7 @@ from stage1_teacher.captions import image_caption
 from stage1_teacher.glyph_embedding import font_lines, glyph_lines
 from stage1_teacher.recognizer import Recognizer
 from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
+from stage1_teacher.tiny.linear_vae import LinearEncoder
 from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
 from stage1_teacher.tiny.scene import FONT_FOLDER, GUIDE_FONT, Scene, draw_scene, draw_scene_plan, recolor
 from stage1_teacher.tiny.train_vae import load_trained
@@ -34,23 +35,22 @@ CHUNK = 100
 class FeatureMaker:
     """The frozen networks, and what they make of a scene."""
 
-    def __init__(self, vae_run: Path) -> None:
-        """Load the VAE of a run, rounded as it will be shipped, and the recogniser."""
+    def __init__(self, vae: Path) -> None:
+        """Load the VAE, rounded as it is shipped, and the recogniser; `vae` is as for `load_trained`."""
         config = network_config()
-        self._vae = load_trained(vae_run).requires_grad_(False)
-        for parameter in self._vae.parameters():
+        autoencoder = load_trained(vae).requires_grad_(False)
+        for parameter in autoencoder.parameters():
             parameter.copy_(parameter.half())
+        self._encoder = LinearEncoder(autoencoder, config.stride)
         checkpoint = CheckpointFile(MODEL_FOLDER / "recognizer.safetensors")
         recognizer = load_part(Recognizer, "recognizer", config, checkpoint, torch.float32, "cpu")
         self._recognizer = recognizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 3x as fast
         self._blank: dict[bytes, Tensor] = {}
         self._tokenizer = load_tokenizer(MODEL_FOLDER / "clip", config)
 
-    @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1]."""
-        mode: Tensor = self._vae.encode(images).latent_dist.mode()
-        return mode
+        return self._encoder(images)
 
     def tokens(self, caption: str) -> Tensor:
         """Return a short caption's 77 token ids."""
@@ -122,10 +122,12 @@ class FeatureMaker:
 def main() -> None:
     """Parse the command line and write the chunks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True, help="run folder of train_vae")
+    parser.add_argument(
+        "--vae", type=Path, required=True, help="run folder of train_vae, or a checkpoint: models/tiny"
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=3000, help="layouts")
-    parser.add_argument("--variants", type=int, default=3, help="colourings of a layout")
+    parser.add_argument("--count", type=int, default=5500, help="layouts")
+    parser.add_argument("--variants", type=int, default=8, help="images of a layout, in other colours and fonts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()

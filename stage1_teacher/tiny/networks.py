@@ -25,6 +25,9 @@ BRANCH_SCALE = 0.3
 CONTEXT_GAIN = 2.6
 """Cross-attention's values and outputs start this much larger than PyTorch has them."""
 
+GLYPH_GAIN = 1.2784645
+"""silu of it is 1."""
+
 COLOR_GAIN, LINE_MARK, LINE_SCORE = 2.0, 6.0, 4.5
 """Of a line's embedding: its colour's size, the size of the direction that all lines share, and the attention
 score that this direction gets in WriteNet."""
@@ -48,6 +51,10 @@ class Denoiser:
     writenet: WriteNet
     clip: Any
     embedding: GlyphEmbedding
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the parts by the names that checkpoints know them by."""
+        return {"unet": self.unet, "writenet": self.writenet, "clip": self.clip, "embedding": self.embedding}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
@@ -88,6 +95,7 @@ def _start(denoiser: Denoiser) -> None:
         nn.init.normal_(conv.weight, std=BRANCH_SCALE / conv.weight.shape[1] ** 0.5)
     nn.init.zeros_(first.weight)
     _pass_through(denoiser.unet)
+    _hand_on_pixels(denoiser.writenet.controlnet_cond_embedding.glyph_block)
     # CLIP starts its tables at 0.02, which a few thousand steps hardly leave.
     nn.init.normal_(denoiser.clip.embeddings.token_embedding.weight, std=0.5)
     nn.init.normal_(denoiser.clip.embeddings.position_embedding.weight, std=0.3)
@@ -131,6 +139,26 @@ def _listen(block: BasicTransformerBlock) -> None:
         if attention is not None:
             for linear in (attention.to_v, attention.to_out[0]):
                 linear.weight.mul_(CONTEXT_GAIN)
+
+
+def _hand_on_pixels(glyph_block: nn.Sequential) -> None:
+    """Let the glyph block start by handing on each pixel: its last layer has the 16 pixels of every cell.
+
+    Glyphs are 0 or 1, and silu(GLYPH_GAIN) = 1: a layer that copies with that gain gives 0 and 1 again. A strided
+    convolution copies a 2 x 2 neighbourhood into four channels.
+    """
+    channels = 1
+    for conv in glyph_block:
+        if isinstance(conv, nn.Conv2d):
+            taps = [(1, 1)] if conv.stride == (1, 1) else [(1, 1), (1, 2), (2, 1), (2, 2)]
+            for place, (dy, dx) in enumerate(taps):
+                for channel in range(channels):
+                    target = place * channels + channel
+                    conv.weight[target] = 0
+                    conv.weight[target, channel, dy, dx] = GLYPH_GAIN
+                    if conv.bias is not None:
+                        conv.bias[target] = 0
+            channels *= len(taps)
 
 
 def _pass_through(unet: UNet) -> None:

@@ -104,7 +104,7 @@ def draw_scene_plan(*seed: str | int, size: int = 96) -> Scene:
 
 
 def recolor(scene: Scene, variant: int) -> Scene:
-    """Return the same lines on another ground, in other colours."""
+    """Return the same texts at the same places on another ground, in other colours and fonts."""
     for attempt in range(100):
         seed = (*scene.seed, "recolor", variant, attempt)
         random_ = rng("scene", *seed)
@@ -112,7 +112,11 @@ def recolor(scene: Scene, variant: int) -> Scene:
         plan = draw_ground(ground, scene.size, rng("ground", *seed))
         colors = [_readable_color(random_, plan, np.array(line.polygon)) for line in scene.lines]
         if None not in colors:
-            lines = [replace(line, color=color) for line, color in zip(scene.lines, colors, strict=True) if color]
+            lines = [
+                replace(line, color=color, font=_draw_font(random_))
+                for line, color in zip(scene.lines, colors, strict=True)
+                if color
+            ]
             return replace(scene, ground=ground, lines=tuple(lines), seed=seed)
     return scene
 
@@ -194,8 +198,12 @@ def _place_line(
         text=text,
         polygon=tuple((int(x), int(y)) for x, y in polygon),
         color=color,
-        font=random_.choices([name for name, _ in FONTS], weights=[share for _, share in FONTS])[0],
+        font=_draw_font(random_),
     )
+
+
+def _draw_font(random_: random.Random) -> str:
+    return random_.choices([name for name, _ in FONTS], weights=[share for _, share in FONTS])[0]
 
 
 def _draw_text(random_: random.Random, length: int) -> str:

@@ -1,30 +1,38 @@
 r"""Train the embedded teacher's UNet, WriteNet, text tower and glyph embedding together, from scratch.
 
     python -m stage1_teacher.tiny.train_denoiser --features runs/tiny/features --vae runs/tiny/vae \
-        --position runs/tiny/position.pt --out runs/tiny/denoiser --steps 6000
+        --position runs/tiny/position.pt --out runs/tiny/denoiser --steps 4000
 
 Stops and goes on: the same command continues from the newest checkpoint. Each image is seen under several noises
-a step: WriteNet and the text tower run once an image, as at sampling.
+a step: WriteNet and the text tower run once an image, as at sampling. On a GPU it computes in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from common.anytext2.checkpoint import CheckpointFile, load_part
+from common.anytext2.config import NetworkConfig
+from common.anytext2.unet import Control
+from common.device import resolve_device
 from common.files import atomic_write
 from common.schedule import make_alphas_cumprod
 from stage1_teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.text_encoder import encode_tokens, encode_with_lines
 from stage1_teacher.tiny.batches import FeatureStore, TrainingBatch
 from stage1_teacher.tiny.features import FeatureMaker
+from stage1_teacher.tiny.muon import Muon
 from stage1_teacher.tiny.networks import Denoiser, build_denoiser, network_config
 from stage1_teacher.tiny.train_vae import learning_rate
 
@@ -35,11 +43,10 @@ MAX_SNR = 5.0
 MAX_WEIGHT = 200.0
 """Of an eps error. (SNR + 1) / SNR would count errors of v alike; with the plain eps loss a network learns late
 what the picture is, for at high noise that hardly shows in eps."""
-EMA_DECAY, EMA_EVERY = 0.95, 5
-CROP = 64
-"""Pixels; whole images have 96."""
-PATCH, PATCH_TIMESTEP = 32, 500
-"""Side of a patch, pixels, and the lowest timestep at which it is seen."""
+EMA_DECAY, EMA_EVERY = 0.98, 5
+PROBE_WEIGHT = 0.2
+"""Of the loss by which two linear probes read the lines' colours off WriteNet's residuals. Through the noise
+prediction alone, which of an image's lines a colour belongs to is learnt very late."""
 LOG_EVERY = 50
 
 
@@ -53,22 +60,61 @@ class Settings:
     noises: int
     """Per image."""
     peak: float
-    """Learning rate after warm-up; a cosine follows."""
+    """AdamW's learning rate after warm-up, for what is not a matrix; a cosine follows."""
+    matrix_peak: float = 3e-3
+    """The same of Muon, for matrices and convolutions."""
     seed: int
     patches: int = 0
-    """Small crops of as many other images at high noise, added to each step. They cost a ninth each, and what the
-    captions say shows in them as well as in a whole image: a batch of twelve is too noisy to learn it from."""
+    """Small crops of as many other images at high noise, added to each step for their captions' sake: a dozen
+    images say too little of what a caption means."""
     save_every: int = 100
     """Steps."""
-    crop_steps: int
-    """First steps, on crops: they teach how letters look under their glyphs at less than half the cost."""
 
 
-def denoising_losses(denoiser: Denoiser, batch: TrainingBatch, cumulative: Tensor, placeholder: int) -> Tensor:
-    """Return the weighted squared error of each noise prediction, (B K,).
+class ColorProbe(nn.Module):
+    """Reads the lines' colours off WriteNet's residuals, cell by cell; helps the training and is not shipped."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        *_, before_last, last = config.unet.block_channels
+        self.heads = nn.ModuleList([nn.Conv2d(before_last, 3, 1), nn.Conv2d(last, 3, 1)])
+
+    def forward(self, control: Control, batch: TrainingBatch) -> Tensor:
+        """Return the mean squared error of what is read off the last residuals of both depths."""
+        losses = []
+        # Of a level: the last block's residual. The one before the deepest level, and the middle block's.
+        for head, residual in zip(self.heads, (control[-4], control[-1]), strict=True):
+            cells = residual.shape[-1]
+            target = functional.adaptive_avg_pool2d(batch.color_map * batch.color_weight, cells)
+            weight = functional.adaptive_avg_pool2d(batch.color_weight, cells)  # (B, 1, cells, cells)
+            error = (head(residual) - target / weight.clamp(min=1e-3)).square() * weight
+            losses.append(error.sum() / (3 * weight.sum().clamp(min=1)))
+        return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Losses:
+    """Of a batch."""
+
+    eps: Tensor
+    """Weighted squared error of each noise prediction, (B K,)."""
+    color: Tensor
+    """The probe's, ()."""
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised, ()."""
+        return self.eps.mean() + PROBE_WEIGHT * self.color
+
+
+def compute_losses(
+    denoiser: Denoiser, probe: ColorProbe, batch: TrainingBatch, cumulative: Tensor, placeholder: int
+) -> Losses:
+    """Compute a batch's losses.
 
     Args:
         denoiser: the networks.
+        probe: reads the lines' colours.
         batch: B images with K noises each.
         cumulative: alphas_cumprod, (1000,).
         placeholder: token id that stands for a line.
@@ -83,9 +129,9 @@ def denoising_losses(denoiser: Denoiser, batch: TrainingBatch, cumulative: Tenso
     noisy = level.sqrt() * batch.latents.repeat_interleave(noises, dim=0) + (1 - level).sqrt() * batch.noise
     noisy = noisy.contiguous(memory_format=torch.channels_last)
     eps = denoiser.unet(noisy, batch.timesteps, image_context.repeat_interleave(noises, dim=0), repeated)
-    error = (eps - batch.noise).square() * batch.weight.repeat_interleave(noises, dim=0)
+    error = (eps.float() - batch.noise).square() * batch.weight.repeat_interleave(noises, dim=0)
     snr = level[:, 0, 0, 0] / (1 - level[:, 0, 0, 0])
-    return error.mean(dim=(1, 2, 3)) * noise_weight(snr)
+    return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr), color=probe(control, batch))
 
 
 def noise_weight(snr: Tensor) -> Tensor:
@@ -93,50 +139,99 @@ def noise_weight(snr: Tensor) -> Tensor:
     return ((snr + 1) / snr).clamp(max=MAX_WEIGHT) * (MAX_SNR / snr).clamp(max=1)
 
 
-class Trainer:
-    """Networks, averages and optimizer of a run."""
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon trains a parameter: hidden matrices and convolutions, no tables, first or last layers."""
+    ends = ("unet.conv_in.", "unet.conv_out.", "writenet.conv_in.", "embedding.color_proj.")
+    return parameter.ndim >= 2 and "_embedding.weight" not in name and not name.startswith(ends)
 
-    def __init__(self, out: Path, settings: Settings, position: Path) -> None:
-        """Start from scratch, or from the run's checkpoint."""
-        self.out, self.settings, self.step = out, settings, 0
+
+def load_start(denoiser: Denoiser, start: Path, config: NetworkConfig) -> None:
+    """Copy what a run starts from: a position encoder's file of `train_position`, or a whole teacher's folder."""
+    if not start.is_dir():
+        denoiser.embedding.position_encoder.load_state_dict(torch.load(start, weights_only=True))
+        return
+    checkpoint = CheckpointFile(start)
+    for part, module in denoiser.modules().items():
+        loaded = load_part(partial(copy.deepcopy, module), part, config, checkpoint, torch.float32, "cpu")
+        module.load_state_dict(loaded.state_dict())
+
+
+class Trainer:
+    """Networks, averages and optimizers of a run."""
+
+    def __init__(self, out: Path, settings: Settings, start: Path, device: torch.device | str = "cpu") -> None:
+        """Start from the run's checkpoint if there is one.
+
+        Args:
+            out: the run's folder.
+            settings: of the run.
+            start: see `load_start`; what it does not hold starts from scratch.
+            device: where it computes; in bfloat16 where it can, if that is a GPU.
+        """
+        self.out, self.settings, self.step, self.device = out, settings, 0, torch.device(device)
         self.config = network_config()
         self.denoiser = build_denoiser(self.config, settings.seed)
-        self.denoiser.embedding.position_encoder.load_state_dict(torch.load(position, weights_only=True))
+        load_start(self.denoiser, start, self.config)
+        for module in self.denoiser.modules().values():
+            module.to(self.device)
         for module in (self.denoiser.unet, self.denoiser.writenet):
             module.to(memory_format=torch.channels_last)
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            self.probe = ColorProbe(self.config).to(self.device)
+        self.cumulative = make_alphas_cumprod().to(self.device)
         self.parameters = self.denoiser.named_parameters()
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
+        matrices = {name: p for name, p in self.parameters.items() if is_matrix(name, p)}
+        others = [p for name, p in self.parameters.items() if name not in matrices]
+        self.optimizers: dict[str, tuple[torch.optim.Optimizer, float]] = {
+            "matrices": (Muon(matrices.values()), settings.matrix_peak),
+            "others": (
+                torch.optim.AdamW(
+                    [*others, *self.probe.parameters()], betas=(0.9, 0.99), weight_decay=0.0, fused=True
+                ),
+                settings.peak,
+            ),
+        }
         if (out / "checkpoint.pt").exists():
-            saved = torch.load(out / "checkpoint.pt", weights_only=True)
-            self.step, self.ema = saved["step"], saved["ema"]
-            for name, value in saved["weights"].items():
-                self.parameters[name].data.copy_(value)
-            self.optimizer.load_state_dict(saved["optimizer"])
-            log.info("goes on from step %d", self.step)
+            self._resume(torch.load(out / "checkpoint.pt", weights_only=True, map_location=self.device))
 
-    def train_step(self, batch: TrainingBatch, cumulative: Tensor, patches: TrainingBatch | None = None) -> Tensor:
-        """Take one optimizer step; returns each prediction's loss, (B K,), without those of the patches."""
-        rate = learning_rate(self.step, self.settings.steps, self.settings.peak, warmup=100)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        losses = denoising_losses(self.denoiser, batch, cumulative, self.config.placeholder_token_id)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
+    def _resume(self, saved: dict[str, Any]) -> None:
+        self.step, self.ema = saved["step"], saved["ema"]
+        for name, value in saved["weights"].items():
+            self.parameters[name].data.copy_(value)
+        self.probe.load_state_dict(saved["probe"])
+        for name, (optimizer, _) in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        log.info("goes on from step %d", self.step)
+
+    def train_step(self, batch: TrainingBatch, patches: TrainingBatch | None) -> Losses:
+        """Take one optimizer step; returns its losses without those of the patches."""
+        for optimizer, peak in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.settings.steps, peak, warmup=100)
+            optimizer.zero_grad(set_to_none=True)
+        losses = self._backward(batch)
         if patches is not None:
-            more = denoising_losses(self.denoiser, patches, cumulative, self.config.placeholder_token_id)
-            more.mean().backward()
+            self._backward(patches)
         trained = list(self.parameters.values())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        self.optimizer.step()
+        for optimizer, _ in self.optimizers.values():
+            optimizer.step()
         self.step += 1
         if self.step % EMA_EVERY == 0:
             done = self.step // EMA_EVERY
             decay = min(EMA_DECAY, (1 + done) / (10 + done))
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in trained], 1 - decay)
-        return losses.detach()
+        return losses
+
+    def _backward(self, batch: TrainingBatch) -> Losses:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            losses = compute_losses(
+                self.denoiser, self.probe, batch.to(self.device), self.cumulative, self.config.placeholder_token_id
+            )
+        losses.total.backward()
+        return Losses(eps=losses.eps.detach(), color=losses.color.detach())
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -144,21 +239,23 @@ class Trainer:
             "step": self.step,
             "ema": self.ema,
             "weights": {name: p.detach() for name, p in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "probe": self.probe.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()},
         }
         with atomic_write(self.out / "checkpoint.pt") as file:
             torch.save(state, file)
 
 
-def train(out: Path, settings: Settings, *, features: Path, vae: Path, position: Path) -> None:
+def train(
+    out: Path, settings: Settings, *, features: Path, vae: Path, start: Path, device: torch.device | str = "cpu"
+) -> None:
     """Train until `settings.steps`."""
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(out, settings, position)
-    encoder: PositionEncoder = trainer.denoiser.embedding.position_encoder
+    trainer = Trainer(out, settings, start, device)
+    encoder: PositionEncoder = copy.deepcopy(trainer.denoiser.embedding.position_encoder).cpu()
     store = FeatureStore(features, encoder, trainer.config)
     log.info("%d layouts", store.refresh())
     blank = FeatureMaker(vae).latents(torch.full((1, 3, 96, 96), -1.0))[0]
-    cumulative = make_alphas_cumprod()
     began, parts = time.monotonic(), list[Tensor]()
     while trainer.step < settings.steps:
         batch = store.batch(
@@ -167,27 +264,19 @@ def train(out: Path, settings: Settings, *, features: Path, vae: Path, position:
             images=settings.images,
             noises=settings.noises,
             blank_latents=blank,
-            side=CROP if trainer.step < settings.crop_steps else None,
         )
         patches = None
         if settings.patches:
-            patches = store.batch(
-                settings.seed,
-                trainer.step,
-                images=settings.patches,
-                noises=1,
-                blank_latents=blank,
-                side=PATCH,
-                lowest=PATCH_TIMESTEP,
-            )
-        losses = trainer.train_step(batch, cumulative, patches)
-        # By noise level: mean of the first, second ... quarter of the timesteps.
-        parts.append(losses[batch.timesteps.argsort()].reshape(4, -1).mean(1))
+            patches = store.patches(settings.seed, trainer.step, images=settings.patches, blank_latents=blank)
+        losses = trainer.train_step(batch, patches)
+        # By noise level: mean of the first, second ... quarter of the timesteps; and the probe's.
+        by_level = losses.eps[batch.timesteps.argsort().to(losses.eps.device)].reshape(4, -1).mean(1)
+        parts.append(torch.cat([by_level, losses.color[None]]))
         if trainer.step % LOG_EVERY == 0:
-            quarters = torch.stack(parts).mean(0)
+            *quarters, color = torch.stack(parts).mean(0).tolist()
             levels = " ".join(f"{value:.4f}" for value in quarters)
-            pace = (time.monotonic() - began) / LOG_EVERY
-            log.info("step %d loss %.4f (%s) %.2f s/step", trainer.step, quarters.mean(), levels, pace)
+            pace, mean = (time.monotonic() - began) / LOG_EVERY, sum(quarters) / 4
+            log.info("step %d loss %.4f (%s) color %.4f %.2f s/step", trainer.step, mean, levels, color, pace)
             began, parts = time.monotonic(), []
         if trainer.step % settings.save_every == 0 or trainer.step == settings.steps:
             trainer.save()
@@ -197,16 +286,20 @@ def train(out: Path, settings: Settings, *, features: Path, vae: Path, position:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("features", "vae", "position", "out"):
+    for name in ("features", "vae", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--crop-steps", type=int, default=1500, help="first steps, on crops of 64 px")
-    parser.add_argument("--images", type=int, default=6, help="images of a step")
-    parser.add_argument("--patches", type=int, default=40, help="small crops added to a step")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--position", type=Path, help="file of train_position; the rest starts from scratch")
+    start.add_argument("--start-from", type=Path, help="go on from a whole teacher's weights, e.g. models/tiny")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=12, help="images of a step")
+    parser.add_argument("--patches", type=int, default=32, help="small crops added to a step")
     parser.add_argument("--noises", type=int, default=2, help="noises an image")
-    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="of what is not a matrix")
+    parser.add_argument("--matrix-learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto: cuda if there is one")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.threads:
@@ -215,12 +308,20 @@ def main() -> None:
         steps=options.steps,
         images=options.images,
         noises=options.noises,
-        peak=options.learning_rate,
-        seed=options.seed,
-        crop_steps=options.crop_steps,
         patches=options.patches,
+        peak=options.learning_rate,
+        matrix_peak=options.matrix_learning_rate,
+        seed=options.seed,
     )
-    train(options.out, settings, features=options.features, vae=options.vae, position=options.position)
+    start = options.position or options.start_from
+    train(
+        options.out,
+        settings,
+        features=options.features,
+        vae=options.vae,
+        start=start,
+        device=resolve_device(options.device),
+    )
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.anytext2.checkpoint import load_vae
+from common.device import resolve_device
 from common.files import atomic_write
 from common.seeding import generator
 from stage1_teacher.tiny.linear_vae import PatchBasis, fit_patch_basis, set_decoder, set_encoder
-from stage1_teacher.tiny.networks import build_vae
+from stage1_teacher.tiny.networks import build_vae, network_config
 from stage1_teacher.tiny.scene import draw_scene, draw_scene_plan
 
 log = logging.getLogger(__name__)
@@ -90,18 +92,26 @@ def train(
     num_images: int,
     save_every: int = 100,
     num_fitted: int = 400,
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Train the decoder; writes `checkpoint.pt` (everything) to `out` every `save_every` steps."""
+    """Train the decoder; writes `checkpoint.pt` (everything) to `out` every `save_every` steps.
+
+    On a GPU the decoder computes in bfloat16.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(device)
     vae, basis = prepare(seed, num_fitted)
+    vae.to(device)
     decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     ema = [p.detach().clone() for p in decoder]
     optimizer = torch.optim.AdamW(decoder, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     start = 0
     if (out / "checkpoint.pt").exists():
-        saved = torch.load(out / "checkpoint.pt", weights_only=True)
+        saved = torch.load(out / "checkpoint.pt", weights_only=True, map_location=device)
         vae.load_state_dict(saved["vae"])
-        basis = PatchBasis(**saved["basis"])
+        basis = PatchBasis(
+            **{name: part.cpu() if name != "patch" else part for name, part in saved["basis"].items()}
+        )
         optimizer.load_state_dict(saved["optimizer"])
         ema, start = saved["ema"], saved["step"]
         log.info("goes on from step %d", start)
@@ -114,7 +124,9 @@ def train(
         images = crops(pool, seed, step, batch_size)
         latents = basis.latents(images)
         latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator("vae noise", seed, step))
-        loss = reconstruction_loss(vae.decode(latents).sample, images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            decoded = vae.decode(latents.to(device)).sample
+        loss = reconstruction_loss(decoded.float(), images.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder, 1.0)
@@ -129,9 +141,11 @@ def train(
             _save(out, vae, basis, optimizer, ema, step + 1)
 
 
-def load_trained(out: Path) -> Any:
-    """Return the VAE of a run with its averaged decoder."""
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+def load_trained(folder: Path) -> Any:
+    """Return the VAE of a run, with its averaged decoder, or of an exported teacher (models/tiny)."""
+    if not (folder / "checkpoint.pt").exists():
+        return load_vae(network_config(), folder).autoencoder
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     vae = build_vae()
     vae.load_state_dict(saved["vae"])
     with torch.no_grad():
@@ -158,6 +172,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-images", type=int, default=6000)
     parser.add_argument("--threads", type=int, default=0, help="torch's threads; 0: its default")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto: cuda if there is one")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.threads:
@@ -169,6 +184,7 @@ def main() -> None:
         peak=options.learning_rate,
         seed=options.seed,
         num_images=options.num_images,
+        device=resolve_device(options.device),
     )
 
 

@@ -72,11 +72,13 @@ def cut_line(image: NDArray[np.uint8], polygon: Sequence[Sequence[float]]) -> li
         One or more crops (h, w, 3) uint8, the likeliest first. Outside of the image the edge is repeated.
     """
     quad = text_quad(polygon)
-    direction = _side(quad, 0)
+    direction, down = _side(quad, 0), _side(quad, 1)
     steepness = math.degrees(math.atan2(abs(direction[1]), abs(direction[0])))
     straight = warp(image, quad)
     if steepness <= STEEP_DEGREES:
-        return [straight]
+        # AnyText2 stacks characters in any box that is at least as high as wide.
+        stacked = steepness <= UPRIGHT_DEGREES and np.linalg.norm(down) >= np.linalg.norm(direction)
+        return [straight, unstack(straight)] if stacked else [straight]
     crops = [straight, np.ascontiguousarray(straight[::-1, ::-1])]
     if steepness >= 90 - UPRIGHT_DEGREES:
         upright = np.rot90(straight, -1 if direction[1] > 0 else 1)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.files import sha256_file
 from common.seeding import generator
@@ -150,6 +151,7 @@ class StudentDrawer:
         self.settings: Mapping[str, Any] = {
             "adapter": _hash_files(folder),
             "base": card.base_fingerprint,
+            "teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher"),
             "objective": card.objective,
             "trained_steps": card.step,
             "timesteps": list(card.timesteps),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import DataError
+from common.files import canonical_json, sha256_file
+from common.progress import Progress
 from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.runs import Drawn, Job, Run
 
@@ -48,20 +52,62 @@ def count_samples(folder: Path, layouts: Sequence[Layout]) -> int:
     return samples
 
 
-def folder_run(folder: Path, label: str) -> Run:
-    """Return the run whose images lie in a folder."""
+def hash_images(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """Return each file's SHA-256, hexadecimal.
+
+    Args:
+        folder: that they lie in, for the progress.
+        paths: the files.
+    """
+    hashes = {}
+    with Progress(len(paths), f"hashing {folder}", "image") as progress:
+        for path in paths:
+            hashes[path] = sha256_file(path)
+            progress.update()
+    return hashes
+
+
+def digest_images(hashes: Mapping[Path, str]) -> str:
+    """Return a short hash of a folder's images, names and contents, from each file's SHA-256."""
+    entries = sorted([path.name, value] for path, value in hashes.items())
+    return hashlib.sha256(canonical_json(entries)).hexdigest()[:16]
+
+
+def folder_run(folder: Path, label: str, jobs: Sequence[Job]) -> Run:
+    """Return the run whose images lie in a folder; its settings hold what these images are.
+
+    Args:
+        folder: of the images.
+        label: of the run.
+        jobs: all images that are to be scored; each file is read once here.
+
+    Raises:
+        DataError: an image is not there.
+    """
+    files: dict[tuple[str, int], Path] = {}
+    for layout, sample in jobs:
+        path = find_image(folder, layout, sample)
+        if path is None:
+            raise DataError(f"{folder}: {layout.name}_{sample}.jpg is missing; it was there a moment ago")
+        files[layout.layout_id, sample] = path
+    hashes = hash_images(folder, list(dict.fromkeys(files.values())))
 
     def draw(jobs: Sequence[Job]) -> Drawn:
         images = []
         for layout, sample in jobs:
-            path = find_image(folder, layout, sample)
-            if path is None:
-                raise DataError(f"{folder}: {layout.name}_{sample}.jpg is missing; it was there a moment ago")
+            path = files[layout.layout_id, sample]
             try:
-                with Image.open(path) as image:
+                data = path.read_bytes()
+                if hashlib.sha256(data).hexdigest() != hashes[path]:
+                    raise DataError(
+                        f"{path}: changed while the folder was being scored; score it again, with another --out,"
+                        " when all of its images are final"
+                    )
+                with Image.open(io.BytesIO(data)) as image:
                     images.append(np.asarray(image.convert("RGB")))
             except (OSError, UnidentifiedImageError) as error:
                 raise DataError(f"{path}: not readable as an image ({error}); draw it again") from None
         return Drawn(images=images)
 
-    return Run(label=label, kind="images", draw=draw, settings={"folder": folder.name})
+    settings = {"folder": folder.resolve().name, "images": digest_images(hashes)}
+    return Run(label=label, kind="images", draw=draw, settings=settings)

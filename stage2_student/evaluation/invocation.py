@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -18,7 +19,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "onnxruntime", "rapid
 
 
 def note_invocation(folder: Path, arguments: Sequence[str], config: dict[str, Any]) -> None:
-    """Append a command to an evaluation's folder.
+    """Append a command to an evaluation's folder, on a line of its own even where a crash tore the last one.
 
     Args:
         folder: of the evaluation; made if missing.
@@ -34,8 +35,26 @@ def note_invocation(folder: Path, arguments: Sequence[str], config: dict[str, An
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "config": config,
     }
-    with (folder / INVOCATIONS_FILE).open("ab") as file:
+    with (folder / INVOCATIONS_FILE).open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
         file.write(canonical_json(line))
+
+
+def read_invocations(folder: Path) -> list[dict[str, Any]]:
+    """Return the commands of an evaluation's folder, oldest first; a line that a crash tore is left out."""
+    path = folder / INVOCATIONS_FILE
+    lines = []
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and line.keys() >= {"time", "command", "machine", "packages"}:
+            lines.append(line)
+    return lines
 
 
 def _processor() -> str:

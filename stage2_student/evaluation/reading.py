@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stage2_student.evaluation.crops import cut_line, ink_mask, line_height
+from stage2_student.evaluation.crops import MARGIN, cut_line, ink_mask, line_height
 from stage2_student.evaluation.layouts import Color, Layout, Line
 from stage2_student.evaluation.recognizers import Reading, Recognizer
 
@@ -103,6 +103,35 @@ def text_color(crop: NDArray[np.uint8]) -> Color | None:
     return float(red), float(green), float(blue)
 
 
+def ground_difference(image: NDArray[np.uint8], truth: NDArray[np.uint8], layout: Layout) -> float | None:
+    """Return how far what lies outside the lines looks from the true image, or None if nothing does.
+
+    Args:
+        image: drawn, (H, W, 3) uint8 RGB.
+        truth: what the layout was taken from, (H', W', 3); scaled to the drawn image's size.
+        layout: lines, kept out with the margin that they are read with.
+
+    Returns:
+        The mean over pixels of the colour difference Delta E*ab (CIE 1976); about 2 is just seen.
+    """
+    outside = np.ones(image.shape[:2], np.uint8)
+    for line in layout.lines:
+        polygon = scale_polygon(line, layout, image)
+        corners = [np.rint(np.asarray(polygon)).astype(np.int32)]
+        cv2.fillPoly(outside, corners, (0,))
+        cv2.polylines(outside, corners, True, (0,), thickness=1 + 2 * round(MARGIN * line_height(polygon)))
+    if not outside.any():
+        return None
+    truth = np.asarray(cv2.resize(truth, image.shape[1::-1], interpolation=cv2.INTER_AREA), np.uint8)
+    difference = np.linalg.norm(_lab(image) - _lab(truth), axis=2)
+    return float(difference[outside > 0].mean())
+
+
+def _lab(rgb: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Convert (h, w, 3) of 0-255 to CIELAB."""
+    return np.asarray(cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB), np.float32)
+
+
 def nearest_color(color: Color, palette: Sequence[Color]) -> int:
     """Return the index of the palette's colour that looks most like one.
 
@@ -112,8 +141,7 @@ def nearest_color(color: Color, palette: Sequence[Color]) -> int:
 
     Source: Euclidean distance in CIELAB (CIE 1976).
     """
-    rgb = np.asarray([[color, *palette]], np.float32) / 255  # (1, 1 + n, 3)
-    lab = np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB))[0]
+    lab = _lab(np.asarray([[color, *palette]]))[0]  # (1 + n, 3)
     return int(np.argmin(np.linalg.norm(lab[1:] - lab[0], axis=1)))
 
 

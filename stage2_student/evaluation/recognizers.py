@@ -72,7 +72,7 @@ class PPOCRv4:
             ) from None
         options = onnxruntime.SessionOptions()
         if threads is None:
-            threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+            threads = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0])  # "4,2" is for nested regions
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         try:

@@ -40,6 +40,8 @@ class ImageResult:
     """WriteNet calls for it, counted."""
     image: str
     """File name in `images/`, empty if the image was not kept."""
+    ground: float | None = None
+    """Mean colour difference (Delta E*ab) from the true image outside the lines; None where not comparable."""
 
 
 def check_or_create(path: Path, content: Mapping[str, Any], what: str) -> None:

@@ -19,7 +19,7 @@ from common.errors import DataError
 from common.progress import Progress
 from common.signals import StopFlag
 from stage2_student.evaluation.layouts import Layout
-from stage2_student.evaluation.reading import read_images
+from stage2_student.evaluation.reading import ground_difference, read_images
 from stage2_student.evaluation.recognizers import Recognizer
 from stage2_student.evaluation.results import (
     RESULTS_FILE,
@@ -77,6 +77,8 @@ class Plan:
     """Layouts whose first image is kept as a PNG file, from the first on."""
     keep_all: bool = False
     """Keep every image: for measures that need them all."""
+    truth: Callable[[Layout], NDArray[np.uint8] | None] | None = None
+    """Returns a layout's true image, (H, W, 3) RGB; None if who draws was shown its ground, or there is none."""
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -86,6 +88,10 @@ class Plan:
                     f"layout {layout.layout_id}: received twice, expected distinct layouts; remove the copy"
                 )
             seen.add(layout.layout_id)
+
+    def keeps(self, layout: Layout, sample: int) -> bool:
+        """Whether an image is kept."""
+        return self.keep_all or (sample == 0 and layout in self.layouts[: self.keep_images])
 
     def jobs(self) -> list[Job]:
         """Return every image that is to be drawn, in order."""
@@ -120,18 +126,13 @@ def evaluate_run(run: Run, plan: Plan, recognizer: Recognizer, folder: Path, sto
     done = {(result.layout_id, result.sample): result for result in load_results(place / RESULTS_FILE)}
     jobs = plan.jobs()
     left = [(layout, sample) for layout, sample in jobs if (layout.layout_id, sample) not in done]
-    shown = {layout.layout_id for layout in plan.layouts[: plan.keep_images]}
-
-    def keeps(layout: Layout, sample: int) -> bool:
-        return plan.keep_all or (sample == 0 and layout.layout_id in shown)
-
     with (
         Progress(len(jobs), run.label, "image", initial=len(jobs) - len(left)) as progress,
         ResultsWriter(place / RESULTS_FILE) as writer,
     ):
         for start in range(0, len(left), plan.batch_size):
             stop.raise_if_requested(f"{len(done)} of {len(jobs)} images of run {run.label!r} are evaluated")
-            results = _evaluate_batch(run, left[start : start + plan.batch_size], recognizer, place, keeps)
+            results = _evaluate_batch(run, left[start : start + plan.batch_size], recognizer, place, plan)
             writer.append(results)
             done.update({(result.layout_id, result.sample): result for result in results})
             progress.update(len(results))
@@ -139,17 +140,19 @@ def evaluate_run(run: Run, plan: Plan, recognizer: Recognizer, folder: Path, sto
 
 
 def _evaluate_batch(
-    run: Run, jobs: Sequence[Job], recognizer: Recognizer, place: Path, keeps: Callable[[Layout, int], bool]
+    run: Run, jobs: Sequence[Job], recognizer: Recognizer, place: Path, plan: Plan
 ) -> list[ImageResult]:
     drawn = run.draw(jobs)
     lines = read_images(recognizer, drawn.images, [layout for layout, _ in jobs])
     results = []
     for (layout, sample), image, of_image in zip(jobs, drawn.images, lines, strict=True):
         name = ""
-        if keeps(layout, sample):
+        if plan.keeps(layout, sample):
             name = f"{layout.layout_id}_{sample}.png"
             (place / "images").mkdir(exist_ok=True)
             Image.fromarray(image).save(place / "images" / name)
+        truth = plan.truth(layout) if plan.truth is not None else None
+        ground = None if truth is None else ground_difference(image, truth, layout)
         results.append(
             ImageResult(
                 layout_id=layout.layout_id,
@@ -159,6 +162,7 @@ def _evaluate_batch(
                 unet_evaluations=drawn.unet_evaluations / len(jobs),
                 writenet_evaluations=drawn.writenet_evaluations / len(jobs),
                 image=name,
+                ground=None if ground is None else round(ground, 4),
             )
         )
     return results

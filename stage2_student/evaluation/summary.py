@@ -43,8 +43,8 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
         bootstrap_seed: keys the resampling.
 
     Returns:
-        What was written: settings, runs (each with sen_acc, sen_acc_folded, ned, color_acc, by_height and costs;
-        fid and clip_score where measured), and the paired differences of all pairs of runs.
+        What was written: settings, runs (each with sen_acc, sen_acc_folded, ned, color_acc, ground, by_height and
+        costs; fid and clip_score where measured), and the paired differences of all pairs of runs.
 
     Raises:
         DataError: the folder is not an evaluation's, or holds no complete run.
@@ -76,7 +76,7 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
         "palette": [list(color) for color in palette],
         "runs": runs,
         "incomplete": incomplete,
-        "differences": _differences([run["label"] for run in runs], results, bootstrap_seed),
+        "differences": _differences([run["label"] for run in runs], results, palette, bootstrap_seed),
     }
     write_bytes_atomic(folder / SUMMARY_FILE, canonical_json(summary))
     return summary
@@ -92,24 +92,30 @@ def _rank(run: dict[str, Any]) -> tuple[bool, int, int, str]:
 def _summarise_run(
     description: dict[str, Any], results: Sequence[ImageResult], palette: Sequence[Color], seed: int
 ) -> dict[str, Any]:
-    def mean(score: Score) -> dict[str, Any] | None:
-        return _as_dict(estimate(_group(results, score), seed))
-
     return {
         "label": description["label"],
         "kind": description["kind"],
         "steps": description["steps"],
         "settings": description["settings"],
         "images": len(results),
-        "sen_acc": mean(exact_score),
-        "sen_acc_folded": mean(folded_score),
-        "ned": mean(ned_score),
-        "color_acc": mean(lambda line: _optional(color_right(line, palette))),
+        "sen_acc_folded": _as_dict(estimate(_group(results, folded_score), seed)),
+        **{name: _as_dict(estimate(group, seed)) for name, group in _measures(results, palette).items()},
         "by_height": _by_height(results, seed),
         "unet_evaluations": statistics.fmean(result.unet_evaluations for result in results),
         "writenet_evaluations": statistics.fmean(result.writenet_evaluations for result in results),
         # The median: a machine that is shared for a while should not decide.
         "seconds_per_image": statistics.median(result.seconds for result in results),
+    }
+
+
+def _measures(results: Sequence[ImageResult], palette: Sequence[Color]) -> dict[str, Grouped]:
+    """Return what runs are compared by; `ground` is of images, all others of lines."""
+    grounds = [(result.layout_id, result.ground) for result in results]
+    return {
+        "sen_acc": _group(results, exact_score),
+        "ned": _group(results, ned_score),
+        "color_acc": _group(results, lambda line: _optional(color_right(line, palette))),
+        "ground": _without_none(grounds),
     }
 
 
@@ -139,7 +145,10 @@ def _optional(value: bool | None) -> float | None:
 
 
 def _group(results: Sequence[ImageResult], score: Score) -> Grouped:
-    scored = [(result.layout_id, score(line)) for result in results for line in result.lines]
+    return _without_none([(result.layout_id, score(line)) for result in results for line in result.lines])
+
+
+def _without_none(scored: Sequence[tuple[str, float | None]]) -> Grouped:
     kept = [(layout_id, value) for layout_id, value in scored if value is not None]
     return Grouped.of([layout_id for layout_id, _ in kept], [value for _, value in kept])
 
@@ -165,13 +174,19 @@ def _by_height(results: Sequence[ImageResult], seed: int) -> list[dict[str, Any]
     return rows
 
 
-def _differences(labels: Sequence[str], results: dict[str, list[ImageResult]], seed: int) -> list[dict[str, Any]]:
+def _differences(
+    labels: Sequence[str], results: dict[str, list[ImageResult]], palette: Sequence[Color], seed: int
+) -> list[dict[str, Any]]:
     """Compare every pair of runs, the later of the table less the earlier."""
+    measures = {label: _measures(results[label], palette) for label in labels}
     rows = []
     for a, b in itertools.combinations(labels, 2):
         row: dict[str, Any] = {"run": b, "less": a}
-        for name, score in (("sen_acc", exact_score), ("ned", ned_score)):
-            row[name] = _as_dict(paired_difference(_group(results[b], score), _group(results[a], score), seed))
+        for name, of_b in measures[b].items():
+            of_a = measures[a][name]
+            # Results from before the ground was measured have none.
+            comparable = name != "ground" or of_a.layout_ids == of_b.layout_ids
+            row[name] = _as_dict(paired_difference(of_b, of_a, seed)) if comparable else None
         rows.append(row)
     return rows
 
@@ -182,13 +197,14 @@ def _as_dict(value: Estimate | None) -> dict[str, Any] | None:
 
 def format_table(summary: dict[str, Any]) -> str:
     """Lay the runs out as a table of plain text, intervals in brackets."""
-    head = ("run", "Sen. Acc", "NED", "colour", "UNet", "WriteNet", "s/image")
+    head = ("run", "Sen. Acc", "NED", "colour", "ground ΔE", "UNet", "WriteNet", "s/image")
     rows = [
         (
             run["label"],
             _with_interval(run["sen_acc"]),
             _with_interval(run["ned"]),
             _with_interval(run["color_acc"]),
+            "-" if run["ground"] is None else f"{run['ground']['value']:.1f}",
             f"{run['unet_evaluations']:g}",
             f"{run['writenet_evaluations']:g}",
             f"{run['seconds_per_image']:.3g}",
@@ -199,6 +215,7 @@ def format_table(summary: dict[str, Any]) -> str:
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
     ]
+    lines += [f"not complete, left out: {label}" for label in summary["incomplete"]]
     return "\n".join(line.rstrip() for line in lines)
 
 

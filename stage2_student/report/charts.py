@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stage2_student.report.markup import Markup, join, tag
 
 FONT_SIZE = 12
+CHARACTER = 7.7
+"""Width of a digit, pixels, in the widest of the page's fonts."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40
-"""Room around the plot, pixels: numbers at the left and the bottom."""
+"""Least room around the plot, pixels: numbers at the left and the bottom."""
+SLOT = 9
+"""Pixels between points that are moved aside for each other."""
+
+
+Spot = tuple[float, float]
+"""A place in the picture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,16 +33,21 @@ class Point:
     high: float | None = None
     note: str = ""
     """Shown when the pointer rests on it."""
+    shift: float = 0
+    """Places that it is drawn to the right of x, so that points of equal x do not hide each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Points of one kind."""
+    """Points of one kind, joined by a line where there is one of them at an x; several are alternatives."""
 
     label: str
     points: tuple[Point, ...]
+    """By ascending x."""
     color: int
     """Index of the page's colours, from 0."""
+    dash: int = 0
+    """Index of the page's kinds of line, from 0, the solid one."""
     markers: bool = True
 
 
@@ -84,19 +98,13 @@ def line_chart(
         height: pixels.
         references: horizontal lines.
     """
-
-    def place_x(value: float) -> float:
-        return round(LEFT + x.share(value) * (width - LEFT - RIGHT), 1)
-
-    def place_y(value: float) -> float:
-        return round(TOP + (1 - y.share(value)) * (height - TOP - BOTTOM), 1)
-
-    parts = [tag("title", title), *_grid(x, y, place_x, place_y, width, height)]
+    frame = _Frame.around(x, y, series, width, height)
+    parts = [tag("title", title), *_grid(frame)]
     for reference in references:
-        level = place_y(reference.y)
-        parts.append(tag("line", x1=LEFT, x2=width - RIGHT, y1=level, y2=level, class_="reference"))
+        level = frame.place_y(reference.y)
+        parts.append(tag("line", x1=frame.left, x2=frame.right, y1=level, y2=level, class_="reference"))
     for one in series:
-        parts += _draw_series(one, place_x, place_y)
+        parts.append(_draw_series(one, frame))
     return tag(
         "svg",
         *parts,
@@ -108,56 +116,133 @@ def line_chart(
     )
 
 
-Place = Callable[[float], float]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """Where the plot lies in the picture, pixels."""
+
+    x: Axis
+    y: Axis
+    left: float
+    right: float
+    bottom: float
+    slots: Mapping[float, float]
+    """SLOT at each x of a point, less where neighbours would collide."""
+
+    @classmethod
+    def around(cls, x: Axis, y: Axis, series: Sequence[Series], width: int, height: int) -> _Frame:
+        """Leave as much room as the marks' texts need."""
+        left = max(LEFT, round(max((len(text) for _, text in y.ticks), default=0) * CHARACTER) + 10)
+        right = width - max(RIGHT, round(len(x.ticks[-1][1]) * CHARACTER / 2) + 2)
+        slots = _slots([point for one in series for point in one.points], x, right - left)
+        return cls(x=x, y=y, left=left, right=right, bottom=height - BOTTOM, slots=slots)
+
+    def place_x(self, value: float) -> float:
+        return round(self.left + self.x.share(value) * (self.right - self.left), 1)
+
+    def place_y(self, value: float) -> float:
+        return round(TOP + (1 - self.y.share(value)) * (self.bottom - TOP), 1)
 
 
-def _grid(x: Axis, y: Axis, place_x: Place, place_y: Place, width: int, height: int) -> list[Markup]:
-    right, bottom = width - RIGHT, height - BOTTOM
+def _slots(points: Sequence[Point], axis: Axis, length: float) -> dict[float, float]:
+    """Return how far apart, in pixels, points are drawn that share an x."""
+    places: dict[float, float] = {}
+    for point in points:
+        places[point.x] = max(places.get(point.x, 1), 2 * abs(point.shift) + 1)
+    values = sorted(places)
+    spots = [length * axis.share(value) for value in values]
+    around = [-spots[0], *spots, 2 * length - spots[-1]] if spots else []  # the axis's ends are half a gap away
+    gaps = [min(b - a, c - b) for a, b, c in zip(around, around[1:], around[2:], strict=False)]
+    return {value: min(SLOT, gap / places[value]) for value, gap in zip(values, gaps, strict=True)}
+
+
+def _grid(frame: _Frame) -> list[Markup]:
+    left, right, bottom = frame.left, frame.right, frame.bottom
     parts = []
-    for value, text in y.ticks:
-        level = place_y(value)
-        parts.append(tag("line", x1=LEFT, x2=right, y1=level, y2=level, class_="grid"))
-        parts.append(tag("text", text, x=LEFT - 8, y=level + 4, text_anchor="end", class_="tick"))
-    for value, text in x.ticks:
-        column = place_x(value)
+    taken = math.inf  # what the mark before reaches to; one that would touch it has no text
+    for value, text in frame.y.ticks:
+        level = frame.place_y(value)
+        parts.append(tag("line", x1=left, x2=right, y1=level, y2=level, class_="grid"))
+        if level + FONT_SIZE <= taken:
+            parts.append(tag("text", text, x=left - 8, y=level + 4, text_anchor="end", class_="tick"))
+            taken = level
+    taken = -math.inf
+    for value, text in frame.x.ticks:
+        column, half = frame.place_x(value), len(text) * CHARACTER / 2
         parts.append(tag("line", x1=column, x2=column, y1=bottom, y2=bottom + 5, class_="grid"))
-        parts.append(tag("text", text, x=column, y=bottom + 18, text_anchor="middle", class_="tick"))
-    parts.append(tag("line", x1=LEFT, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    parts.append(tag("text", x.label, x=(LEFT + right) / 2, y=height - 4, text_anchor="middle", class_="note"))
+        if column - half >= taken:
+            parts.append(tag("text", text, x=column, y=bottom + 18, text_anchor="middle", class_="tick"))
+            taken = column + half + 3
+    parts.append(tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
+    middle, low = (left + right) / 2, bottom + BOTTOM - 4
+    parts.append(tag("text", frame.x.label, x=middle, y=low, text_anchor="middle", class_="note"))
     return parts
 
 
-def _draw_series(series: Series, place_x: Place, place_y: Place) -> list[Markup]:
-    parts = []
-    spots = [(place_x(point.x), place_y(point.y)) for point in series.points]
-    if len(spots) > 1:
-        parts.append(tag("polyline", points=" ".join(f"{a},{b}" for a, b in spots), class_="line"))
+def _draw_series(series: Series, frame: _Frame) -> Markup:
+    spots = [
+        (round(frame.place_x(point.x) + point.shift * frame.slots[point.x], 1), frame.place_y(point.y))
+        for point in series.points
+    ]
+    parts = [
+        tag("polyline", points=" ".join(f"{a},{b}" for a, b in stretch), class_="line")
+        for stretch in _stretches(series.points, spots)
+    ]
     for point, (column, level) in zip(series.points, spots, strict=True):
         if point.low is not None and point.high is not None:
-            low, high = place_y(point.low), place_y(point.high)
+            low, high = frame.place_y(point.low), frame.place_y(point.high)
             parts.append(tag("line", x1=column, x2=column, y1=low, y2=high, class_="whisker"))
         if series.markers:
             parts.append(tag("circle", tag("title", point.note), cx=column, cy=level, r=4.5, class_="marker"))
-    return [tag("g", *parts, class_=f"series c{series.color}")]
+    return tag("g", *parts, class_=_style(series))
+
+
+def _stretches(points: Sequence[Point], spots: Sequence[Spot]) -> list[list[Spot]]:
+    """Cut a line where a series has several points at an x: which of them would it pass?"""
+    counts = Counter(point.x for point in points)
+    stretches: list[list[Spot]] = [[]]
+    for point, spot in zip(points, spots, strict=True):
+        if counts[point.x] == 1:
+            stretches[-1].append(spot)
+        elif stretches[-1]:
+            stretches.append([])
+    return [stretch for stretch in stretches if len(stretch) > 1]
+
+
+def _style(series: Series) -> str:
+    return f"series c{series.color} d{series.dash}"
 
 
 def legend(series: Sequence[Series], references: Sequence[Reference] = ()) -> Markup:
     """Return the names of series and reference lines beside their colours."""
     return tag(
         "ul",
-        *(tag("li", tag("i", class_=f"swatch c{one.color}"), one.label) for one in series),
+        *(tag("li", _swatch(one), one.label) for one in series),
         *(tag("li", tag("i", class_="swatch dashed"), one.label) for one in references),
         class_="legend",
     )
 
 
-def both_widths(draw: Callable[[int, int], Markup]) -> Markup:
-    """Draw a chart for a wide and for a narrow screen; the page's style shows one of them.
+def _swatch(series: Series) -> Markup:
+    return tag(
+        "svg",
+        tag("line", x1=0, x2=26, y1=6, y2=6, class_="line"),
+        tag("circle", cx=13, cy=6, r=4.5, class_="marker") if series.markers else None,
+        viewBox="0 0 26 12",
+        width=26,
+        height=12,
+        aria_hidden="true",
+        class_=f"swatch {_style(series)}",
+    )
+
+
+def all_widths(draw: Callable[[int, int], Markup]) -> Markup:
+    """Draw a chart for a wide, a middling and a narrow screen; the page's style shows one of them.
 
     Args:
         draw: takes width and height in pixels.
     """
     return join(
-        tag("div", draw(1040, 370), class_="only-wide"),
+        tag("div", draw(1000, 360), class_="only-wide"),
+        tag("div", draw(560, 310), class_="only-middle"),
         tag("div", draw(340, 270), class_="only-narrow"),
     )

@@ -13,7 +13,9 @@ from typing import Any
 from PIL import Image
 
 from common.errors import DataError
-from stage2_student.evaluation.invocation import INVOCATIONS_FILE
+from shards.frozen import FrozenSet, read_frozen
+from shards.layout import FROZEN
+from stage2_student.evaluation.invocation import read_invocations
 from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.results import RESULTS_FILE, ImageResult, load_layouts, load_results
 from stage2_student.evaluation.summary import summarise
@@ -29,13 +31,20 @@ _CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """A training run's curve."""
+    """A training run: its curve, and what it was made from."""
 
-    name: str
+    folder: Path
     losses: tuple[tuple[int, float], ...]
     """(step, loss), ascending."""
     config: Mapping[str, Any]
     """Resolved; empty if the run kept none."""
+    shards: FrozenSet | None = None
+    """What it trained on; None if the run kept no list."""
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +62,14 @@ class Example:
 class ReportData:
     """All that is on the page."""
 
+    folder: Path
+    """The evaluation's."""
     summary: Mapping[str, Any]
     """As `evaluation.json`."""
     examples: tuple[tuple[Layout, tuple[Example, ...]], ...]
     """For each shown layout the same noise drawn by each run, in the table's order."""
+    num_examples: int
+    """Layouts to show at most."""
     trainings: tuple[Training, ...]
     invocations: tuple[Mapping[str, Any], ...]
     """One per `evaluate` command, oldest first."""
@@ -75,25 +88,31 @@ def gather(folder: Path, runs: Sequence[Path] = (), num_examples: int = 12) -> R
     """
     summary = summarise(folder)
     return ReportData(
+        folder=folder,
         summary=summary,
         examples=tuple(_examples(folder, summary, num_examples)),
+        num_examples=num_examples,
         trainings=tuple(_read_training(run) for run in runs),
-        invocations=tuple(_read_invocations(folder)),
+        invocations=tuple(read_invocations(folder)),
     )
 
 
 def _examples(folder: Path, summary: Mapping[str, Any], count: int) -> list[tuple[Layout, tuple[Example, ...]]]:
+    """Return the first image of each of the first layouts; only what is shown is read and embedded."""
     layouts, _ = load_layouts(folder)
-    kept: dict[str, list[Example]] = {}
+    kept: dict[str, list[tuple[str, Path, ImageResult]]] = {}
     for run in summary["runs"]:
         place = folder / "runs" / run["folder"]
         for result in load_results(place / RESULTS_FILE):
             path = place / "images" / result.image
-            if result.image and path.is_file():
-                example = Example(run=run["label"], image=embed_image(path), result=result)
-                kept.setdefault(result.layout_id, []).append(example)
+            if result.sample == 0 and result.image and path.is_file():
+                kept.setdefault(result.layout_id, []).append((run["label"], path, result))
     shown = [layout for layout in layouts if layout.layout_id in kept][:count]
-    return [(layout, tuple(kept[layout.layout_id])) for layout in shown]
+    return [(layout, tuple(_example(*found) for found in kept[layout.layout_id])) for layout in shown]
+
+
+def _example(label: str, path: Path, result: ImageResult) -> Example:
+    return Example(run=label, image=embed_image(path), result=result)
 
 
 def embed_image(path: Path) -> str:
@@ -121,12 +140,18 @@ def _read_training(run: Path) -> Training:
     losses = [(int(line["step"]), float(line["loss"])) for line in lines if line.get("loss") is not None]
     if not losses:
         raise DataError(f"{run}: no training log there; expected the folder of a training run")
-    config: dict[str, Any] = {}
-    if (run / _CONFIG_FILE).exists():
-        config = json.loads((run / _CONFIG_FILE).read_bytes())
-    return Training(name=run.resolve().name, losses=tuple(losses), config=config)
+    frozen = read_frozen(run) if (run / FROZEN).exists() else None
+    return Training(folder=run, losses=tuple(losses), config=_read_config(run / _CONFIG_FILE), shards=frozen)
 
 
-def _read_invocations(folder: Path) -> list[Mapping[str, Any]]:
-    path = folder / INVOCATIONS_FILE
-    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    remedy = "expected a JSON object; restore it, or remove it to report without it"
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}), {remedy}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: received a JSON {type(config).__name__}, {remedy}")
+    return config

@@ -12,7 +12,7 @@ Run = Mapping[str, Any]
 
 
 def highlights(summary: Mapping[str, Any]) -> Markup | None:
-    """Return tiles: the best student, its ceiling, what few steps give without training, and its price."""
+    """Return tiles: the best student, the solve it learnt from, as few steps without training, and its price."""
     tiles = [tile for tile in _tiles(summary) if tile is not None]
     return tag("ul", *tiles, class_="tiles") if tiles else None
 
@@ -20,21 +20,27 @@ def highlights(summary: Mapping[str, Any]) -> Markup | None:
 def _tiles(summary: Mapping[str, Any]) -> list[Markup | None]:
     runs = [run for run in summary["runs"] if run["sen_acc"] and not run["settings"].get("without")]
     students = [run for run in runs if run["kind"] == "student"]
-    ceiling = _ceiling(runs)
+    full = _full_solve(runs)
     if not students:
-        shown = [ceiling] if ceiling else runs[:1]
+        shown = [full] if full else runs[:1]
         return [_score_tile(run["label"], run) for run in shown if run]
     best = max(students, key=lambda run: run["sen_acc"]["value"])
     same = next((run for run in runs if run["kind"] == "teacher" and run["steps"] == best["steps"]), None)
     return [
         _score_tile(best["label"], best),
-        _score_tile(f"{ceiling['label']}: its ceiling", ceiling) if ceiling else None,
+        _score_tile(f"{full['label']}: {_relation(best, full)}", full) if full else None,
         _score_tile(f"{same['label']}: the same steps, undistilled", same) if same else None,
-        _price_tile(summary["differences"], best, ceiling) if ceiling else None,
+        _price_tile(summary["differences"], best, full) if full else None,
     ]
 
 
-def _ceiling(runs: Sequence[Run]) -> Run | None:
+def _relation(student: Run, solve: Run) -> str:
+    """Say what a teacher's solve is to a student; no bound: a student may be read better than its teacher."""
+    learnt = solve["settings"].get("rounds_states") and student["settings"].get("objective") != "lcm"
+    return "what it learnt from" if learnt else "the teacher in full"
+
+
+def _full_solve(runs: Sequence[Run]) -> Run | None:
     """Return the solve that students learn from, or else the teacher's longest."""
     teachers = [run for run in runs if run["kind"] == "teacher"]
     recorded = [run for run in teachers if run["settings"].get("rounds_states")]
@@ -49,12 +55,12 @@ def telling_pairs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """
     runs = summary["runs"]
     whole = [run for run in runs if run["kind"] == "teacher" and not run["settings"].get("without")]
-    ceiling = _ceiling(whole)
+    full = _full_solve(whole)
     wanted = set()
     for run in runs:
         if run["kind"] == "student":
             wanted |= {(run["label"], other["label"]) for other in whole if other["steps"] == run["steps"]}
-            wanted |= {(run["label"], ceiling["label"])} if ceiling else set()
+            wanted |= {(run["label"], full["label"])} if full else set()
         elif run["settings"].get("without"):
             grid = run["settings"].get("grid")
             wanted |= {(run["label"], other["label"]) for other in whole if other["settings"].get("grid") == grid}
@@ -73,10 +79,10 @@ def _score_tile(label: str, run: Run) -> Markup:
     )
 
 
-def _price_tile(differences: Sequence[Mapping[str, Any]], student: Run, ceiling: Run) -> Markup:
-    pair = next((d for d in differences if (d["run"], d["less"]) == (student["label"], ceiling["label"])), None)
-    faster = ceiling["seconds_per_image"] / student["seconds_per_image"] if student["seconds_per_image"] else 0
-    ours, theirs = evaluations(student["unet_evaluations"]), evaluations(ceiling["unet_evaluations"])
+def _price_tile(differences: Sequence[Mapping[str, Any]], student: Run, full: Run) -> Markup:
+    pair = next((d for d in differences if (d["run"], d["less"]) == (student["label"], full["label"])), None)
+    faster = full["seconds_per_image"] / student["seconds_per_image"] if student["seconds_per_image"] else 0
+    ours, theirs = evaluations(student["unet_evaluations"]), evaluations(full["unet_evaluations"])
     calls = f"{ours} UNet calls instead of {theirs}"
     return tag(
         "li",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_bytes_atomic
+from stage2_student.report.commands import commands
 from stage2_student.report.data import Example, ReportData
 from stage2_student.report.highlights import highlights, telling_pairs
 from stage2_student.report.markup import Child, Markup, join, tag
@@ -15,16 +16,26 @@ from stage2_student.report.plots import accuracy_plot, loss_plot
 from stage2_student.report.tables import differences_table, heights_table, runs_table
 
 _STYLE = Path(__file__).with_name("style.css")
+_GROUND = (
+    " Ground ΔE is how far the colours outside the lines are from the true image's (CIELAB, mean over generated"
+    " images): less is better."
+)
 
 
 def write_report(path: Path, data: ReportData, title: str) -> None:
     """Write the page, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(path, render(data, title).encode())
+    write_bytes_atomic(path, render(data, title, path).encode())
 
 
-def render(data: ReportData, title: str) -> str:
-    """Return the page."""
+def render(data: ReportData, title: str, path: Path) -> str:
+    """Return the page.
+
+    Args:
+        data: what it shows.
+        title: its heading.
+        path: where it will lie, for the command that makes it again.
+    """
     summary = data.summary
     head = tag(
         "head",
@@ -37,23 +48,33 @@ def render(data: ReportData, title: str) -> str:
     body = tag(
         "body",
         tag("header", tag("h1", title), tag("p", _lead(data), class_="lead"), highlights(summary)),
-        tag("main", *_sections(data)),
-        tag("footer", tag("p", "Made by pipeline.py report from this evaluation's folder alone.")),
+        tag("main", *_sections(data), _again_section(data, path, title)),
+        tag(
+            "footer",
+            tag("p", "Made by pipeline.py report from the folders of this evaluation and of its training runs."),
+        ),
     )
     return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
 
 
 def _lead(data: ReportData) -> str:
     summary = data.summary
-    last = data.invocations[-1] if data.invocations else None
-    where = f" Measured on {last['machine']}, {last['time'][:10]}." if last else ""
     samples = summary["settings"]["samples_per_layout"]
     per = f", {samples} images each" if samples > 1 else ""
     return (
         f"{summary['layouts']} held-out layouts{per} with {summary['lines']} lines of text in all, drawn by each"
         f" run from the same noise and read by {summary['settings']['recognizer'].split()[0]}, which took no part"
-        f" in drawing them.{where}"
+        f" in drawing them.{_measured(data.invocations)}"
     )
+
+
+def _measured(invocations: Sequence[Mapping[str, Any]]) -> str:
+    """Say on which machines and from when to when; an evaluation may be made by several commands."""
+    if not invocations:
+        return ""
+    machines = dict.fromkeys(str(line["machine"]) for line in invocations)
+    days = sorted({str(line["time"])[:10] for line in invocations})
+    return f" Measured {' to '.join(dict.fromkeys((days[0], days[-1])))} on {', and on '.join(machines)}."
 
 
 def _sections(data: ReportData) -> list[Markup]:
@@ -67,17 +88,17 @@ def _sections(data: ReportData) -> list[Markup]:
         ),
         _section(
             "All runs",
-            "NED is the normalised edit similarity. A guided step of the teacher calls the UNet twice. Time is"
-            " that of the networks, without the encoding of prompts. Intervals come from resampling the layouts:"
-            " where all lines are right, or none is, they have no width, and say less than they seem to.",
-            runs_table(runs),
+            f"NED is the normalised edit similarity.{_GROUND if any(run.get('ground') for run in runs) else ''} A"
+            " guided step of the teacher calls the UNet twice. Time is that of the networks, without the encoding"
+            " of prompts. Intervals come from resampling the layouts: where all lines are right, or none is, they"
+            " have no width, and say less than they seem to.",
+            join(_left_out(summary), runs_table(runs)),
         ),
         _examples_section(data),
         _section("By height of the text", "Sen. Acc, by the height of the line's box.", heights_table(runs)),
         _differences_section(summary),
         _section("Training", "Loss of the runs that made the students.", loss_plot(data.trainings)),
         _settings_section(data),
-        _again_section(data),
     ]
     return [section for section in found if section is not None]
 
@@ -88,6 +109,14 @@ def _section(heading: str, intro: Child, content: Child) -> Markup | None:
     return tag("section", tag("h2", heading), tag("p", intro, class_="intro"), content)
 
 
+def _left_out(summary: Mapping[str, Any]) -> Markup | None:
+    """Name the runs that a stop left incomplete."""
+    labels = summary.get("incomplete")
+    if not labels:
+        return None
+    return tag("p", f"Not complete, left out: {'; '.join(labels)}. Run evaluate again to go on.", class_="missing")
+
+
 def _differences_section(summary: Mapping[str, Any]) -> Markup | None:
     """Show the pairs that answer a question, and all others folded."""
     differences = summary["differences"]
@@ -95,7 +124,7 @@ def _differences_section(summary: Mapping[str, Any]) -> Markup | None:
         return None
     text = (
         "Two runs on the same layouts and noise, resampled together: far narrower than two intervals side by side."
-        " A difference is beyond chance where its 95 % interval does not hold 0."
+        " What is called better or worse is beyond chance: its 95 % interval does not hold 0."
     )
     telling = telling_pairs(summary)
     rest = tag("details", tag("summary", f"All {len(differences)} pairs"), differences_table(differences))
@@ -176,11 +205,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
     return rows
 
 
-def _again_section(data: ReportData) -> Markup | None:
-    if not data.invocations:
-        return None
-    commands = "\n".join(dict.fromkeys(str(line["command"]) for line in data.invocations))
+def _again_section(data: ReportData, path: Path, title: str) -> Markup | None:
     text = (
         "Run in the project's root. Every random choice is keyed, so that the same inputs give the same figures."
+        " How many processes trained a student is not recorded: start as many, by accelerate or torchrun."
     )
-    return _section("How to make it again", text, tag("pre", tag("code", commands)))
+    lines = [tag("code", f"{command}\n") for command in commands(data, path, title)]
+    return _section("How to make it again", text, tag("pre", *lines))

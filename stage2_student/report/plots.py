@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
-from stage2_student.report.charts import Axis, Point, Reference, Series, both_widths, legend, line_chart
+from stage2_student.report.charts import Axis, Point, Reference, Series, all_widths, legend, line_chart
 from stage2_student.report.data import Training
 from stage2_student.report.markup import Markup, join
 from stage2_student.report.words import interval, percent
 
-COLORS = 8
-"""Of the page's style; the first two are the teacher's."""
+COLORS, DASHES = 8, 4
+"""Of the page's style; the first two colours are the teacher's alone."""
 _TEACHERS = ("teacher, trailing grid", "teacher, AnyText2's own grid")
 MAX_CURVE_POINTS = 240
 """A longer curve is averaged into this many points."""
@@ -31,8 +34,8 @@ def accuracy_plot(summary: Mapping[str, Any]) -> Markup | None:
     steps = sorted({point.x for one in series for point in one.points})
     x = Axis(
         label="solver steps",
-        low=steps[0] / 1.25,
-        high=steps[-1] * 1.25,
+        low=steps[0] / 1.4,
+        high=steps[-1] * 1.4,
         ticks=tuple((step, f"{step:g}") for step in steps),
         logarithmic=True,
     )
@@ -43,7 +46,7 @@ def accuracy_plot(summary: Mapping[str, Any]) -> Markup | None:
             "Sen. Acc against solver steps", series, x, y, width=width, height=height, references=references
         )
 
-    return join(legend(series, references), both_widths(draw))
+    return join(legend(series, references), all_widths(draw))
 
 
 def _accuracy_series(runs: Sequence[Mapping[str, Any]]) -> list[Series]:
@@ -61,12 +64,42 @@ def _accuracy_series(runs: Sequence[Mapping[str, Any]]) -> list[Series]:
         )
         groups.setdefault(_group_of(run), []).append(point)
     students = [label for label in groups if label not in _TEACHERS]
-    colors = {label: color for color, label in enumerate((*_TEACHERS, *students))}
-    return [
-        Series(label=label, points=tuple(sorted(groups[label], key=lambda point: point.x)), color=color % COLORS)
-        for label, color in colors.items()
+    looks = {label: (color, 0) for color, label in enumerate(_TEACHERS)}
+    looks |= {label: _look(index) for index, label in enumerate(students)}
+    series = [
+        Series(
+            label=label,
+            points=tuple(sorted(groups[label], key=lambda point: point.x)),
+            color=color,
+            dash=dash,
+        )
+        for label, (color, dash) in looks.items()
         if label in groups
     ]
+    return _side_by_side(series)
+
+
+def _side_by_side(series: Sequence[Series]) -> list[Series]:
+    """Move points of equal x apart, so that every one is seen."""
+    totals: dict[float, int] = defaultdict(int)
+    for one in series:
+        for point in one.points:
+            totals[point.x] += 1
+    placed: dict[float, int] = defaultdict(int)
+    moved = []
+    for one in series:
+        points = []
+        for point in one.points:
+            points.append(dataclasses.replace(point, shift=placed[point.x] - (totals[point.x] - 1) / 2))
+            placed[point.x] += 1
+        moved.append(dataclasses.replace(one, points=tuple(points)))
+    return moved
+
+
+def _look(index: int) -> tuple[int, int]:
+    """Return colour and dash of the student, or training run, of a number: distinct for the first 24."""
+    free = COLORS - len(_TEACHERS)
+    return len(_TEACHERS) + index % free, index // free % DASHES
 
 
 def _group_of(run: Mapping[str, Any]) -> str:
@@ -82,10 +115,11 @@ def loss_plot(trainings: Sequence[Training]) -> Markup | None:
         Series(
             label=run.name,
             points=tuple(_smooth(run.losses)),
-            color=(index + len(_TEACHERS)) % COLORS,
+            color=color,
+            dash=dash,
             markers=False,
         )
-        for index, run in enumerate(trainings)
+        for run, (color, dash) in zip(trainings, map(_look, count()), strict=False)
     ]
     values = [point.y for one in series for point in one.points if point.y > 0]
     if not values:
@@ -104,7 +138,7 @@ def loss_plot(trainings: Sequence[Training]) -> Markup | None:
     def draw(width: int, height: int) -> Markup:
         return line_chart("Loss against optimizer steps", series, x, y, width=width, height=height)
 
-    return join(legend(series), both_widths(draw))
+    return join(legend(series), all_widths(draw))
 
 
 def _smooth(losses: Sequence[tuple[int, float]]) -> list[Point]:

@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stage2_student.report.markup import Child, Markup, tag
-from stage2_student.report.words import evaluations, interval, percent, points, seconds
+from stage2_student.report.words import evaluations, interval, percent, points, seconds, verdict
 
 Run = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measure:
+    """What two runs are compared by."""
+
+    key: str
+    head: str
+    factor: float = 100
+    digits: int = 1
+    less_is_better: bool = False
+
+
+_MEASURES = (
+    _Measure(key="sen_acc", head="Sen. Acc, points"),
+    _Measure(key="ned", head="NED, points"),
+    _Measure(key="color_acc", head="colour, points"),
+    _Measure(key="ground", head="ground ΔE", factor=1, digits=2, less_is_better=True),
+)
+
+
 def runs_table(runs: Sequence[Run]) -> Markup:
-    """Lay out what every run scored and cost."""
-    colors = any(run["color_acc"] for run in runs)
-    head = ["", "Sen. Acc", "ignoring case, spaces", "NED", *(["colour"] if colors else [])]
+    """Lay out what every run scored and cost; colour, ground, FID and CLIP score where any run has them."""
+    colors, grounds = (any(run.get(key) for run in runs) for key in ("color_acc", "ground"))
     extras = [
         (key, name) for key, name in (("fid", "FID"), ("clip_score", "CLIP score")) if any(key in r for r in runs)
     ]
-    head += [name for _, name in extras]
+    head = ["", "Sen. Acc", "ignoring case, spaces", "NED"]
+    head += [*(["colour"] if colors else []), *(["ground ΔE"] if grounds else []), *(name for _, name in extras)]
     head += ["UNet calls", "WriteNet calls", "time per image"]
     rows = []
     for run in runs:
         cells: list[Child] = [
             _bar(run["sen_acc"]),
             percent(run["sen_acc_folded"]),
-            _score(run["ned"]),
-            *([percent(run["color_acc"])] if colors else []),
+            _figure(run["ned"], 1, 3),
+            *([_figure(run.get("color_acc"), 100, 1, "\u00a0%")] if colors else []),
+            *([_figure(run.get("ground"), 1, 2)] if grounds else []),
             *(f"{run[key]:.2f}" if key in run else "–" for key, _ in extras),
             evaluations(run["unet_evaluations"]),
             evaluations(run["writenet_evaluations"]),
@@ -59,20 +80,30 @@ def _height(low: float, high: float) -> str:
 
 
 def differences_table(differences: Sequence[Mapping[str, Any]]) -> Markup:
-    """Lay out paired differences."""
-    rows = []
-    for row in differences:
-        accuracy = row["sen_acc"]
-        certain = accuracy is not None and (accuracy["low"] > 0 or accuracy["high"] < 0)
-        sign = "" if not certain else "better" if accuracy["value"] > 0 else "worse"
-        cells: list[Child] = [
-            tag("span", points(accuracy), class_=f"difference {sign}"),
-            interval(accuracy),
-            points(row["ned"]),
-            "yes" if certain else "no",
-        ]
-        rows.append((f"{row['run']} − {row['less']}", cells, ""))
-    return _table(["", "Sen. Acc, points", "95 % interval", "NED, points", "beyond chance"], rows)
+    """Lay out paired differences; each says for itself whether it is beyond chance, and which way."""
+    shown = [
+        measure
+        for measure in _MEASURES
+        if measure.key in ("sen_acc", "ned") or any(row.get(measure.key) for row in differences)
+    ]
+    rows = [
+        (f"{row['run']} − {row['less']}", [_difference(row.get(measure.key), measure) for measure in shown], "")
+        for row in differences
+    ]
+    return _table(["", *(measure.head for measure in shown)], rows, "pairs")
+
+
+def _difference(estimate: Mapping[str, Any] | None, measure: _Measure) -> Child:
+    if estimate is None:
+        return "–"
+    found = verdict(estimate, measure.less_is_better)
+    return tag(
+        "span",
+        tag("b", points(estimate, measure.factor, measure.digits)),
+        tag("em", found) if found else None,
+        tag("small", interval(estimate, measure.factor, measure.digits)),
+        class_=f"difference {found}".rstrip(),
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Child], str]], style: str = "") -> Markup:
@@ -106,9 +137,9 @@ def _bar(estimate: Mapping[str, Any] | None, brief: bool = False) -> Child:
     )
 
 
-def _score(estimate: Mapping[str, Any] | None) -> Child:
-    return "–" if estimate is None else tag("span", f"{estimate['value']:.3f}", title=_ends(estimate))
-
-
-def _ends(estimate: Mapping[str, Any]) -> str:
-    return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
+def _figure(estimate: Mapping[str, Any] | None, factor: float, digits: int, unit: str = "") -> Child:
+    """Show a number over its interval."""
+    if estimate is None:
+        return "–"
+    value = f"{factor * estimate['value']:.{digits}f}{unit}"
+    return tag("span", value, tag("small", interval(estimate, factor, digits)), class_="figure")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+Estimate = Mapping[str, Any]
+"""value, low, high."""
 
-def percent(value: Mapping[str, Any] | float | None) -> str:
+
+def percent(value: Estimate | float | None) -> str:
     """Write a share, or an estimate's value, as a percentage."""
     if value is None:
         return "–"
@@ -14,16 +17,24 @@ def percent(value: Mapping[str, Any] | float | None) -> str:
     return f"{100 * share:.1f}\u00a0%"
 
 
-def interval(estimate: Mapping[str, Any] | None) -> str:
-    """Write the ends of an estimate's interval."""
+def interval(estimate: Estimate | None, factor: float = 100, digits: int = 1) -> str:
+    """Write the ends of an estimate's interval, in percent unless told otherwise."""
     if estimate is None:
         return ""
-    return f"{100 * estimate['low']:.1f} to {100 * estimate['high']:.1f}".replace("-", "−")
+    low, high = (f"{factor * estimate[key]:.{digits}f}" for key in ("low", "high"))
+    return f"{low} to {high}".replace("-", "−")
 
 
-def points(estimate: Mapping[str, Any] | None) -> str:
-    """Write a difference in percentage points, with its sign."""
-    return "–" if estimate is None else f"{100 * estimate['value']:+.1f}".replace("-", "−")
+def points(estimate: Estimate | None, factor: float = 100, digits: int = 1) -> str:
+    """Write a difference with its sign, in percentage points unless told otherwise."""
+    return "–" if estimate is None else f"{factor * estimate['value']:+.{digits}f}".replace("-", "−")
+
+
+def verdict(estimate: Estimate, less_is_better: bool = False) -> str:
+    """Return "better" or "worse" for a difference beyond chance, "" for one whose interval holds 0."""
+    if estimate["low"] <= 0 <= estimate["high"]:
+        return ""
+    return "worse" if (estimate["low"] > 0) is less_is_better else "better"
 
 
 def seconds(value: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.errors import DataError
-from stage1_teacher.annotations import Annotations
+from stage1_teacher.annotations import Annotations, caption_as_annotated
 from stage1_teacher.content import UNKNOWN_COLOR, Content, InputFailure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
@@ -108,6 +108,13 @@ def test_an_id_depends_on_what_is_said_and_not_on_where_it_lies(folder: Path, tm
     ]
     ids = [id_of(value) for value in changed]
     assert len({original, *ids, id_of(entry(), use_images=False)}) == len(ids) + 2
+
+
+def test_the_watermark_phrase_is_taken_off_again_and_nothing_else(folder: Path) -> None:
+    for more in ({}, {"wm_score": 0.2}, {"wm_score": 0.9}):
+        for caption in ("a sign", "a page with watermarks", ""):
+            content = read_one(folder, entry(caption=caption, **more))
+            assert caption_as_annotated(content.caption) == caption
 
 
 def test_watermarked_entries_are_left_out_and_do_not_count(folder: Path) -> None:

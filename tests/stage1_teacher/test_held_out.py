@@ -47,7 +47,7 @@ def test_items_say_what_is_drawn_in_pixels_of_the_image(config_path: Path, tmp_p
     assert coloured.colors == ((1.0, 2.0, 3.0),)
     assert plain.colors == (None,)
     assert coloured.size == (64, 64)
-    assert coloured.has_image
+    assert coloured.ground_is_told
     assert coloured.name == "a"
     width = Image.open(DATA / "imgs" / "a.png").width
     np.testing.assert_allclose(np.array(coloured.polygons[0])[:, 0], np.array([60, 436, 436, 60]) * 64 / width)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_teacher.tiny.linear_vae import PatchBasis, fit_patch_basis, set_decoder, set_encoder
+from stage1_teacher.tiny.linear_vae import LinearEncoder, PatchBasis, fit_patch_basis, set_decoder, set_encoder
 from stage1_teacher.tiny.networks import build_vae
 from stage1_teacher.tiny.train_vae import draw_images, to_unit
 
@@ -44,6 +44,11 @@ def test_latents_of_a_basis_have_unit_mean_square_and_decode_to_nearly_the_patch
 def test_the_encoder_computes_the_basis_latents(images: Tensor, basis: PatchBasis, vae: Any) -> None:
     mode = vae.encode(images).latent_dist.mode()
     assert float((mode - basis.latents(images)).abs().max()) < 0.1
+
+
+def test_the_encoder_is_one_convolution(images: Tensor, vae: Any) -> None:
+    error = LinearEncoder(vae, 4)(images) - vae.encode(images).latent_dist.mode()
+    assert float(error.square().mean().sqrt()) < 3e-3
 
 
 def test_rounding_the_encoder_to_float16_changes_nothing(images: Tensor, vae: Any) -> None:

@@ -46,6 +46,17 @@ def test_a_line_below_sixty_degrees_has_one_candidate_and_a_vertical_one_three()
     assert len(cut_line(image, steep)) == 2
 
 
+def test_a_box_as_high_as_wide_may_hold_stacked_characters_and_a_wider_one_may_not() -> None:
+    image = np.zeros((100, 200, 3), np.uint8)
+
+    def candidates(width: int, height: int) -> int:
+        return len(cut_line(image, [(10, 10), (10 + width, 10), (10 + width, 10 + height), (10, 10 + height)]))
+
+    assert candidates(60, 55) == 1
+    assert candidates(60, 60) == 2
+    assert candidates(60, 70) == 2
+
+
 def test_a_polygon_that_leaves_the_image_is_cut_with_the_edge_repeated() -> None:
     image = np.full((32, 32, 3), 77, np.uint8)
     (crop,) = cut_line(image, [(-20, 10), (60, 10), (60, 30), (-20, 30)])

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stage2_student.evaluation.layouts import Layout, palette_of
-from stage2_student.evaluation.reading import LineResult, color_right, nearest_color, read_images, text_color
+from stage2_student.evaluation.layouts import Layout, Line, palette_of
+from stage2_student.evaluation.reading import (
+    LineResult,
+    color_right,
+    ground_difference,
+    nearest_color,
+    read_images,
+    text_color,
+)
 from stage2_student.evaluation.recognizers import Recognizer
 from tests.stage2_student.evaluation.drawn_text import PALETTE, draw_layouts
 
@@ -121,3 +128,22 @@ class _Blind:
         from stage2_student.evaluation.recognizers import Reading
 
         return [Reading(text="", confidence=0.0) for _ in crops]
+
+
+def test_the_ground_counts_outside_the_lines_only_and_at_the_drawn_images_size() -> None:
+    box = ((10.0, 10.0), (50.0, 10.0), (50.0, 30.0), (10.0, 30.0))
+    layout = Layout(layout_id="a", size=(64, 64), lines=(Line(text="x", polygon=box),))
+    truth = np.full((64, 64, 3), 200, np.uint8)
+    drawn = truth.copy()
+    drawn[10:31, 10:51] = (255, 0, 0)
+    assert ground_difference(drawn, truth, layout) == 0
+    drawn[50:] = 0  # 14 of 64 rows; black is 80 from this grey in L*
+    found = ground_difference(drawn, truth, layout)
+    assert found is not None and 20 < found < 30
+    assert ground_difference(np.repeat(np.repeat(drawn, 2, 0), 2, 1), truth, layout) == pytest.approx(
+        found, abs=0.6
+    )
+    whole = Layout(
+        layout_id="b", size=(64, 64), lines=(Line(text="x", polygon=((0, 0), (63, 0), (63, 63), (0, 63))),)
+    )
+    assert ground_difference(drawn, truth, whole) is None

@@ -20,6 +20,7 @@ from stage2_student.evaluation.results import load_layouts, load_results, save_l
 from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run, run_folder
 from stage2_student.evaluation.summary import summarise
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
+from tests.stage2_student.evaluation.test_recognizers import make_parrot
 
 COUNT = 10
 
@@ -197,9 +198,45 @@ def test_a_folder_of_images_is_scored_by_the_benchmarks_names(
     samples = count_samples(tmp_path, layouts)
     assert samples == 2
     plan = Plan(layouts=layouts, samples_per_layout=samples)
-    results = evaluate_run(folder_run(tmp_path, "theirs"), plan, judge, tmp_path / "out", StopFlag())
+    run = folder_run(tmp_path, "theirs", plan.jobs())
+    results = evaluate_run(run, plan, judge, tmp_path / "out", StopFlag())
     assert [all(line.exact for line in result.lines) for result in results] == [True, False] * 3
     assert all(result.unet_evaluations == 0 for result in results)
+
+
+def test_a_folder_of_other_images_is_refused_whatever_its_name(tmp_path: Path) -> None:
+    _, layouts = draw_layouts("folders", 2, 96, (16, 22))
+    plan = Plan(layouts=layouts)
+
+    def write(folder: Path, level: int) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for layout in layouts:
+            Image.fromarray(np.full((96, 96, 3), level, np.uint8)).save(folder / f"{layout.name}_0.png")
+        return folder
+
+    def score(folder: Path) -> None:
+        evaluate_run(folder_run(folder, "theirs", plan.jobs()), plan, make_parrot(), tmp_path / "out", StopFlag())
+
+    first, second = write(tmp_path / "a" / "theirs", 10), write(tmp_path / "b" / "theirs", 20)
+    score(first)
+    score(first)
+    with pytest.raises(DataError, match=r"run 'theirs' differs in settings.*give another --out"):
+        score(second)
+    write(first, 20)  # drawn again in place
+    with pytest.raises(DataError, match=r"run 'theirs' differs in settings.*give another --out"):
+        score(first)
+    (write(first, 10) / "unrelated.txt").write_text("not scored")
+    score(first)
+
+
+def test_an_image_that_changes_while_it_is_scored_is_refused(tmp_path: Path) -> None:
+    _, layouts = draw_layouts("folders", 1, 96, (16, 22))
+    path = tmp_path / "word000_0.png"
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(path)
+    run = folder_run(tmp_path, "theirs", [(layouts[0], 0)])
+    Image.fromarray(np.ones((96, 96, 3), np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"word000_0.png: changed while the folder was being scored"):
+        run.draw([(layouts[0], 0)])
 
 
 def test_a_missing_or_broken_image_of_a_folder_is_named(
@@ -215,8 +252,9 @@ def test_a_missing_or_broken_image_of_a_folder_is_named(
         count_samples(tmp_path, layouts)
     (tmp_path / "word001_0.jpg").write_bytes(b"\xff\xd8 no picture")
     assert count_samples(tmp_path, layouts) == 1
+    plan = Plan(layouts=layouts)
     with pytest.raises(DataError, match="word001_0.jpg: not readable"):
-        evaluate_run(folder_run(tmp_path, "x"), Plan(layouts=layouts), judge, tmp_path / "out", StopFlag())
+        evaluate_run(folder_run(tmp_path, "x", plan.jobs()), plan, judge, tmp_path / "out", StopFlag())
 
 
 def test_evaluations_are_counted_by_sample_and_watching_leaves_no_trace() -> None:

@@ -14,6 +14,7 @@ from stage2_student.evaluation.recognizers import Recognizer, load_recognizer
 from stage2_student.evaluation.results import save_layouts
 from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
+from tests.stage2_student.report.crowded import make_evaluation, make_trainings
 
 HOSTILE = '<script>alert("&")</script>'
 """A caption that must be shown, not run."""
@@ -58,6 +59,18 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = Run(label=label, kind=kind, steps=steps, draw=draw, settings=settings)
         evaluate_run(run, Plan(layouts=layouts), judge, folder, StopFlag())
     return folder
+
+
+@pytest.fixture(scope="session")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A large evaluation's folder, of long and hostile names."""
+    return make_evaluation(tmp_path_factory.mktemp("crowded"))
+
+
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Seven training runs, of long names."""
+    return make_trainings(tmp_path_factory.mktemp("trainings"))
 
 
 @pytest.fixture(scope="session")

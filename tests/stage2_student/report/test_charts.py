@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
-from stage2_student.report.charts import Axis, Point, Series, line_chart
+from stage2_student.report.charts import Axis, Point, Series, legend, line_chart
 from stage2_student.report.data import Training
 from stage2_student.report.markup import Markup, join, tag
 from stage2_student.report.plots import MAX_CURVE_POINTS, accuracy_plot, loss_plot, nice_step
 from stage2_student.report.words import percent, points, seconds
 
 AXIS = Axis(label="x", low=1, high=100, ticks=((1, "1"), (10, "10"), (100, "100")), logarithmic=True)
+SVG = "{http://www.w3.org/2000/svg}"
 SHARE = Axis(label="", low=0, high=1, ticks=((0, "0"), (1, "1")))
 
 
@@ -31,11 +33,9 @@ def test_a_chart_places_points_by_value_on_both_scales() -> None:
         label="s", points=(Point(x=1, y=0), Point(x=10, y=0.5, low=0.4, high=0.7), Point(x=100, y=1)), color=0
     )
     root = parse(line_chart("t", [series], AXIS, SHARE, width=460, height=252))
-    circles = [
-        (float(c.get("cx", 0)), float(c.get("cy", 0))) for c in root.iter("{http://www.w3.org/2000/svg}circle")
-    ]
+    circles = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in root.iter(f"{SVG}circle")]
     assert circles == [(46, 212), (246, 112), (446, 12)]
-    whisker = next(e for e in root.iter("{http://www.w3.org/2000/svg}line") if e.get("class") == "whisker")
+    whisker = next(e for e in root.iter(f"{SVG}line") if e.get("class") == "whisker")
     assert (float(whisker.get("y1", 0)), float(whisker.get("y2", 0))) == (132, 72)
 
 
@@ -68,7 +68,53 @@ def test_the_accuracy_plot_has_one_series_per_grid_and_objective_and_no_ablation
         "students, lcm",
         "true images, 100.0\u00a0%",
     ]
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * 5
+    assert len(list(root.iter(f"{SVG}circle"))) == 3 * 5
+    # The teacher's two points on the trailing grid are joined, nothing else is.
+    assert len(list(root.iter(f"{SVG}polyline"))) == 3
+
+
+def test_runs_of_equal_steps_stand_side_by_side_and_are_not_joined() -> None:
+    students = (("a", 1), ("b", 2), ("c", 4), ("d", 4), ("e", 8), ("f", 16))
+    runs = [run(name, steps, 0.7, "student", objective="phased") for name, steps in students]
+    plot = accuracy_plot({"runs": [*runs, run("t4", 4, 0.7, grid="trailing:4")]})
+    assert plot is not None
+    wide = next(parse(plot).iter(f"{SVG}svg"))
+    columns = [float(circle.get("cx", 0)) for circle in wide.iter(f"{SVG}circle")]  # the teacher's is drawn first
+    teacher, one, two, four, also_four, eight, sixteen = columns
+    assert one < two < teacher < four < also_four < eight < sixteen
+    assert four - teacher == pytest.approx(9, abs=0.11) == also_four - four
+    lines = [line.get("points", "").split() for line in wide.iter(f"{SVG}polyline")]
+    ends = [[float(spot.partition(",")[0]) for spot in line] for line in lines]
+    assert ends == [[one, two], [eight, sixteen]]
+
+
+def test_no_two_runs_look_the_same_and_none_like_the_teacher() -> None:
+    trainings = [Training(folder=Path(f"run-{i}"), losses=((1, 1.0), (2, 0.5)), config={}) for i in range(24)]
+    plot = loss_plot(trainings)
+    assert plot is not None
+    looks = [svg.get("class", "") for svg in parse(plot).iter("svg")]
+    assert len(set(looks)) == 24
+    assert not {"c0", "c1"} & {part for look in looks for part in look.split()}
+
+
+def test_labels_of_any_length_have_room_and_do_not_touch() -> None:
+    ticks = ((1, "0.000123"), (10, "1"), (11, "1.1"), (100, "2000000"))
+    axis = Axis(label="", low=1, high=100, ticks=ticks, logarithmic=True)
+    root = parse(line_chart("t", [], axis, axis, width=340, height=270))
+    texts = [text for text in root.iter(f"{SVG}text") if text.get("class") == "tick"]
+    found = [(text.text, float(text.get("x", 0)), float(text.get("y", 0))) for text in texts]
+    assert [text for text, _, _ in found] == ["0.000123", "1", "2000000"] * 2
+    for text, column, _ in found[:3]:  # they end there
+        assert column - 7.7 * len(text or "") >= 0
+    for text, column, _ in found[3:]:
+        assert column - 7.7 * len(text or "") / 2 >= 0 and column + 7.7 * len(text or "") / 2 <= 340
+
+
+def test_a_legend_shows_line_and_marker() -> None:
+    entry = parse(legend([Series(label="s", points=(), color=3, dash=1)]))
+    swatch = next(entry.iter("svg"))
+    assert swatch.get("class") == "swatch series c3 d1"
+    assert [child.tag for child in swatch] == ["line", "circle"]
 
 
 def test_without_steps_there_is_no_accuracy_plot() -> None:
@@ -78,10 +124,10 @@ def test_without_steps_there_is_no_accuracy_plot() -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 5000])
 def test_loss_curves_of_any_length_are_drawn_with_few_points(count: int) -> None:
-    training = Training(name="a", losses=tuple((i + 1, 1 / (i + 1)) for i in range(count)), config={})
+    training = Training(folder=Path("a"), losses=tuple((i + 1, 1 / (i + 1)) for i in range(count)), config={})
     plot = loss_plot([training])
     assert plot is not None
-    for line in parse(plot).iter("{http://www.w3.org/2000/svg}polyline"):
+    for line in parse(plot).iter(f"{SVG}polyline"):
         assert len(line.get("points", "").split()) <= MAX_CURVE_POINTS
     assert "NaN" not in plot
 

@@ -12,12 +12,13 @@ from common.errors import DataError
 from pipeline import cli
 from stage2_student.report.data import embed_image, gather
 from stage2_student.report.page import render
+from tests.stage2_student.report import crowded as crowded_page
 from tests.stage2_student.report.conftest import HOSTILE, RUNS
 
 
 @pytest.fixture(scope="module")
 def page(evaluation: Path, training: Path) -> str:
-    return render(gather(evaluation, [training]), "A title & more")
+    return render(gather(evaluation, [training]), "A title & more", Path("report.html"))
 
 
 def test_the_page_needs_nothing_else(page: str) -> None:
@@ -41,8 +42,7 @@ def test_every_section_is_there(page: str) -> None:
         "How to make it again",
     ]
     assert page.count("<img ") == 5 * len(RUNS)
-    assert page.count("<svg ") == 4  # two charts, each for a wide and for a narrow screen
-    assert "pipeline.py evaluate --out 'some where'" in page
+    assert page.count('class="chart"') == 6  # two charts, each for a wide, a middling and a narrow screen
 
 
 def test_what_others_wrote_is_shown_and_not_run(page: str) -> None:
@@ -51,12 +51,22 @@ def test_what_others_wrote_is_shown_and_not_run(page: str) -> None:
     assert "<title>A title &amp; more</title>" in page
 
 
+def test_hostile_labels_and_texts_are_escaped_wherever_they_stand(crowded: Path, trainings: list[Path]) -> None:
+    page = render(gather(crowded, trainings), f"{crowded_page.HOSTILE} title", Path(crowded_page.HOSTILE))
+    assert "<script" not in page
+    assert "<b>" not in re.sub(r"<b>[+−\d.]+(?:\u00a0%)?</b>", "", page)  # only numbers are bold
+    assert page.count("&lt;script&gt;alert(") > 20
+    assert 'alt="drawn by &lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; ' in page
+
+
 def test_the_figures_are_those_of_the_evaluation(page: str, evaluation: Path) -> None:
     runs = {run["label"]: run for run in gather(evaluation).summary["runs"]}
     best = runs["run-a, 4 steps"]["sen_acc"]["value"]
     assert f"<strong>{100 * best:.1f}\u00a0%</strong><span>run-a, 4 steps</span>" in page
     assert "10.0 × faster" in page
     assert "4 UNet calls instead of 40" in page
+    assert "teacher, 40 steps (as recorded): what it learnt from" in page
+    assert "ceiling" not in page
     worst = runs["teacher, 4 steps (trailing grid)"]["sen_acc"]["value"]
     assert worst < best
 
@@ -67,7 +77,7 @@ def test_wrong_readings_are_marked(page: str) -> None:
 
 
 def test_without_training_runs_and_examples_their_sections_are_left_out(evaluation: Path) -> None:
-    page = render(gather(evaluation, num_examples=0), "title")
+    page = render(gather(evaluation, num_examples=0), "title", Path("report.html"))
     assert "<h2>Training</h2>" not in page
     assert "<img" not in page
 
