@@ -141,7 +141,7 @@ def test_the_ground_counts_outside_the_lines_only_and_at_the_drawn_images_size()
     found = ground_difference(drawn, truth, layout)
     assert found is not None and 20 < found < 30
     assert ground_difference(np.repeat(np.repeat(drawn, 2, 0), 2, 1), truth, layout) == pytest.approx(
-        found, abs=0.6
+        found, rel=0.05
     )
     whole = Layout(
         layout_id="b", size=(64, 64), lines=(Line(text="x", polygon=((0, 0), (63, 0), (63, 63), (0, 63))),)
