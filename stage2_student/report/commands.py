@@ -57,7 +57,11 @@ def _settings(config: Mapping[str, Any]) -> list[str]:
 
 def _toml(value: Any) -> str:
     """Write a value as --set takes it; a plain word needs no quotes."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value not in ("true", "false"):
+    if (
+        isinstance(value, str)
+        and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
+        and value not in ("true", "false", "inf", "nan")
+    ):
         return value
     return json.dumps(value, ensure_ascii=False)
 
