@@ -530,7 +530,7 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
 @cli.command()
 @click.option("--out", type=directory(), default=Path("demo"), show_default=True, help="Folder for everything.")
 @click.option("--count", type=click.IntRange(min=8), default=96, show_default=True, help="Inputs to generate.")
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Training steps.")
+@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Training steps.")
 @click.option(
     "--layouts", type=click.IntRange(min=4), default=24, show_default=True, help="Held-out ones, measured."
 )
