@@ -723,16 +723,17 @@ def _image_measure(config: Config, out: Path, plan: Plan, truth: bool) -> Callab
     weights, clip, folder = evaluation.fid_weights, evaluation.clip_score_model, evaluation.fid_reference
     fid_weights = config.resolve(weights, "evaluate.fid_weights") if weights else None
     clip_model = config.resolve(clip, "evaluate.clip_score_model") if clip else None
-    real: Path | Reference = run_folder(out, TRUE_IMAGES)
+    truth_run = run_folder(out, TRUE_IMAGES)
+    real: Path | Reference = truth_run
     if fid_weights and folder:
         real = find_reference(config.resolve(folder, "evaluate.fid_reference"))
     elif fid_weights and not truth:
-        if not run_folder(out, TRUE_IMAGES).exists():
+        if not truth_run.exists():
             raise UsageError(
                 "evaluate.fid_weights: FID compares with the true images; add --truth, or give"
                 " evaluate.fid_reference, a folder of images"
             )
-        kept_images(run_folder(out, TRUE_IMAGES), plan)  # an incomplete set is refused before anything is drawn
+        kept_images(truth_run, plan)  # an incomplete set is refused before anything is drawn
     captions = {layout.layout_id: caption_as_annotated(layout.caption) for layout in plan.layouts}
 
     def measure(run: Run, stop: StopFlag) -> None:

@@ -60,9 +60,7 @@ class Sampler:
         student, checkpoint = load_base(config, DTYPES[config.model.dtype], device)
         card = attach_adapter(student, folder, fingerprint(checkpoint, "base"))
         for model in (student.unet, student.writenet):
-            merge(
-                model
-            )  # one product less a layer: an adapter on the side costs a third of a small network's time
+            merge(model)  # sampling changes no adapter: what it adds to every layer's work can be spared
         return Sampler(student=student.requires_grad_(False), card=card, device=device)
 
     def noise(self, seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -45,8 +45,8 @@ MAX_WEIGHT = 200.0
 what the picture is, for at high noise that hardly shows in eps."""
 EMA_DECAY, EMA_EVERY = 0.98, 5
 PROBE_WEIGHT = 0.2
-"""Of the loss by which two linear probes read the lines' colours off WriteNet's residuals. Through the noise
-prediction alone, which of an image's lines a colour belongs to is learnt very late."""
+"""Of the loss by which two linear probes read the lines' colours off WriteNet's residuals. An earlier
+network, without them, had hardly learnt in 2,900 steps which of an image's lines a colour belongs to."""
 LOG_EVERY = 50
 
 

@@ -107,13 +107,11 @@ def train(
     optimizer = torch.optim.AdamW(decoder, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     start = 0
     if (out / "checkpoint.pt").exists():
-        saved = torch.load(out / "checkpoint.pt", weights_only=True, map_location=device)
+        saved = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
         vae.load_state_dict(saved["vae"])
-        basis = PatchBasis(
-            **{name: part.cpu() if name != "patch" else part for name, part in saved["basis"].items()}
-        )
+        basis = PatchBasis(**saved["basis"])
         optimizer.load_state_dict(saved["optimizer"])
-        ema, start = saved["ema"], saved["step"]
+        ema, start = [part.to(device) for part in saved["ema"]], saved["step"]
         log.info("goes on from step %d", start)
     pool = draw_images(seed, num_images)
     log.info("drew %d images", len(pool))

@@ -53,6 +53,13 @@ def test_items_say_what_is_drawn_in_pixels_of_the_image(config_path: Path, tmp_p
     np.testing.assert_allclose(np.array(coloured.polygons[0])[:, 0], np.array([60, 436, 436, 60]) * 64 / width)
 
 
+def test_a_text_that_is_cut_at_a_space_is_asked_for_without_it(config_path: Path, tmp_path: Path) -> None:
+    line = {"polygon": [[60, 75], [436, 75], [436, 165], [60, 165]], "text": "Hello world this is long"}
+    annotations = write_annotations(tmp_path / "a.json", annotation(0, annotations=[line]))
+    (item,) = held_out_of(config_path, annotations).items
+    assert item.texts == ("Hello world this is",)
+
+
 def test_an_image_without_text_asks_for_no_line(config_path: Path, tmp_path: Path) -> None:
     annotations = write_annotations(tmp_path / "a.json", annotation(0, annotations=[]))
     (item,) = held_out_of(config_path, annotations).items

@@ -16,8 +16,9 @@ from common.config import Config
 from common.errors import DataError, UsageError
 from shards.batch import collate
 from stage2_student.adapter import Card, find_adapter, read_card, save_adapter
+from stage2_student.lora import adapted_layers
 from stage2_student.sample import Sampler, beside, decode, draw_noise, load_decoder, write_png
-from stage2_student.student import Conditioning, Student, add_adapters
+from stage2_student.student import Conditioning, Student, add_adapters, load_base
 from stage2_student.train import train
 from tests.stage2_student.conftest import Configure, make_record
 
@@ -58,6 +59,17 @@ def adapter(config: Config, network: NetworkConfig, base_folder: Path, tmp_path:
     )
     save_adapter(tmp_path / "adapter", tensors, card)
     return tmp_path / "adapter"
+
+
+def test_a_samplers_adapters_are_merged_and_count(config: Config, adapter: Path, base_folder: Path) -> None:
+    student = Sampler.load(config, adapter).student
+    assert not adapted_layers(student.unet) and not adapted_layers(student.writenet)
+    base, _ = load_base(config, torch.float32, "cpu")
+    assert student.unet.state_dict().keys() == base.unet.state_dict().keys()
+    changed = [
+        not torch.equal(a, b) for a, b in zip(student.unet.parameters(), base.unet.parameters(), strict=True)
+    ]
+    assert any(changed)
 
 
 def test_a_student_samples_exactly_as_diffusers_own_ddim_scheduler_does(

@@ -46,6 +46,13 @@ def test_nothing_to_read_is_an_empty_text_of_no_confidence(judge: Recognizer) ->
     assert judge.read([]) == []
 
 
+def test_a_list_of_thread_counts_for_nested_regions_is_understood(
+    judge: Recognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,2")
+    assert recognizers.load_recognizer("ppocr_v4").identity == judge.identity
+
+
 def test_the_identity_names_the_weights(judge: Recognizer) -> None:
     assert judge.identity == "ppocr_v4 48fc40f24f6d"
 

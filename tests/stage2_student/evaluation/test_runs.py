@@ -18,7 +18,7 @@ from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.recognizers import Recognizer
 from stage2_student.evaluation.results import load_layouts, load_results, save_layouts, slug
 from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run, run_folder
-from stage2_student.evaluation.summary import summarise
+from stage2_student.evaluation.summary import format_table, summarise
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
 from tests.stage2_student.evaluation.test_recognizers import make_parrot
 
@@ -161,6 +161,7 @@ def test_the_summary_has_accuracies_costs_heights_and_differences(
     good, worse = summary["runs"]
     assert (good["label"], worse["label"]) == ("good", "worse")
     assert summary["incomplete"] == ["unfinished"]
+    assert "not complete, left out: unfinished" in format_table(summary)
     assert good["sen_acc"] == {"value": 1.0, "low": 1.0, "high": 1.0, "count": COUNT}
     assert good["color_acc"]["value"] == 1.0
     assert worse["sen_acc"]["value"] == pytest.approx(0.6)
