@@ -50,9 +50,9 @@ class TeacherConfig:
     font: str = ""
     """Font file that draws glyph lines and glyph maps."""
     fonts: dict[str, str] = field(default_factory=dict)
-    """Further fonts by name, for prompts that ask for one."""
+    """Further fonts by name, for lines that ask for one."""
     font_hint_prob: float = 1.0
-    """Share of annotation lines whose look in the image is given as a font hint, 0 to 1."""
+    """Share of lines with a font hint (their look in the image, or as drawn in the font they name), 0 to 1."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.font_hint_prob <= 1, "teacher.font_hint_prob", self.font_hint_prob, "0 to 1")
@@ -90,7 +90,7 @@ class PrecomputeConfig:
     watermark_threshold: float = 1.0
     """Annotations with a larger wm_score are skipped."""
     use_images: bool = True
-    """False leaves annotations' image files alone: no edit mode, no font hints, 512 x 512 assumed."""
+    """False leaves annotations' image files alone: no edit mode, no looks of lines as hints, 512 x 512 assumed."""
     random_fonts: bool = False
     """Draw each line in a font chosen from teacher.font and teacher.fonts, where it does not name one."""
     ignore_fields: tuple[str, ...] = ()

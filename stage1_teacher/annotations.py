@@ -2,14 +2,16 @@
 
 {"data_root": "imgs", "data_list": [{"img_name": "a.png", "caption": "...", "wm_score"?: 0.1, "annotations": [
     {"polygon": [[x, y], ...], "text": "...", "language": "Latin", "valid"?: true, "color"?: [r, g, b],
-     "pos"?: ..., "rec_score"?: ...}]}]}
+     "font"?: "...", "pos"?: ..., "rec_score"?: ...}]}]}
+
+`font` is our addition, for data that knows its fonts: a name of [teacher.fonts], or a file.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,12 +32,12 @@ from stage1_teacher.content import (
     content_id,
     is_number,
 )
+from stage1_teacher.fonts import find_font, font_identity
 from stage1_teacher.json_entries import JsonEntries
 
 ENTRY_FIELDS = ("img_name", "caption", "wm_score", "annotations")
-LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "pos", "rec_score")
-
-_ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color")
+_ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "font")
+LINE_FIELDS = (*_ID_LINE_FIELDS, "pos", "rec_score")
 
 FRAME_WITHOUT_IMAGE = 512.0
 """AnyWord's images have this side, so its polygons can be placed without them."""
@@ -51,6 +53,7 @@ class Annotations:
         self,
         path: Path,
         *,
+        fonts: Mapping[str, Path] | None = None,
         use_images: bool = True,
         watermark_threshold: float = 1.0,
         ignored_fields: Collection[str] = (),
@@ -59,14 +62,15 @@ class Annotations:
 
         Args:
             path: the json file.
-            use_images: False leaves image files alone: generate mode, no font hints, 512 x 512 assumed.
+            fonts: configured font files by name; other fonts are paths relative to the file's folder.
+            use_images: False leaves image files alone: generate mode, no looks as font hints, 512 x 512 assumed.
             watermark_threshold: entries with a larger wm_score are left out.
             ignored_fields: fields that may be there and are not read.
 
         Raises:
             DataError: no such file, no such JSON, an unknown field, or no data_root folder.
         """
-        self._path, self._use_images = path, use_images
+        self._path, self._use_images, self._fonts = path, use_images, fonts or {}
         self._threshold, self._ignored = watermark_threshold, frozenset(ignored_fields)
         self._ids = bytearray()
         self._entries = JsonEntries(
@@ -109,10 +113,15 @@ class Annotations:
             value.pop("img_name", None)
         if isinstance(entry.get("annotations"), list):
             value["annotations"] = [
-                {name: line[name] for name in _ID_LINE_FIELDS if name in line} if isinstance(line, dict) else line
-                for line in entry["annotations"]
+                self._identity_of(line) if isinstance(line, dict) else line for line in entry["annotations"]
             ]
         return content_id("annotation" if self._use_images else "annotation without image", value)
+
+    def _identity_of(self, line: dict[str, Any]) -> dict[str, Any]:
+        fields = {name: line[name] for name in _ID_LINE_FIELDS if name in line}
+        if "font" in fields:
+            fields["font"] = font_identity(fields["font"], self._fonts, self._path.parent)
+        return fields
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -169,13 +178,14 @@ class Annotations:
             language = annotation.get("language")
             if language is not None and not isinstance(language, str):
                 raise InputFailure("bad entry", f"{at}: language is {language!r:.40}, expected a name")
-            color = annotation.get("color")
+            color, font = annotation.get("color"), annotation.get("font")
             lines.append(
                 Line(
                     text=check_text(annotation.get("text"), at),
                     polygon=check_polygon(annotation["polygon"], at),
                     language=language,
                     color=UNKNOWN_COLOR if color is None else check_color(color, at),
+                    font=None if font is None else find_font(font, self._fonts, self._path.parent, at),
                 )
             )
         return tuple(lines), tuple(ignored)

@@ -1,15 +1,18 @@
-"""Font files: opened once, at any size, always laid out the same way."""
+"""Font files: found by name, opened once, at any size, always laid out the same way."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from PIL import ImageFont, features
 
 from common.errors import DataError
 from common.files import sha256_file
+from stage1_teacher.content import InputFailure, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,53 @@ def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
 def font_sha256(path: Path) -> str:
     """Return the SHA-256 of a font file, read once."""
     return sha256_file(path)
+
+
+def font_identity(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
+    """Return what a font that an input asks for counts as: its file's bytes, not its name or path.
+
+    Args:
+        font: as written in the input; what names no font is returned as it is.
+        fonts: configured font files by name.
+        folder: that other paths are relative to.
+    """
+    path = _font_path(font, fonts, folder)
+    try:
+        return font if path is None else font_sha256(path)
+    except OSError:  # `find_font` says why, when the input's turn comes
+        return font
+
+
+def find_font(font: Any, fonts: Mapping[str, Path], folder: Path, where: str) -> Path:
+    """Find the font that an input asks for; see `font_identity` for the arguments.
+
+    Raises:
+        InputFailure: there is none of this name, or it is no font.
+    """
+    if not isinstance(font, str) or not font:
+        raise InputFailure("bad font", f"{where}: font is {font!r:.40}, expected a name or a path")
+    path = _font_path(font, fonts, folder)
+    if path is None:
+        raise InputFailure(
+            "bad font",
+            f"{where}: font {font!r:.60} is no file and no font of [teacher.fonts];"
+            f" {nearest(font, fonts) if fonts else 'that table is empty: add NAME = FILE to it'}",
+        )
+    try:
+        load_font(path, _PROBE_SIZE)
+    except DataError as error:
+        raise InputFailure("bad font", f"{where}: {error}") from None
+    return path
+
+
+def _font_path(font: Any, fonts: Mapping[str, Path], folder: Path) -> Path | None:
+    if not isinstance(font, str):
+        return None
+    path = fonts[font] if font in fonts else folder / font
+    try:
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
 
 
 @lru_cache(maxsize=64)

@@ -204,7 +204,7 @@ class _Choice:
         if not self.settings.random_fonts:
             return self.settings.font
         named = [path for _, path in sorted(self.settings.fonts.items())]
-        able = [path for path in (self.settings.font, *named) if can_draw(path, line.text)]
+        able = [path for path in dict.fromkeys((self.settings.font, *named)) if can_draw(path, line.text)]
         return self._rng("font", place).choice(able) if able else self.settings.font
 
     def shows_font(self, place: int) -> bool:

@@ -36,9 +36,8 @@ from stage1_teacher.content import (
     check_text,
     content_id,
     is_number,
-    nearest,
 )
-from stage1_teacher.fonts import font_sha256, load_font
+from stage1_teacher.fonts import find_font, font_identity
 
 PROMPT_FIELDS = ("caption", "lines", "size", "seed", "image", "mode")
 LINE_FIELDS = ("text", "box", "polygon", "color", "font", "language")
@@ -142,7 +141,7 @@ def prompt_id(prompt: Mapping[str, Any], fonts: Mapping[str, Path], folder: Path
     if isinstance(prompt.get("lines"), list):
         value["lines"] = [
             {
-                name: _font_id(line[name], fonts, folder) if name == "font" else line[name]
+                name: font_identity(line[name], fonts, folder) if name == "font" else line[name]
                 for name in LINE_FIELDS
                 if name in line
             }
@@ -151,16 +150,6 @@ def prompt_id(prompt: Mapping[str, Any], fonts: Mapping[str, Path], folder: Path
             for line in prompt["lines"]
         ]
     return content_id("prompt" if use_images else "prompt without image", value)
-
-
-def _font_id(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
-    path = _font_path(font, fonts, folder) if isinstance(font, str) else None
-    return font if path is None else font_sha256(path)
-
-
-def _font_path(font: str, fonts: Mapping[str, Path], folder: Path) -> Path | None:
-    path = fonts[font] if font in fonts else folder / font
-    return path if path.is_file() else None
 
 
 def parse_prompt(
@@ -226,21 +215,5 @@ def _line(line: Any, where: str, fonts: Mapping[str, Path], folder: Path) -> Lin
         polygon=box_corners(line["box"], where) if "box" in line else check_polygon(line["polygon"], where),
         language=language,
         color=UNKNOWN_COLOR if color is None else check_color(color, where),
-        font=None if font is None else _find_font(font, fonts, folder, where),
+        font=None if font is None else find_font(font, fonts, folder, where),
     )
-
-
-def _find_font(font: Any, fonts: Mapping[str, Path], folder: Path, where: str) -> Path:
-    if not isinstance(font, str) or not font:
-        raise InputFailure("bad font", f"{where}: font is {font!r:.40}, expected a name or a path")
-    path = _font_path(font, fonts, folder)
-    if path is None:
-        raise InputFailure(
-            "bad font",
-            f"{where}: font {font!r:.60} is no file and no font of [teacher.fonts]; {nearest(font, fonts)}",
-        )
-    try:
-        load_font(path, 32)
-    except DataError as error:
-        raise InputFailure("bad font", f"{where}: {error}") from None
-    return path

@@ -90,7 +90,7 @@ def open_inputs(
         annotations: AnyWord json files.
         prompts: JSONL files.
         settings: how they are read.
-        fonts: configured fonts by name, for prompts.
+        fonts: configured fonts by name.
         limit: use the first this many inputs.
 
     Raises:
@@ -99,6 +99,7 @@ def open_inputs(
     sources: list[Source] = [
         Annotations(
             path,
+            fonts=fonts,
             use_images=settings.use_images,
             watermark_threshold=settings.watermark_threshold,
             ignored_fields=settings.ignore_fields,

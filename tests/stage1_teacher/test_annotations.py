@@ -13,6 +13,7 @@ from stage1_teacher.annotations import Annotations, caption_as_annotated
 from stage1_teacher.content import UNKNOWN_COLOR, Content, InputFailure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
+FONT = Path(__file__).parents[2] / "models" / "fonts" / "DejaVuSans.ttf"
 SQUARE = [[10, 10], [100, 10], [100, 60], [10, 60]]
 
 
@@ -75,6 +76,22 @@ def test_every_field_of_both_versions_is_read(folder: Path) -> None:
         image=(folder / "imgs" / "a.png").resolve(),
         name="a.png",
     )
+
+
+def test_a_line_may_name_its_font_which_counts_by_its_bytes(folder: Path) -> None:
+    shutil.copy(FONT, folder / "mine.ttf")
+    by_name = read_one(folder, entry(annotations=[line(font="plain"), line()]), fonts={"plain": FONT})
+    assert [item.font for item in by_name.lines] == [FONT, None]
+    by_path = read_one(folder, entry(annotations=[line(font="mine.ttf"), line()]))
+    assert by_path.lines[0].font == folder / "mine.ttf"
+    assert by_path.input_id == by_name.input_id
+    assert by_path.input_id != read_one(folder, entry(annotations=[line(), line()])).input_id
+
+
+@pytest.mark.parametrize("font", ["plian", "data.json", "", 3, "x" * 5000, "a\0b"])
+def test_a_font_that_is_none_is_a_failure_of_its_entry(folder: Path, font: Any) -> None:
+    reason, message = reason_of(folder, entry(annotations=[line(font=font)]))
+    assert reason == "bad font" and "annotations[0]" in message
 
 
 def test_data_root_may_be_absolute_or_relative_to_the_file(folder: Path) -> None:
