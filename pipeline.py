@@ -717,7 +717,14 @@ def _image_measure(config: Config, out: Path, plan: Plan, truth: bool) -> Callab
         return None
 
     from stage1_teacher.annotations import caption_as_annotated
-    from stage2_student.evaluation.image_quality import Reference, find_reference, kept_images, measure_quality
+    from stage2_student.evaluation.image_quality import (
+        Reference,
+        find_reference,
+        kept_images,
+        load_clip,
+        load_fid,
+        measure_quality,
+    )
     from stage2_student.evaluation.runs import run_folder
 
     weights, clip, folder = evaluation.fid_weights, evaluation.clip_score_model, evaluation.fid_reference
@@ -734,6 +741,11 @@ def _image_measure(config: Config, out: Path, plan: Plan, truth: bool) -> Callab
                 " evaluate.fid_reference, a folder of images"
             )
         kept_images(truth_run, plan)  # an incomplete set is refused before anything is drawn
+    # So is what cannot be loaded.
+    if fid_weights:
+        load_fid(fid_weights)
+    if clip_model:
+        load_clip(clip_model)
     captions = {layout.layout_id: caption_as_annotated(layout.caption) for layout in plan.layouts}
 
     def measure(run: Run, stop: StopFlag) -> None:
@@ -788,7 +800,7 @@ def _images_to_score(
     from stage2_student.evaluation.runs import Plan
 
     without_images = dataclasses.replace(config.precompute, use_images=False)
-    fonts = {name: Path(path) for name, path in config.teacher.fonts.items()}
+    fonts = {name: config.resolve(path, f"teacher.fonts.{name}") for name, path in config.teacher.fonts.items()}
     layouts = _layouts(
         read_undrawn(open_inputs(annotations, prompts, without_images, fonts), config.precompute.size)
     )

@@ -84,6 +84,46 @@ class Inception(nn.Module):
         return features
 
 
+def load_fid(weights: Path) -> Any:
+    """Return an empty FID metric.
+
+    Args:
+        weights: see `Inception`.
+
+    Raises:
+        UsageError: torchmetrics is not installed.
+        DataError: the weights cannot be loaded.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ModuleNotFoundError:
+        raise UsageError("evaluate.fid_weights: torchmetrics is not installed; pip install torchmetrics") from None
+    return FrechetInceptionDistance(feature=Inception(weights))
+
+
+def load_clip(folder: Path) -> tuple[Any, Any]:
+    """Return a CLIP model and its processor.
+
+    Args:
+        folder: as transformers saves both.
+
+    Raises:
+        DataError: the folder holds no CLIP model.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        return (
+            CLIPModel.from_pretrained(folder, local_files_only=True).eval(),
+            CLIPProcessor.from_pretrained(folder, local_files_only=True),
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"evaluate.clip_score_model {folder}: {reason}; expected a folder of a CLIP model"
+        ) from None
+
+
 def fid(weights: Path, real: Sequence[Path], drawn: Sequence[Path], stop: StopFlag) -> float:
     """Return the Frechet inception distance between two sets of image files.
 
@@ -100,16 +140,12 @@ def fid(weights: Path, real: Sequence[Path], drawn: Sequence[Path], stop: StopFl
 
     Source: Heusel et al. 2017; torchmetrics' implementation.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ModuleNotFoundError:
-        raise UsageError("evaluate.fid_weights: torchmetrics is not installed; pip install torchmetrics") from None
+    metric = load_fid(weights)
     if min(len(real), len(drawn)) < 2:
         raise DataError(
             f"FID: received {len(drawn)} drawn and {len(real)} real images, expected at least two of each;"
             " evaluate more layouts, or leave evaluate.fid_weights out"
         )
-    metric = FrechetInceptionDistance(feature=Inception(weights))
     with Progress(len(real) + len(drawn), "FID", "image") as progress:
         for paths, is_real in ((real, True), (drawn, False)):
             for images in _batches(paths):
@@ -124,7 +160,7 @@ def clip_score(folder: Path, drawn: Sequence[Path], captions: Sequence[str], sto
     """Return the mean CLIP score: 100 times the cosine of image and caption, at least 0.
 
     Args:
-        folder: of a CLIP model and its processor, as transformers saves them.
+        folder: see `load_clip`.
         drawn: image files.
         captions: one each; cut at the model's length.
         stop: looked at between batches.
@@ -135,16 +171,7 @@ def clip_score(folder: Path, drawn: Sequence[Path], captions: Sequence[str], sto
 
     Source: Hessel et al. 2021, with weight 100 as in torchmetrics.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
-    try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"evaluate.clip_score_model {folder}: {reason}; expected a folder of a CLIP model"
-        ) from None
+    model, processor = load_clip(folder)
     scores: list[Tensor] = []
     with Progress(len(drawn), "CLIP score", "image") as progress:
         for start in range(0, len(drawn), BATCH):

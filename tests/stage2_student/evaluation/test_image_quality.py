@@ -287,6 +287,17 @@ def test_an_incomplete_set_of_true_images_is_refused_before_anything_is_drawn(
     assert run_command(*command, "--teacher", "trailing:1", "--truth").exit_code == 0
 
 
+@pytest.mark.parametrize("setting", ["evaluate.fid_weights", "evaluate.clip_score_model"])
+def test_weights_that_are_none_are_refused_before_anything_is_drawn(
+    benchmark: tuple[str | Path, ...], tmp_path: Path, setting: str
+) -> None:
+    (tmp_path / "none").mkdir()
+    refused = run_command(*benchmark, "--set", f"{setting}={tmp_path / 'none'}", "--out", tmp_path / "out")
+    assert refused.exit_code == 3
+    assert setting in refused.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_signal_during_fid_stops_the_command_and_it_goes_on(
     benchmark: tuple[str | Path, ...], inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
