@@ -12,25 +12,37 @@ from torch.nn import functional
 
 from common.anytext2.config import NetworkConfig
 from common.anytext2.hints import Hints
+from common.errors import DataError
+from common.schedule import make_alphas_cumprod
 from common.seeding import generator, rng
 from stage1_teacher.captions import PLACEHOLDER, TEXT_PHRASES
 from stage1_teacher.glyph_embedding import UNKNOWN_COLOR, PositionEncoder
 from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
 from stage1_teacher.tiny.networks import MODEL_FOLDER
+from stage1_teacher.tiny.scene import FONTS
 
 DROP_ALL, DROP_IMAGE_CAPTION, DROP_TEXT_CAPTION = 0.1, 0.04, 0.04
 """Shares of the images that lose their captions: both (guidance's other branch), or one."""
 EDIT_SHARE = 0.2
-FIRST_COLORING_SHARE, HINT_SHARE = 0.4, 0.6
-"""Only the first colouring of a layout has font hints; that share of it shows them."""
+HINT_SHARE = 0.8
+"""Of the images, that show the lines' font hints."""
 UNKNOWN_COLOR_SHARE = 0.08
-TEXT_WEIGHT = 4.0
-"""What errors inside of the lines' boxes count more than those of the ground."""
+TEXT_WEIGHT, TEXT_HEIGHT = 4.0, 24.0
+"""What errors inside of a line's box count more than those of the ground, for a box of this height, pixels. Of
+small letters, that need more care, they count up to twice as much, of large ones down to half."""
 MAX_LINES = 3
+GRAIN, GRAIN_SHARE, MAX_EXCESS = 0.2, 0.5, 0.5
+"""Largest standard deviation of the grain that latents are seen with, the share of the noises that have any, and
+its largest part of the timestep's own noise."""
+JUMP_SHARE, JUMPS = 0.4, (50, 400)
+"""Of the noises, the share that is reached by a step of the network's own, and that step's least and greatest
+length, timesteps; steps from above 999 are cut there."""
 PATCH, PATCH_TIMESTEP = 32, 600
 """Side of a patch, pixels, and the lowest timestep at which it is seen."""
-COLOR_CELL = 8
-"""Pixels of a cell of the map of the lines' colours."""
+LOOK_CELL = 8
+"""Pixels of a cell of the maps of the lines' looks."""
+LOOKS = {"color": 3, "font": len(FONTS)}
+"""What lines look like beyond their letters, and the channels that say it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,21 +65,28 @@ class TrainingBatch:
     font_features: Tensor
     colors: Tensor
     """(sum of lines, 3)."""
-    color_map: Tensor
-    """(B, 3, H / COLOR_CELL, W / COLOR_CELL): the lines' colours where the lines are, in -1 to 1."""
-    color_weight: Tensor
-    """(B, 1, ...) of the same size: 0 where no line of a known colour is, up to 1."""
+    looks: dict[str, Tensor]
+    """Of each of LOOKS, where the lines are: (B, its channels + 1, H / LOOK_CELL, W / LOOK_CELL). Colours from -1
+    to 1, fonts one-hot; the last channel is the weight, 0 where no line is or nothing is told, up to 1."""
     weight: Tensor
     """(B, 1, h, w), mean 1: more where the text is."""
     noise: Tensor
     """(B K, C, h, w), image by image."""
+    grain: Tensor
+    """(B K, C, h, w): noise in the latents beyond the timestep's own, which is to be predicted with it. A solve's
+    own errors look like it; a network that trusts the timestep takes them for the picture (docs/results.md)."""
+    jumps: Tensor
+    """(B K,) int64: by how many timesteps a DDIM step of the network's own leads to the noisy latents; 0: made of
+    the true ones. What it gets wrong is to be predicted with the noise: a solve goes on from its own errors."""
     timesteps: Tensor
     """(B K,) int64."""
 
     def to(self, device: torch.device) -> TrainingBatch:
         """Return the batch on a device."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lines"}
-        return replace(self, **{name: value.to(device) for name, value in moved.items()})
+        kept = ("lines", "looks")
+        names = [field.name for field in fields(self) if field.name not in kept]
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, looks={name: look.to(device) for name, look in self.looks.items()})
 
 
 class FeatureStore:
@@ -91,10 +110,19 @@ class FeatureStore:
 
     @torch.no_grad()
     def refresh(self) -> int:
-        """Read the chunks that are new; returns the number of layouts."""
+        """Read the chunks that are new; returns the number of layouts.
+
+        Raises:
+            DataError: a chunk lacks what is needed.
+        """
         for path in sorted(self._folder.glob("*.pt")):
             if path.name not in self._read:
                 chunk = torch.load(path, weights_only=True)
+                if missing := {"fonts", "latents"} - chunk[0].keys():
+                    raise DataError(
+                        f"{path}: received layouts without {', '.join(sorted(missing))}, expected what"
+                        " stage1_teacher.tiny.features writes; this is an earlier version's: remove its folder"
+                    )
                 where = self._encoder(torch.cat([item["positions"] for item in chunk])[:, None].float())
                 counts = [len(item["positions"]) for item in chunk]
                 for item, place in zip(chunk, where.split(counts), strict=True):
@@ -135,9 +163,8 @@ class FeatureStore:
 
     def _choose(self, random_: Any, blank_latents: Tensor, *, ground_only: bool = False) -> dict[str, Tensor]:
         layout = random_.choice(self.layouts)
-        variants = len(layout["latents"])
-        variant = 0 if random_.random() < FIRST_COLORING_SHARE else random_.randrange(variants)
-        hinted = variant == 0 and random_.random() < HINT_SHARE
+        variant = random_.randrange(len(layout["latents"]))
+        hinted = random_.random() < HINT_SHARE
         dropped = DROP_ALL if ground_only else random_.random()  # DROP_ALL: of the two captions, only the text's
         no_text = dropped < DROP_ALL + DROP_TEXT_CAPTION
         no_image_caption = dropped < DROP_ALL or 0 <= dropped - DROP_ALL - DROP_TEXT_CAPTION < DROP_IMAGE_CAPTION
@@ -149,14 +176,17 @@ class FeatureStore:
                 colors[line] = UNKNOWN_COLOR
         kept = slice(0, 0) if no_text else slice(None)
         edit = random_.random() < EDIT_SHARE and not ground_only  # or the masked image would tell it
-        color_map, color_weight = _map_colors(layout["positions"].float(), colors, told=not no_text)
+        positions = layout["positions"].float()
+        known = (colors[:, 0] != UNKNOWN_COLOR) & (not no_text)
+        one_hot = functional.one_hot(layout["fonts"], len(FONTS)).float()
         return {
-            "color_map": color_map,
-            "color_weight": color_weight,
+            "color": _paint(positions, colors / 127.5 - 1, known),
+            "font": _paint(positions, one_hot, torch.full_like(known, not no_text)),
             "latents": layout["latents"][variant],
             "masked": layout["masked_latents"][variant].float() if edit else blank_latents,
             "glyphs": layout["glyphs"].float(),
-            "positions": layout["positions"].float().sum(0, keepdim=True),
+            "positions": positions.sum(0, keepdim=True),
+            "importance": _importance(positions),
             "image_tokens": self.empty_tokens if no_image_caption else layout["tokens"][variant],
             "text_tokens": self.empty_tokens if no_text else self.text_tokens[count][phrase],
             "glyph_features": layout["glyph_features"][kept].float(),
@@ -166,13 +196,19 @@ class FeatureStore:
         }
 
 
-def _map_colors(positions: Tensor, colors: Tensor, *, told: bool) -> tuple[Tensor, Tensor]:
-    """Paint lines' colours, (n, 3), where their masks (n, H, W) are; `told`: whether a text caption says them."""
-    known = (colors[:, 0] != UNKNOWN_COLOR) & told
-    share = functional.avg_pool2d(positions, COLOR_CELL) * known[:, None, None]  # (n, H / cell, W / cell)
+def _importance(positions: Tensor) -> Tensor:
+    """Return the lines' weights in their masks (n, H, W), beyond the ground's: (1, H, W)."""
+    heights = positions.sum((1, 2)) / positions.amax(1).sum(1).clamp(min=1)  # mean height of a column
+    weights = TEXT_WEIGHT * (TEXT_HEIGHT / heights.clamp(min=1)).square().clamp(0.5, 2)
+    return (positions * weights[:, None, None]).amax(0, keepdim=True)
+
+
+def _paint(positions: Tensor, values: Tensor, known: Tensor) -> Tensor:
+    """Paint lines' values (n, c), where known (n,), into their masks (n, H, W): a look of TrainingBatch."""
+    share = functional.avg_pool2d(positions, LOOK_CELL) * known[:, None, None]  # (n, H / cell, W / cell)
     weight = share.sum(0, keepdim=True)
-    painted = torch.einsum("nyx,nc->cyx", share, colors / 127.5 - 1) / weight.clamp(min=1e-3)
-    return painted, weight.clamp(max=1)
+    painted = torch.einsum("nyx,nc->cyx", share, values) / weight.clamp(min=1e-3)
+    return torch.cat([painted, weight.clamp(max=1)])
 
 
 def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, lowest: int = 0) -> TrainingBatch:
@@ -184,10 +220,10 @@ def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, low
             "masked",
             "glyphs",
             "positions",
+            "importance",
             "image_tokens",
             "text_tokens",
-            "color_map",
-            "color_weight",
+            *LOOKS,
         )
     }
     joined = {
@@ -198,8 +234,9 @@ def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, low
     count = len(latents) * noises
     # One timestep from each of `count` equal strata, in random order: less noise in the loss.
     strata = (torch.randperm(count, generator=g) + torch.rand(count, generator=g)) / count
+    timesteps = (lowest + strata * (1000 - lowest)).long().clamp(max=999)
     latents_stride = stacked["positions"].shape[-1] // latents.shape[-1]
-    weight = 1 + TEXT_WEIGHT * functional.max_pool2d(stacked["positions"].clamp(max=1), latents_stride)
+    weight = 1 + functional.max_pool2d(stacked["importance"], latents_stride)
     return TrainingBatch(
         latents=latents,
         hints=Hints(
@@ -209,12 +246,26 @@ def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, low
         text_tokens=stacked["text_tokens"],
         lines=[len(item["colors"]) for item in chosen],
         **joined,
-        color_map=stacked["color_map"],
-        color_weight=stacked["color_weight"],
+        looks={name: stacked[name] for name in LOOKS},
         weight=weight / weight.mean(),
         noise=torch.randn((count, *latents.shape[1:]), generator=g),
-        timesteps=(lowest + strata * (1000 - lowest)).long().clamp(max=999),
+        grain=torch.randn((count, *latents.shape[1:]), generator=g) * _grain_sizes(timesteps, g),
+        jumps=_draw_jumps(timesteps, g),
+        timesteps=timesteps,
     )
+
+
+def _grain_sizes(timesteps: Tensor, g: torch.Generator) -> Tensor:
+    """Draw the standard deviation of each noise's grain, (B K, 1, 1, 1)."""
+    level = make_alphas_cumprod()[timesteps]
+    size = GRAIN * torch.rand(len(timesteps), generator=g)
+    size *= torch.rand(len(timesteps), generator=g) < GRAIN_SHARE
+    return size.minimum(MAX_EXCESS * ((1 - level) / level).sqrt())[:, None, None, None]
+
+
+def _draw_jumps(timesteps: Tensor, g: torch.Generator) -> Tensor:
+    jumps = torch.randint(JUMPS[0], JUMPS[1] + 1, timesteps.shape, generator=g).minimum(999 - timesteps)
+    return jumps * (torch.rand(timesteps.shape, generator=g) < JUMP_SHARE)
 
 
 def _crop(item: dict[str, Tensor], random_: Any) -> dict[str, Tensor]:
@@ -222,7 +273,7 @@ def _crop(item: dict[str, Tensor], random_: Any) -> dict[str, Tensor]:
     size = item["glyphs"].shape[-1]
     y, x = (16 * random_.randint(0, (size - PATCH) // 16) for _ in range(2))
     cropped = dict(item)
-    for name in ("glyphs", "positions", "latents", "masked", "color_map", "color_weight"):
+    for name in ("glyphs", "positions", "importance", "latents", "masked", *LOOKS):
         cell = size // item[name].shape[-1]
         cropped[name] = item[name][:, y // cell : (y + PATCH) // cell, x // cell : (x + PATCH) // cell]
     return cropped

@@ -24,7 +24,7 @@ from stage1_teacher.recognizer import Recognizer
 from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
 from stage1_teacher.tiny.linear_vae import LinearEncoder
 from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
-from stage1_teacher.tiny.scene import FONT_FOLDER, GUIDE_FONT, Scene, draw_scene, draw_scene_plan, recolor
+from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, Scene, draw_scene, draw_scene_plan, recolor
 from stage1_teacher.tiny.train_vae import load_trained
 
 log = logging.getLogger(__name__)
@@ -78,13 +78,13 @@ class FeatureMaker:
         return torch.stack(features)
 
     @torch.no_grad()
-    def layout(self, scene: Scene, variants: int, *, with_hint: bool) -> dict[str, Any]:
+    def layout(self, scene: Scene, variants: int) -> dict[str, Any]:
         """Compute a layout's features, and its images' in several colourings.
 
         Returns:
-            glyphs (1, H, W) and positions (n, H, W) uint8; glyph_features, hint_features (of the first
-            colouring, if it has a hint) and blank_features (n, 40, 64) float16; latents and masked_latents
-            (v, C, h, w) float16; colors (v, n, 3); tokens (v, 77).
+            glyphs (1, H, W) and positions (n, H, W) uint8; glyph_features, hint_features and blank_features
+            (n, 40, 64) float16; latents and masked_latents (v, C, h, w) float16; colors (v, n, 3); fonts (n,)
+            int64, places in FONTS; tokens (v, 77).
         """
         size = (scene.size, scene.size)
         scenes = [scene, *(recolor(scene, variant) for variant in range(1, variants))]
@@ -92,17 +92,16 @@ class FeatureMaker:
         pixels = torch.stack([torch.from_numpy(draw_scene(item)) for item in scenes])
         images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         polygons = [torch.tensor(line.polygon).float().numpy() for line in scene.lines]
-        font = FONT_FOLDER / GUIDE_FONT
         masks = torch.stack([torch.from_numpy(drawing.draw_mask(polygon, size)) for polygon in polygons])
         glyphs = torch.zeros(size, dtype=torch.uint8)
-        hint = torch.zeros(size)
         drawn = []
         for line, polygon in zip(scene.lines, polygons, strict=True):
+            font = FONT_FOLDER / line.font
             glyphs |= torch.from_numpy(drawing.draw_glyph_map(line.text, polygon, font, line.color, size))
-            hint = torch.maximum(hint, torch.from_numpy(drawing.draw_font_hint(images[0].numpy(), polygon)))
             drawn.append(torch.from_numpy(drawing.draw_glyph_line(line.text, font)))
         blank_features = self.read_blank(font_lines(torch.zeros(1, *size), masks[:, None]))
-        hint_features = self.read(font_lines(hint[None], masks[:, None])) if with_hint else blank_features
+        # Of a line whose font is asked for, the drawn line is the hint (`draw_input`).
+        hint_features = self.read(font_lines(glyphs[None].float(), masks[:, None]))
         covered = masks.amax(0).float()
         latents = self.latents(torch.cat([images, (images - 10 * covered).clamp(-1, 1)]))
         captions = [image_caption(item.caption, suffix="", seed=0, input_id="") for item in scenes]
@@ -115,6 +114,7 @@ class FeatureMaker:
             "latents": latents[: len(scenes)].half(),
             "masked_latents": latents[len(scenes) :].half(),
             "colors": torch.tensor([[line.color for line in item.lines] for item in scenes]).float(),
+            "fonts": torch.tensor([list(FONTS).index(line.font) for line in scene.lines]),
             "tokens": torch.stack([self.tokens(caption) for caption in captions]),
         }
 
@@ -127,7 +127,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=5500, help="layouts")
-    parser.add_argument("--variants", type=int, default=8, help="images of a layout, in other colours and fonts")
+    parser.add_argument("--variants", type=int, default=8, help="images of a layout, in other colours")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
@@ -141,9 +141,7 @@ def main() -> None:
         if path.exists():
             continue
         scenes = [draw_scene_plan("teacher", options.seed, start + index) for index in range(CHUNK)]
-        layouts = [
-            maker.layout(scene, options.variants, with_hint=place % 2 == 0) for place, scene in enumerate(scenes)
-        ]
+        layouts = [maker.layout(scene, options.variants) for scene in scenes]
         with atomic_write(path) as file:
             torch.save(layouts, file)
         log.info("wrote %s", path)

@@ -1,7 +1,8 @@
 """One synthetic scene: a coloured ground with one to three lines of text, as an image and an AnyWord annotation.
 
-The text is fitted to its polygon by the rule that glyph maps are drawn with: letters of the image lie where
-the glyph map has them, whatever the font; a small network then learns in hours instead of weeks.
+Each line names its font, and glyph maps are drawn in it, by the rule that the text is fitted to its polygon with:
+letters of the image look as the glyph map has them and lie where it has them. With the font left to chance, a
+small network drew strokes of one letter in different weights (docs/results.md).
 """
 
 from __future__ import annotations
@@ -23,16 +24,15 @@ from stage1_teacher import drawing
 from stage1_teacher.tiny.ground import PALETTE, Ground, draw_ground, draw_ground_plan
 
 FONT_FOLDER = Path(__file__).resolve().parents[2] / "models" / "fonts"
-GUIDE_FONT = "DejaVuSans.ttf"
-"""The font of the glyph maps (configs/tiny.toml: teacher.font)."""
-FONTS = (
-    ("DejaVuSans.ttf", 0.35),
-    ("DejaVuSans-Bold.ttf", 0.25),
-    ("Roboto-Bold.ttf", 0.16),
-    ("SourceSansPro-Bold.otf", 0.16),
-    ("SourceSerifPro-Bold.otf", 0.08),
-)
-"""Font file and its share of the lines."""
+FONTS = {
+    "DejaVuSans.ttf": 0.35,
+    "DejaVuSans-Bold.ttf": 0.25,
+    "Roboto-Bold.ttf": 0.16,
+    "SourceSansPro-Bold.otf": 0.16,
+    "SourceSerifPro-Bold.otf": 0.08,
+}
+"""Font files, and their shares of the lines. An annotation names the file without its extension, as the table
+[teacher.fonts] of configs/tiny.toml does."""
 CAPITALS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 SMALL = "abdefghkmnpqrtuy"
 DIGITS = "23456789"
@@ -55,6 +55,7 @@ class Line:
     """Four corners, pixels, clockwise from the top left of the text."""
     color: tuple[int, int, int]
     font: str
+    """File in `FONT_FOLDER`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ class Scene:
         return self.ground.caption
 
     def annotation(self, img_name: str) -> dict[str, object]:
-        """Return the scene as an entry of an AnyWord json file (v1.2b: with colours)."""
+        """Return the scene as an entry of an AnyWord json file (v1.2b: with colours), with the lines' fonts."""
         lines = [
             {
                 "polygon": [list(point) for point in line.polygon],
@@ -80,6 +81,7 @@ class Scene:
                 "language": "Latin",
                 "valid": True,
                 "color": list(line.color),
+                "font": Path(line.font).stem,
             }
             for line in self.lines
         ]
@@ -104,7 +106,7 @@ def draw_scene_plan(*seed: str | int, size: int = 96) -> Scene:
 
 
 def recolor(scene: Scene, variant: int) -> Scene:
-    """Return the same texts at the same places on another ground, in other colours and fonts."""
+    """Return the same texts at the same places on another ground and in other colours."""
     for attempt in range(100):
         seed = (*scene.seed, "recolor", variant, attempt)
         random_ = rng("scene", *seed)
@@ -112,11 +114,7 @@ def recolor(scene: Scene, variant: int) -> Scene:
         plan = draw_ground(ground, scene.size, rng("ground", *seed))
         colors = [_readable_color(random_, plan, np.array(line.polygon)) for line in scene.lines]
         if None not in colors:
-            lines = [
-                replace(line, color=color, font=_draw_font(random_))
-                for line, color in zip(scene.lines, colors, strict=True)
-                if color
-            ]
+            lines = [replace(line, color=color) for line, color in zip(scene.lines, colors, strict=True) if color]
             return replace(scene, ground=ground, lines=tuple(lines), seed=seed)
     return scene
 
@@ -166,9 +164,10 @@ def _place_line(
 ) -> Line | None:
     length = random_.choices(range(1, 9), weights=(5, 12, 18, 20, 18, 12, 9, 6))[0]
     text = _draw_text(random_, length)
+    font = random_.choices(list(FONTS), weights=list(FONTS.values()))[0]
     angle = random_.uniform(-8, 8) if random_.random() < 0.35 else 0.0
     slope = abs(np.sin(np.deg2rad(angle)))
-    left, _, right, _ = _font(GUIDE_FONT, 60).getbbox(text)
+    left, _, right, _ = _font(font, 60).getbbox(text)
     # Some ground around the letters, and never higher than wide: that would mean text from top to bottom.
     aspect = max((right - left) / 60 + 2 * MARGIN, 1.05)
     if aspect < 1.3:
@@ -198,12 +197,8 @@ def _place_line(
         text=text,
         polygon=tuple((int(x), int(y)) for x, y in polygon),
         color=color,
-        font=_draw_font(random_),
+        font=font,
     )
-
-
-def _draw_font(random_: random.Random) -> str:
-    return random_.choices([name for name, _ in FONTS], weights=[share for _, share in FONTS])[0]
 
 
 def _draw_text(random_: random.Random, length: int) -> str:
@@ -244,7 +239,7 @@ class _Ink:
 
 def _guide_ink(line: Line) -> _Ink:
     box = drawing.fit_box(np.asarray(line.polygon, dtype=np.float32))
-    font = drawing.largest_font(line.text, FONT_FOLDER / GUIDE_FONT, box)
+    font = drawing.largest_font(line.text, FONT_FOLDER / line.font, box)
     assert font is not None, f"polygon of {line} is too small"
     text = drawing.spread(line.text, font, box)
     left, top, right, bottom = font.getbbox(text)

@@ -4,7 +4,8 @@ r"""Train the embedded teacher's UNet, WriteNet, text tower and glyph embedding 
         --position runs/tiny/position.pt --out runs/tiny/denoiser --steps 4000
 
 Stops and goes on: the same command continues from the newest checkpoint. Each image is seen under several noises
-a step: WriteNet and the text tower run once an image, as at sampling. On a GPU it computes in bfloat16.
+a step: WriteNet and the text tower run once an image, as at sampling. It computes in float32, on a GPU too:
+bfloat16 would round z_t too coarsely on its way through the UNet (`networks._pass_through`).
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from common.anytext2.config import NetworkConfig
 from common.anytext2.unet import Control
 from common.device import resolve_device
 from common.files import atomic_write
-from common.schedule import make_alphas_cumprod
+from common.schedule import ddim_step, make_alphas_cumprod
 from stage1_teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.text_encoder import encode_tokens, encode_with_lines
-from stage1_teacher.tiny.batches import FeatureStore, TrainingBatch
+from stage1_teacher.tiny.batches import LOOKS, FeatureStore, TrainingBatch
 from stage1_teacher.tiny.features import FeatureMaker
 from stage1_teacher.tiny.muon import Muon
 from stage1_teacher.tiny.networks import Denoiser, build_denoiser, network_config
@@ -45,7 +46,7 @@ MAX_WEIGHT = 200.0
 what the picture is, for at high noise that hardly shows in eps."""
 EMA_DECAY, EMA_EVERY = 0.98, 5
 PROBE_WEIGHT = 0.2
-"""Of the loss by which two linear probes read the lines' colours off WriteNet's residuals. An earlier
+"""Of the loss by which linear probes read the lines' colours and fonts off WriteNet's residuals. An earlier
 network, without them, had hardly learnt in 2,900 steps which of an image's lines a colour belongs to."""
 LOG_EVERY = 50
 
@@ -71,25 +72,27 @@ class Settings:
     """Steps."""
 
 
-class ColorProbe(nn.Module):
-    """Reads the lines' colours off WriteNet's residuals, cell by cell; helps the training and is not shipped."""
+class LookProbe(nn.Module):
+    """Reads the lines' looks off WriteNet's residuals, cell by cell; helps the training and is not shipped."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         *_, before_last, last = config.unet.block_channels
-        self.heads = nn.ModuleList([nn.Conv2d(before_last, 3, 1), nn.Conv2d(last, 3, 1)])
+        channels = sum(LOOKS.values())
+        self.heads = nn.ModuleList([nn.Conv2d(before_last, channels, 1), nn.Conv2d(last, channels, 1)])
 
     def forward(self, control: Control, batch: TrainingBatch) -> Tensor:
-        """Return the mean squared error of what is read off the last residuals of both depths."""
-        losses = []
+        """Return each look's mean squared error in the last residuals of both depths, (number of LOOKS,)."""
+        errors = []
         # Of a level: the last block's residual. The one before the deepest level, and the middle block's.
         for head, residual in zip(self.heads, (control[-4], control[-1]), strict=True):
-            cells = residual.shape[-1]
-            target = functional.adaptive_avg_pool2d(batch.color_map * batch.color_weight, cells)
-            weight = functional.adaptive_avg_pool2d(batch.color_weight, cells)  # (B, 1, cells, cells)
-            error = (head(residual) - target / weight.clamp(min=1e-3)).square() * weight
-            losses.append(error.sum() / (3 * weight.sum().clamp(min=1)))
-        return torch.stack(losses).mean()
+            for name, read in zip(LOOKS, head(residual).split(list(LOOKS.values()), dim=1), strict=True):
+                look, weight = batch.looks[name].split([LOOKS[name], 1], dim=1)
+                target = functional.adaptive_avg_pool2d(look * weight, residual.shape[-1])
+                weight = functional.adaptive_avg_pool2d(weight, residual.shape[-1])  # (B, 1, cells, cells)
+                error = (read - target / weight.clamp(min=1e-3)).square() * weight
+                errors.append(error.sum() / (LOOKS[name] * weight.sum().clamp(min=1)))
+        return torch.stack(errors).reshape(-1, len(LOOKS)).mean(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,23 +101,23 @@ class Losses:
 
     eps: Tensor
     """Weighted squared error of each noise prediction, (B K,)."""
-    color: Tensor
-    """The probe's, ()."""
+    looks: Tensor
+    """The probe's, (number of LOOKS,)."""
 
     @property
     def total(self) -> Tensor:
         """What is minimised, ()."""
-        return self.eps.mean() + PROBE_WEIGHT * self.color
+        return self.eps.mean() + PROBE_WEIGHT * self.looks.sum()
 
 
 def compute_losses(
-    denoiser: Denoiser, probe: ColorProbe, batch: TrainingBatch, cumulative: Tensor, placeholder: int
+    denoiser: Denoiser, probe: LookProbe, batch: TrainingBatch, cumulative: Tensor, placeholder: int
 ) -> Losses:
     """Compute a batch's losses.
 
     Args:
         denoiser: the networks.
-        probe: reads the lines' colours.
+        probe: reads the lines' looks.
         batch: B images with K noises each.
         cumulative: alphas_cumprod, (1000,).
         placeholder: token id that stands for a line.
@@ -124,14 +127,26 @@ def compute_losses(
     text_context = encode_with_lines(denoiser.clip, batch.text_tokens, lines.split(batch.lines), placeholder)
     image_context = encode_tokens(denoiser.clip, batch.image_tokens)  # (B, 77, c)
     control = denoiser.writenet(batch.hints, text_context)
-    repeated = tuple(part.repeat_interleave(noises, dim=0) for part in control)
+    control_of_each = tuple(part.repeat_interleave(noises, dim=0) for part in control)
+    context_of_each = image_context.repeat_interleave(noises, dim=0)
+    clean = batch.latents.repeat_interleave(noises, dim=0)
     level = cumulative[batch.timesteps][:, None, None, None]
-    noisy = level.sqrt() * batch.latents.repeat_interleave(noises, dim=0) + (1 - level).sqrt() * batch.noise
+    noisy = level.sqrt() * (clean + batch.grain) + (1 - level).sqrt() * batch.noise
+    if bool((jumping := batch.jumps > 0).any()):
+        start = (batch.timesteps + batch.jumps)[jumping]
+        start_level = cumulative[start][:, None, None, None]
+        noisier = start_level.sqrt() * clean[jumping] + (1 - start_level).sqrt() * batch.noise[jumping]
+        noisier = noisier.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            given = tuple(part[jumping] for part in control_of_each)
+            eps = denoiser.unet(noisier, start, context_of_each[jumping], given)
+        noisy[jumping] = ddim_step(noisier, eps, start_level, level[jumping])
     noisy = noisy.contiguous(memory_format=torch.channels_last)
-    eps = denoiser.unet(noisy, batch.timesteps, image_context.repeat_interleave(noises, dim=0), repeated)
-    error = (eps.float() - batch.noise).square() * batch.weight.repeat_interleave(noises, dim=0)
-    snr = level[:, 0, 0, 0] / (1 - level[:, 0, 0, 0])
-    return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr), color=probe(control, batch))
+    eps = denoiser.unet(noisy, batch.timesteps, context_of_each, control_of_each)
+    everything_else = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
+    error = (eps - everything_else).square() * batch.weight.repeat_interleave(noises, dim=0)
+    snr = level / (1 - level)
+    return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr.flatten()), looks=probe(control, batch))
 
 
 def noise_weight(snr: Tensor) -> Tensor:
@@ -166,7 +181,7 @@ class Trainer:
             out: the run's folder.
             settings: of the run.
             start: see `load_start`; what it does not hold starts from scratch.
-            device: where it computes; in bfloat16 where it can, if that is a GPU.
+            device: where it computes.
         """
         self.out, self.settings, self.step, self.device = out, settings, 0, torch.device(device)
         self.config = network_config()
@@ -178,7 +193,7 @@ class Trainer:
             module.to(memory_format=torch.channels_last)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self.probe = ColorProbe(self.config).to(self.device)
+            self.probe = LookProbe(self.config).to(self.device)
         self.cumulative = make_alphas_cumprod().to(self.device)
         self.parameters = self.denoiser.named_parameters()
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -226,12 +241,11 @@ class Trainer:
         return losses
 
     def _backward(self, batch: TrainingBatch) -> Losses:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            losses = compute_losses(
-                self.denoiser, self.probe, batch.to(self.device), self.cumulative, self.config.placeholder_token_id
-            )
+        losses = compute_losses(
+            self.denoiser, self.probe, batch.to(self.device), self.cumulative, self.config.placeholder_token_id
+        )
         losses.total.backward()
-        return Losses(eps=losses.eps.detach(), color=losses.color.detach())
+        return Losses(eps=losses.eps.detach(), looks=losses.looks.detach())
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -271,12 +285,13 @@ def train(
         losses = trainer.train_step(batch, patches)
         # By noise level: mean of the first, second ... quarter of the timesteps; and the probe's.
         by_level = losses.eps[batch.timesteps.argsort().to(losses.eps.device)].reshape(4, -1).mean(1)
-        parts.append(torch.cat([by_level, losses.color[None]]))
+        parts.append(torch.cat([by_level, losses.looks]))
         if trainer.step % LOG_EVERY == 0:
-            *quarters, color = torch.stack(parts).mean(0).tolist()
-            levels = " ".join(f"{value:.4f}" for value in quarters)
-            pace, mean = (time.monotonic() - began) / LOG_EVERY, sum(quarters) / 4
-            log.info("step %d loss %.4f (%s) color %.4f %.2f s/step", trainer.step, mean, levels, color, pace)
+            means = torch.stack(parts).mean(0).tolist()
+            levels = " ".join(f"{value:.4f}" for value in means[:4])
+            looks = " ".join(f"{name} {value:.4f}" for name, value in zip(LOOKS, means[4:], strict=True))
+            pace, mean = (time.monotonic() - began) / LOG_EVERY, sum(means[:4]) / 4
+            log.info("step %d loss %.4f (%s) %s %.2f s/step", trainer.step, mean, levels, looks, pace)
             began, parts = time.monotonic(), []
         if trainer.step % settings.save_every == 0 or trainer.step == settings.steps:
             trainer.save()

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.config import PROJECT_ROOT, load_config
 from stage1_teacher.annotations import Annotations
+from stage1_teacher.inputs import DrawSettings
 from stage1_teacher.tiny.data import write_dataset
-from stage1_teacher.tiny.scene import draw_scene, draw_scene_plan
+from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, draw_scene, draw_scene_plan
+
+CONFIGURED = DrawSettings.from_config(load_config(PROJECT_ROOT / "configs" / "tiny.toml")).fonts
 
 
-def test_a_written_data_set_reads_as_annotations_with_colours(tmp_path: Path) -> None:
+def test_a_written_data_set_reads_as_annotations_with_colours_and_fonts(tmp_path: Path) -> None:
     path = write_dataset(tmp_path, count=5, seed=1)
-    contents = Annotations(path)
+    contents = Annotations(path, fonts=CONFIGURED)
+    assert {Path(name).stem: FONT_FOLDER / name for name in FONTS} == CONFIGURED
     assert len(contents) == 5
     for index in range(5):
         scene = draw_scene_plan("data", 1, index)
@@ -23,6 +28,7 @@ def test_a_written_data_set_reads_as_annotations_with_colours(tmp_path: Path) ->
         assert content.caption == scene.caption
         assert [line.text for line in content.lines] == [line.text for line in scene.lines]
         assert [line.color for line in content.lines] == [line.color for line in scene.lines]
+        assert [line.font for line in content.lines] == [FONT_FOLDER / line.font for line in scene.lines]
         assert content.image is not None
         assert np.array_equal(np.asarray(Image.open(content.image)), draw_scene(scene))
 
