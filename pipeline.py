@@ -794,16 +794,15 @@ def _images_to_score(
     config: Config, annotations: tuple[Path, ...], prompts: tuple[Path, ...], images: Path
 ) -> tuple[Plan, dict[str, Any], Iterable[Run]]:
     """Prepare the scoring of images that someone else drew: plan, settings, and the one run."""
+    from stage1_teacher.fonts import configured_fonts
     from stage1_teacher.held_out import read_undrawn
     from stage1_teacher.sources import open_inputs
     from stage2_student.evaluation.image_folder import count_samples, folder_run
     from stage2_student.evaluation.runs import Plan
 
     without_images = dataclasses.replace(config.precompute, use_images=False)
-    fonts = {name: config.resolve(path, f"teacher.fonts.{name}") for name, path in config.teacher.fonts.items()}
-    layouts = _layouts(
-        read_undrawn(open_inputs(annotations, prompts, without_images, fonts), config.precompute.size)
-    )
+    inputs = open_inputs(annotations, prompts, without_images, configured_fonts(config))
+    layouts = _layouts(read_undrawn(inputs, config.precompute.size))
     plan = Plan(
         layouts=layouts,
         samples_per_layout=count_samples(images, layouts),

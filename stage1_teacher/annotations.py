@@ -32,7 +32,7 @@ from stage1_teacher.content import (
     content_id,
     is_number,
 )
-from stage1_teacher.fonts import find_font, font_identity
+from stage1_teacher.fonts import find_font, line_identity
 from stage1_teacher.json_entries import JsonEntries
 
 ENTRY_FIELDS = ("img_name", "caption", "wm_score", "annotations")
@@ -113,15 +113,10 @@ class Annotations:
             value.pop("img_name", None)
         if isinstance(entry.get("annotations"), list):
             value["annotations"] = [
-                self._identity_of(line) if isinstance(line, dict) else line for line in entry["annotations"]
+                line_identity(line, _ID_LINE_FIELDS, self._fonts, self._path.parent)
+                for line in entry["annotations"]
             ]
         return content_id("annotation" if self._use_images else "annotation without image", value)
-
-    def _identity_of(self, line: dict[str, Any]) -> dict[str, Any]:
-        fields = {name: line[name] for name in _ID_LINE_FIELDS if name in line}
-        if "font" in fields:
-            fields["font"] = font_identity(fields["font"], self._fonts, self._path.parent)
-        return fields
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import ImageFont, features
 
+from common.config import Config
 from common.errors import DataError
 from common.files import sha256_file
 from stage1_teacher.content import InputFailure, nearest
@@ -58,14 +59,31 @@ def font_sha256(path: Path) -> str:
     return sha256_file(path)
 
 
-def font_identity(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
-    """Return what a font that an input asks for counts as: its file's bytes, not its name or path.
+def configured_fonts(config: Config) -> dict[str, Path]:
+    """Return the files of [teacher.fonts] by name.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    return {name: config.resolve(path, f"teacher.fonts.{name}") for name, path in config.teacher.fonts.items()}
+
+
+def line_identity(line: Any, fields: Sequence[str], fonts: Mapping[str, Path], folder: Path) -> Any:
+    """Return what a line of an input counts as: a font by its file's bytes, not by its name or path.
 
     Args:
-        font: as written in the input; what names no font is returned as it is.
+        line: as written in the input; what is no object is returned as it is.
+        fields: that matter.
         fonts: configured font files by name.
-        folder: that other paths are relative to.
+        folder: that other fonts' paths are relative to.
     """
+    if not isinstance(line, dict):
+        return line
+    said = {name: line[name] for name in fields if name in line}
+    return said | {"font": _font_identity(said["font"], fonts, folder)} if "font" in said else said
+
+
+def _font_identity(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
     path = _font_path(font, fonts, folder)
     try:
         return font if path is None else font_sha256(path)
@@ -74,7 +92,7 @@ def font_identity(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
 
 
 def find_font(font: Any, fonts: Mapping[str, Path], folder: Path, where: str) -> Path:
-    """Find the font that an input asks for; see `font_identity` for the arguments.
+    """Find the font that an input asks for, as a name in `fonts` or a path in `folder`.
 
     Raises:
         InputFailure: there is none of this name, or it is no font.

@@ -16,7 +16,7 @@ from common.config import Config
 from common.seeding import rng
 from stage1_teacher import captions, drawing
 from stage1_teacher.content import Content, InputFailure, Line, Polygon
-from stage1_teacher.fonts import can_draw, load_font
+from stage1_teacher.fonts import can_draw, configured_fonts, load_font
 from stage1_teacher.images import decode_image, read_image_file
 
 _NO_TEXT = " "
@@ -58,8 +58,7 @@ class DrawSettings:
             DataError: a font file is missing or no font.
         """
         font = config.resolve(config.teacher.font, "teacher.font")
-        named = config.teacher.fonts
-        fonts = {name: config.resolve(path, f"teacher.fonts.{name}") for name, path in named.items()}
+        fonts = configured_fonts(config)
         for path in (font, *fonts.values()):
             load_font(path, 32)
         return DrawSettings(

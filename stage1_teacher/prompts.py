@@ -37,7 +37,7 @@ from stage1_teacher.content import (
     content_id,
     is_number,
 )
-from stage1_teacher.fonts import find_font, font_identity
+from stage1_teacher.fonts import find_font, line_identity
 
 PROMPT_FIELDS = ("caption", "lines", "size", "seed", "image", "mode")
 LINE_FIELDS = ("text", "box", "polygon", "color", "font", "language")
@@ -139,16 +139,7 @@ def prompt_id(prompt: Mapping[str, Any], fonts: Mapping[str, Path], folder: Path
     if not use_images:
         value.pop("image", None)
     if isinstance(prompt.get("lines"), list):
-        value["lines"] = [
-            {
-                name: font_identity(line[name], fonts, folder) if name == "font" else line[name]
-                for name in LINE_FIELDS
-                if name in line
-            }
-            if isinstance(line, dict)
-            else line
-            for line in prompt["lines"]
-        ]
+        value["lines"] = [line_identity(line, LINE_FIELDS, fonts, folder) for line in prompt["lines"]]
     return content_id("prompt" if use_images else "prompt without image", value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,23 @@ def test_the_benchmarks_annotations_score_a_folder_of_its_images(tmp_path: Path)
     (row,) = summary_of(tmp_path / "out").values()
     assert row["images"] == 16
     assert row["sen_acc"]["value"] == pytest.approx(0.75)
+
+
+def test_fonts_of_scored_images_lie_beside_their_configuration(tmp_path: Path) -> None:
+    images, layouts = draw_layouts("benchmark", 1, 96, (16, 20))
+    shutil.copy("models/fonts/DejaVuSans.ttf", tmp_path / "mine.ttf")
+    (tmp_path / "config.toml").write_text('[teacher.fonts]\nmine = "mine.ttf"\n')
+    (tmp_path / "theirs").mkdir()
+    Image.fromarray(images[0]).save(tmp_path / "theirs" / f"{layouts[0].name}_0.png")
+    polygon = [list(corner) for corner in layouts[0].lines[0].polygon]
+    line = {"polygon": polygon, "text": layouts[0].lines[0].text, "font": "mine"}
+    entries = [{"img_name": f"{layouts[0].name}.jpg", "caption": "a sign", "annotations": [line]}]
+    (tmp_path / "elsewhere").mkdir()
+    annotations = tmp_path / "elsewhere" / "data.json"
+    annotations.write_text(json.dumps({"data_root": "imgs", "data_list": entries}))
+    command = ("evaluate", "--config", tmp_path / "config.toml", "--images", tmp_path / "theirs")
+    result = run(*command, "--annotations", annotations, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(

@@ -113,14 +113,14 @@ class FeatureStore:
         """Read the chunks that are new; returns the number of layouts.
 
         Raises:
-            DataError: a chunk lacks what is needed.
+            DataError: a chunk is of an earlier version.
         """
         for path in sorted(self._folder.glob("*.pt")):
             if path.name not in self._read:
                 chunk = torch.load(path, weights_only=True)
-                if missing := {"fonts", "latents"} - chunk[0].keys():
+                if "fonts" not in chunk[0]:
                     raise DataError(
-                        f"{path}: received layouts without {', '.join(sorted(missing))}, expected what"
+                        f"{path}: received layouts without fonts, expected what"
                         " stage1_teacher.tiny.features writes; this is an earlier version's: remove its folder"
                     )
                 where = self._encoder(torch.cat([item["positions"] for item in chunk])[:, None].float())

@@ -6,6 +6,7 @@ much. Nothing is downloaded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,9 +99,15 @@ def load_fid(weights: Path) -> Any:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ModuleNotFoundError:
         raise UsageError("evaluate.fid_weights: torchmetrics is not installed; pip install torchmetrics") from None
-    return FrechetInceptionDistance(feature=Inception(weights))
+    return FrechetInceptionDistance(feature=_load_inception(weights))
 
 
+@functools.lru_cache(maxsize=1)  # the same for all runs
+def _load_inception(weights: Path) -> Inception:
+    return Inception(weights)
+
+
+@functools.lru_cache(maxsize=1)
 def load_clip(folder: Path) -> tuple[Any, Any]:
     """Return a CLIP model and its processor.
 

@@ -150,6 +150,11 @@ def test_random_fonts_are_chosen_among_those_that_have_the_characters() -> None:
     plain_only = "\u16a0"  # a rune: DejaVu Sans has it, its bold face does not
     assert used(plain_only) == 1
     assert draw(content(line(plain_only)), random_fonts=True).glyphs.any()
+    once, twice = (
+        [draw(content(line(), input_id=str(n)), random_fonts=True, fonts=fonts).glyphs for n in range(12)]
+        for fonts in ({"bold": BOLD}, {"bold": BOLD, "the default again": FONT})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 def test_an_inputs_own_seed_replaces_the_runs() -> None:

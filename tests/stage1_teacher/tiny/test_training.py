@@ -35,6 +35,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def store(runs: Path) -> FeatureStore:
+    """What `runs` has of features."""
+    config = network_config()
+    store = FeatureStore(runs / "features", build_denoiser(config, 0).embedding.position_encoder, config)
+    assert store.refresh() == 4
+    return store
+
+
 def _train(runs: Path, out: Path, steps: int) -> dict[str, Any]:
     settings = Settings(steps=steps, images=2, noises=2, peak=1e-3, seed=0, patches=3, save_every=1)
     train(out, settings, features=runs / "features", vae=runs / "vae", start=runs / "position.pt")
@@ -82,11 +91,9 @@ def test_every_trained_parameter_gets_a_gradient_at_the_first_steps(runs: Path, 
     assert all(p.grad is not None and p.grad.any() for p in trainer.probe.parameters())
 
 
-def test_captions_and_colours_are_heard_before_any_training(runs: Path) -> None:
+def test_captions_and_colours_are_heard_before_any_training(store: FeatureStore) -> None:
     config = network_config()
     denoiser = build_denoiser(config, 0)
-    store = FeatureStore(runs / "features", denoiser.embedding.position_encoder, config)
-    store.refresh()
     batch = store.batch(0, 0, images=4, noises=1, blank_latents=torch.zeros(16, 24, 24))
     with torch.no_grad():
         denoiser.unet.conv_out.weight.normal_(std=0.1)
@@ -97,10 +104,9 @@ def test_captions_and_colours_are_heard_before_any_training(runs: Path) -> None:
     assert not torch.allclose(losses, other, rtol=1e-4)
 
 
-def test_the_probe_is_asked_for_the_look_of_each_line_where_it_stands_and_for_no_other(runs: Path) -> None:
-    config = network_config()
-    store = FeatureStore(runs / "features", build_denoiser(config, 0).embedding.position_encoder, config)
-    store.refresh()
+def test_the_probe_is_asked_for_each_lines_look_where_it_stands_and_for_no_other(
+    store: FeatureStore,
+) -> None:
     fonts = {int(font) for layout in store.layouts for font in layout["fonts"]}
     fonts_of_one_line = [layout["fonts"].tolist() for layout in store.layouts if len(layout["fonts"]) == 1]
     told, told_fonts = 0, set[int]()
@@ -155,11 +161,11 @@ def test_the_unet_starts_by_taking_all_noise_for_noise_however_much_there_is() -
         assert float((eps * z).mean() / z.square().mean()) == pytest.approx(1, abs=0.02)
 
 
-def test_all_but_the_picture_is_asked_for_with_grain_and_after_steps_of_the_networks_own(runs: Path) -> None:
+def test_all_but_the_picture_is_asked_for_with_grain_and_after_own_steps(
+    store: FeatureStore,
+) -> None:
     config = network_config()
     denoiser = build_denoiser(config, 0)
-    store = FeatureStore(runs / "features", denoiser.embedding.position_encoder, config)
-    store.refresh()
     batch = store.batch(0, 0, images=4, noises=4, blank_latents=torch.zeros(16, 24, 24))
     cumulative = make_alphas_cumprod()
     level = cumulative[batch.timesteps][:, None, None, None]
@@ -193,19 +199,14 @@ def test_all_but_the_picture_is_asked_for_with_grain_and_after_steps_of_the_netw
     assert float(excess.max()) < MAX_EXCESS * 1.1
     assert float(batch.grain.std(dim=(1, 2, 3)).max()) < GRAIN * 1.1
     made = [store.batch(0, step, images=4, noises=4, blank_latents=torch.zeros(16, 24, 24)) for step in range(9)]
-    drawn, ends = (
-        torch.cat([item.jumps for item in made]),
-        torch.cat([item.jumps + item.timesteps for item in made]),
-    )
+    drawn = torch.cat([item.jumps for item in made])
+    ends = drawn + torch.cat([item.timesteps for item in made])
     assert float((drawn > 0).float().mean()) == pytest.approx(JUMP_SHARE, abs=0.12)
     assert int(ends.max()) <= 999 and int(drawn.max()) <= JUMPS[1]
     assert int(drawn[(drawn > 0) & (ends < 999)].min()) >= JUMPS[0]
 
 
-def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground(runs: Path) -> None:
-    config = network_config()
-    store = FeatureStore(runs / "features", build_denoiser(config, 0).embedding.position_encoder, config)
-    store.refresh()
+def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground(store: FeatureStore) -> None:
     masks = torch.zeros(2, 96, 96, dtype=torch.uint8)
     masks[0, 4:20, 8:88], masks[1, 40:80, 8:88] = 1, 1
     for layout in store.layouts:
@@ -217,7 +218,7 @@ def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground
     assert float(small / ground) == pytest.approx(9) and float(large / ground) == pytest.approx(3)
 
 
-def test_an_earlier_versions_chunk_is_refused_in_one_line(runs: Path, tmp_path: Path) -> None:
+def test_an_earlier_versions_chunk_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.save([{"latents": torch.zeros(1)}], tmp_path / "00000.pt")
     config = network_config()
     store = FeatureStore(tmp_path, build_denoiser(config, 0).embedding.position_encoder, config)
@@ -225,20 +226,14 @@ def test_an_earlier_versions_chunk_is_refused_in_one_line(runs: Path, tmp_path: 
         store.refresh()
 
 
-def test_a_batch_is_keyed_by_seed_and_step(runs: Path) -> None:
-    config = network_config()
-    store = FeatureStore(runs / "features", build_denoiser(config, 0).embedding.position_encoder, config)
-    store.refresh()
+def test_a_batch_is_keyed_by_seed_and_step(store: FeatureStore) -> None:
     blank = torch.zeros(16, 24, 24)
     first, again, other = (store.batch(0, step, images=3, noises=2, blank_latents=blank) for step in (5, 5, 6))
     assert torch.equal(first.noise, again.noise) and torch.equal(first.latents, again.latents)
     assert not torch.equal(first.noise, other.noise)
 
 
-def test_patches_show_the_ground_at_high_noise_and_tell_it_by_the_caption_alone(runs: Path) -> None:
-    config = network_config()
-    store = FeatureStore(runs / "features", build_denoiser(config, 0).embedding.position_encoder, config)
-    store.refresh()
+def test_patches_show_the_ground_at_high_noise_and_tell_it_by_the_caption_alone(store: FeatureStore) -> None:
     blank = torch.full((16, 24, 24), 7.0)
     batch = store.patches(0, 5, images=6, blank_latents=blank)
     assert batch.latents.shape == (6, 16, 8, 8) and batch.hints.glyphs.shape == (6, 1, 32, 32)
