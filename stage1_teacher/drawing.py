@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.Image import Resampling
 
 from stage1_teacher.fonts import load_font
 
@@ -163,26 +164,43 @@ def draw_glyph_map(text: str, polygon: Array, font: Path, color: Sequence[float]
     Returns:
         (H, W) uint8, 0 or 1; all 0 where the polygon is too small for one pixel of text.
     """
-    height, width = size
-    box = fit_box(polygon)
-    sized = largest_font(text, font, box)
-    if sized is None:
-        return np.zeros((height, width), np.uint8)
-    layer = Image.new("L", (width, height), 0)
-    draw = ImageDraw.Draw(layer)
-    if box.vertical:
-        _write_downwards(draw, text, sized, box)
-    else:
-        _write_across(draw, text, sized, box)
-        layer = _rotate(layer, box)
-    coverage = np.asarray(layer, np.float32) / 255
+    coverage = draw_coverage(text, polygon, font, size)
     brightest = min(max(*color, _MIN_INK), 255)
     return (brightest * coverage >= 0.5).astype(np.uint8)
 
 
-def _rotate(layer: Image.Image, box: Box) -> Image.Image:
+def draw_coverage(
+    text: str, polygon: Array, font: Path, size: tuple[int, int], *, resample: Resampling = Resampling.NEAREST
+) -> Array:
+    """Draw the anti-aliased line of text that a glyph map is made of.
+
+    Args:
+        text: one line.
+        polygon: (n, 2) x, y in pixels of `size`.
+        font: font file.
+        size: (H, W), pixels.
+        resample: how a slanted line is turned; glyph maps take the nearest pixel, as upstream.
+
+    Returns:
+        (H, W) float32, 0 to 1; all 0 where the polygon is too small for one pixel of text.
+    """
+    height, width = size
+    layer = Image.new("L", (width, height), 0)
+    box = fit_box(polygon)
+    sized = largest_font(text, font, box)
+    if sized is not None:
+        draw = ImageDraw.Draw(layer)
+        if box.vertical:
+            _write_downwards(draw, text, sized, box)
+        else:
+            _write_across(draw, text, sized, box)
+            layer = _rotate(layer, box, resample)
+    return np.asarray(layer, np.float32) / 255
+
+
+def _rotate(layer: Image.Image, box: Box, resample: Resampling) -> Image.Image:
     """Turn a layer about the box's centre, clipped to its own size."""
-    turned = layer.rotate(box.angle, expand=True, center=box.center)
+    turned = layer.rotate(box.angle, resample=resample, expand=True, center=box.center)
     whole = Image.new("L", layer.size, 0)
     offset = int((layer.width - turned.width) / 2), int((layer.height - turned.height) / 2)
     whole.paste(turned, offset)

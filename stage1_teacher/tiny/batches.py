@@ -52,6 +52,8 @@ class TrainingBatch:
     latents: Tensor
     """(B, C, h, w)."""
     hints: Hints
+    coverage: Tensor
+    """(B, 1, H, W), 0 to 1: what the lines' letters cover; the glyph map says where that is not 0."""
     image_tokens: Tensor
     """(B, 77) int64."""
     text_tokens: Tensor
@@ -118,9 +120,9 @@ class FeatureStore:
         for path in sorted(self._folder.glob("*.pt")):
             if path.name not in self._read:
                 chunk = torch.load(path, weights_only=True)
-                if "fonts" not in chunk[0]:
+                if "coverage" not in chunk[0]:
                     raise DataError(
-                        f"{path}: received layouts without fonts, expected what"
+                        f"{path}: received layouts without the letters' coverage, expected what"
                         " stage1_teacher.tiny.features writes; this is an earlier version's: remove its folder"
                     )
                 where = self._encoder(torch.cat([item["positions"] for item in chunk])[:, None].float())
@@ -185,6 +187,7 @@ class FeatureStore:
             "latents": layout["latents"][variant],
             "masked": layout["masked_latents"][variant].float() if edit else blank_latents,
             "glyphs": layout["glyphs"].float(),
+            "coverage": layout["coverage"].float() / 255,
             "positions": positions.sum(0, keepdim=True),
             "importance": _importance(positions),
             "image_tokens": self.empty_tokens if no_image_caption else layout["tokens"][variant],
@@ -219,6 +222,7 @@ def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, low
             "latents",
             "masked",
             "glyphs",
+            "coverage",
             "positions",
             "importance",
             "image_tokens",
@@ -242,6 +246,7 @@ def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, low
         hints=Hints(
             glyphs=stacked["glyphs"], positions=stacked["positions"], masked_latents=stacked["masked"].float()
         ),
+        coverage=stacked["coverage"],
         image_tokens=stacked["image_tokens"],
         text_tokens=stacked["text_tokens"],
         lines=[len(item["colors"]) for item in chosen],
@@ -273,7 +278,7 @@ def _crop(item: dict[str, Tensor], random_: Any) -> dict[str, Tensor]:
     size = item["glyphs"].shape[-1]
     y, x = (16 * random_.randint(0, (size - PATCH) // 16) for _ in range(2))
     cropped = dict(item)
-    for name in ("glyphs", "positions", "importance", "latents", "masked", *LOOKS):
+    for name in ("glyphs", "coverage", "positions", "importance", "latents", "masked", *LOOKS):
         cell = size // item[name].shape[-1]
         cropped[name] = item[name][:, y // cell : (y + PATCH) // cell, x // cell : (x + PATCH) // cell]
     return cropped

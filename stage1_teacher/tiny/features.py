@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from stage1_teacher.recognizer import Recognizer
 from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
 from stage1_teacher.tiny.linear_vae import LinearEncoder
 from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
-from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, Scene, draw_scene, draw_scene_plan, recolor
+from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, Scene, draw_scene, draw_scene_plan, recolor, text_mask
 from stage1_teacher.tiny.train_vae import load_trained
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,9 @@ class FeatureMaker:
         """Compute a layout's features, and its images' in several colourings.
 
         Returns:
-            glyphs (1, H, W) and positions (n, H, W) uint8; glyph_features, hint_features and blank_features
-            (n, 40, 64) float16; latents and masked_latents (v, C, h, w) float16; colors (v, n, 3); fonts (n,)
-            int64, places in FONTS; tokens (v, 77).
+            uint8: glyphs (1, H, W), the letters' coverage, 0 to 255 (1, H, W), positions (n, H, W); float16:
+            glyph_features, hint_features and blank_features (n, 40, 64), latents and masked_latents
+            (v, C, h, w); int64: fonts (n,), places in FONTS, tokens (v, 77); float32: colors (v, n, 3).
         """
         size = (scene.size, scene.size)
         scenes = [scene, *(recolor(scene, variant) for variant in range(1, variants))]
@@ -93,6 +94,7 @@ class FeatureMaker:
         images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         polygons = [torch.tensor(line.polygon).float().numpy() for line in scene.lines]
         masks = torch.stack([torch.from_numpy(drawing.draw_mask(polygon, size)) for polygon in polygons])
+        letters = np.max([text_mask(line, scene.size) for line in scene.lines], axis=0)
         glyphs = torch.zeros(size, dtype=torch.uint8)
         drawn = []
         for line, polygon in zip(scene.lines, polygons, strict=True):
@@ -107,6 +109,7 @@ class FeatureMaker:
         captions = [image_caption(item.caption, suffix="", seed=0, input_id="") for item in scenes]
         return {
             "glyphs": glyphs[None],
+            "coverage": torch.from_numpy(np.rint(255 * letters).astype(np.uint8))[None],
             "positions": masks,
             "glyph_features": self.read(glyph_lines(torch.stack(drawn))),
             "hint_features": hint_features,

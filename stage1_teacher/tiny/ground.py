@@ -27,6 +27,10 @@ PALETTE: dict[str, Color] = {
 }
 """Colours of text and grounds, by name, RGB 0 to 255."""
 
+BAND = 16
+"""Width of a stripe, side of a square, pixels. They start at the image's edge: a caption then says where each is.
+Left to chance, a small network could not keep them in order (docs/results.md)."""
+
 KINDS = ("plain", "gradient", "striped", "checked")
 
 
@@ -68,8 +72,8 @@ def draw_ground_plan(random_: random.Random) -> Ground:
     return Ground(kind=kind, colors=(first, second), vertical=random_.random() < 0.5)
 
 
-def draw_ground(ground: Ground, size: int, random_: random.Random) -> NDArray[np.uint8]:
-    """Draw a ground, (size, size, 3) RGB; the same generator state gives the same picture."""
+def draw_ground(ground: Ground, size: int) -> NDArray[np.uint8]:
+    """Draw a ground, (size, size, 3) RGB."""
     base = np.asarray(PALETTE[ground.colors[0]], dtype=np.float32)
     image = np.broadcast_to(base, (size, size, 3)).copy()
     if ground.kind == "gradient":
@@ -78,8 +82,7 @@ def draw_ground(ground: Ground, size: int, random_: random.Random) -> NDArray[np
         mix = ramp[:, None, None] if ground.vertical else ramp[None, :, None]
         image = base * (1 - mix) + end * mix + np.zeros_like(image)
     elif ground.kind in ("striped", "checked"):
-        period, phase = random_.choice((12, 16, 24)), random_.randrange(24)
-        bands = ((np.arange(size) + phase) // (period // 2)) % 2
+        bands = (np.arange(size) // BAND) % 2
         columns, rows = bands[None, :], bands[:, None]
         pattern = (columns ^ rows) if ground.kind == "checked" else columns if ground.vertical else rows
         image += _shade(ground) * (np.broadcast_to(pattern, (size, size))[..., None] * 2.0 - 1.0)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageFont
+from PIL.Image import Resampling
 
 from common.seeding import rng
 from stage1_teacher import drawing
@@ -41,7 +41,7 @@ one line of a random text could not tell them apart, and its score would measure
 MIN_HEIGHT = 18.0
 """Least height of a line's polygon, pixels; its capitals are then 12 px tall."""
 MARGIN = 0.12
-"""Ground left and right of the letters, in heights of the polygon. More would make the glyph map spread them."""
+"""Ground left and right of the letters at most, in heights of the polygon."""
 MIN_CONTRAST = 85.0
 """Least difference of luma (0 to 255) between a line and the ground under it: an OCR must read it."""
 
@@ -97,7 +97,7 @@ def draw_scene_plan(*seed: str | int, size: int = 96) -> Scene:
     """
     random_ = rng("scene", *seed)
     ground = draw_ground_plan(random_)
-    plan = draw_ground(ground, size, rng("ground", *seed))
+    plan = draw_ground(ground, size)
     for _ in range(100):
         lines = _place_lines(random_, plan, size)
         if lines:
@@ -111,7 +111,7 @@ def recolor(scene: Scene, variant: int) -> Scene:
         seed = (*scene.seed, "recolor", variant, attempt)
         random_ = rng("scene", *seed)
         ground = draw_ground_plan(random_)
-        plan = draw_ground(ground, scene.size, rng("ground", *seed))
+        plan = draw_ground(ground, scene.size)
         colors = [_readable_color(random_, plan, np.array(line.polygon)) for line in scene.lines]
         if None not in colors:
             lines = [replace(line, color=color) for line, color in zip(scene.lines, colors, strict=True) if color]
@@ -121,7 +121,7 @@ def recolor(scene: Scene, variant: int) -> Scene:
 
 def draw_scene(scene: Scene) -> NDArray[np.uint8]:
     """Draw a scene's image, (size, size, 3) RGB."""
-    image = draw_ground(scene.ground, scene.size, rng("ground", *scene.seed)).astype(np.float32)
+    image = draw_ground(scene.ground, scene.size).astype(np.float32)
     for line in scene.lines:
         mask = text_mask(line, scene.size)[..., None]
         image = image * (1 - mask) + np.asarray(line.color, dtype=np.float32) * mask
@@ -129,21 +129,10 @@ def draw_scene(scene: Scene) -> NDArray[np.uint8]:
 
 
 def text_mask(line: Line, size: int) -> NDArray[np.float32]:
-    """Coverage of a line's letters, (size, size) in 0 to 1, anti-aliased."""
-    guide = _guide_ink(line)
-    center_x, center_y = guide.center
-    ink = _ink(line.font, guide.text)
-    # From the ink's own pixels to the image: stretched to the guide's ink box, turned, put at the box's centre.
-    scale_x, scale_y = guide.width / ink.shape[1], guide.height / ink.shape[0]
-    cos, sin = np.cos(np.deg2rad(guide.angle)), np.sin(np.deg2rad(guide.angle))
-    factor = 4
-    matrix = factor * np.array(
-        [[cos * scale_x, -sin * scale_y, center_x], [sin * scale_x, cos * scale_y, center_y]], dtype=np.float64
-    )
-    matrix[:, 2] -= matrix[:, :2] @ np.array([ink.shape[1] / 2, ink.shape[0] / 2])
-    large = cv2.warpAffine(ink, matrix, (size * factor, size * factor), flags=cv2.INTER_AREA)
-    small = cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA)
-    return np.asarray(small / 255, dtype=np.float32)
+    """Coverage of a line's letters, (size, size) in 0 to 1, anti-aliased: what the glyph map is the trace of."""
+    polygon = np.asarray(line.polygon, dtype=np.float32)
+    font = FONT_FOLDER / line.font
+    return drawing.draw_coverage(line.text, polygon, font, (size, size), resample=Resampling.BICUBIC)
 
 
 def _place_lines(random_: random.Random, ground: NDArray[np.uint8], size: int) -> tuple[Line, ...]:
@@ -168,8 +157,12 @@ def _place_line(
     angle = random_.uniform(-8, 8) if random_.random() < 0.35 else 0.0
     slope = abs(np.sin(np.deg2rad(angle)))
     left, _, right, _ = _font(font, 60).getbbox(text)
-    # Some ground around the letters, and never higher than wide: that would mean text from top to bottom.
-    aspect = max((right - left) / 60 + 2 * MARGIN, 1.05)
+    # Some ground around the letters, but no room for spaces between them: the glyph map would put them in.
+    # And never higher than wide: that would mean text from top to bottom.
+    room = 2 * MARGIN
+    if length > 1:
+        room = min(room, 0.8 * (length - 1) * _font(font, 60).getlength(" ") / 60)
+    aspect = max((right - left) / 60 + room, 1.05)
     if aspect < 1.3:
         angle = slope = 0.0
     tallest = min((bottom - top - 2) / (1 + slope * aspect), (size - 2) / (aspect + slope), 42)
@@ -191,7 +184,7 @@ def _place_line(
     turned = corners @ np.array([[cos, sin], [-sin, cos]]) + center
     polygon = np.rint(np.clip(turned, 0, size - 1)).astype(int)
     color = _readable_color(random_, ground, polygon)
-    if color is None:
+    if color is None or _is_spread(text, FONT_FOLDER / font, polygon):
         return None
     return Line(
         text=text,
@@ -199,6 +192,13 @@ def _place_line(
         color=color,
         font=font,
     )
+
+
+def _is_spread(text: str, font: Path, polygon: NDArray[np.int_]) -> bool:
+    """Whether the glyph map has spaces between the letters: a reader would see them too."""
+    box = drawing.fit_box(polygon.astype(np.float32))
+    sized = drawing.largest_font(text, font, box)
+    return sized is None or drawing.spread(text, sized, box) != text
 
 
 def _draw_text(random_: random.Random, length: int) -> str:
@@ -224,38 +224,6 @@ def _readable_color(
     return random_.choice(fitting) if fitting else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ink:
-    """The box that a line's letters fill: where the glyph map has them."""
-
-    text: str
-    """With the spaces that the glyph map spreads it by."""
-    center: tuple[float, float]
-    angle: float
-    """Degrees, clockwise."""
-    width: float
-    height: float
-
-
-def _guide_ink(line: Line) -> _Ink:
-    box = drawing.fit_box(np.asarray(line.polygon, dtype=np.float32))
-    font = drawing.largest_font(line.text, FONT_FOLDER / line.font, box)
-    assert font is not None, f"polygon of {line} is too small"
-    text = drawing.spread(line.text, font, box)
-    left, top, right, bottom = font.getbbox(text)
-    return _Ink(text=text, center=box.center, angle=-box.angle, width=right - left, height=bottom - top)
-
-
 @lru_cache(maxsize=256)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT_FOLDER / name), size)
-
-
-@lru_cache(maxsize=4096)
-def _ink(font: str, text: str) -> NDArray[np.uint8]:
-    """A text's letters at a large size, cropped to their ink, uint8."""
-    large = _font(font, 96)
-    left, top, right, bottom = large.getbbox(text)
-    image = Image.new("L", (int(right - left), int(bottom - top)))
-    ImageDraw.Draw(image).text((-left, -top), text, font=large, fill=255)
-    return np.asarray(image)

@@ -46,8 +46,8 @@ MAX_WEIGHT = 200.0
 what the picture is, for at high noise that hardly shows in eps."""
 EMA_DECAY, EMA_EVERY = 0.98, 5
 PROBE_WEIGHT = 0.2
-"""Of the loss by which linear probes read the lines' colours and fonts off WriteNet's residuals. An earlier
-network, without them, had hardly learnt in 2,900 steps which of an image's lines a colour belongs to."""
+"""Of the loss by which linear probes read the lines' letters, colours and fonts off WriteNet's residuals. An
+earlier network, without them, had hardly learnt in 2,900 steps which of an image's lines a colour belongs to."""
 LOG_EVERY = 50
 
 
@@ -72,17 +72,37 @@ class Settings:
     """Steps."""
 
 
-class LookProbe(nn.Module):
-    """Reads the lines' looks off WriteNet's residuals, cell by cell; helps the training and is not shipped."""
+class Probe(nn.Module):
+    """Reads lines off WriteNet's residuals, cell by cell; helps the training and is not shipped.
+
+    Of letters, what they cover of each of a cell's pixels, off the shallowest residuals: the UNet's last blocks
+    have enough to do with giving them their colours. Of the deeper ones, what lines look like.
+    """
+
+    READS = ("letters", *LOOKS)
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        *_, before_last, last = config.unet.block_channels
+        first, *_, before_last, last = config.unet.block_channels
+        self.stride = config.stride
+        self.letters = nn.ModuleList([nn.Conv2d(first, self.stride**2, 1) for _ in range(2)])
         channels = sum(LOOKS.values())
         self.heads = nn.ModuleList([nn.Conv2d(before_last, channels, 1), nn.Conv2d(last, channels, 1)])
 
     def forward(self, control: Control, batch: TrainingBatch) -> Tensor:
-        """Return each look's mean squared error in the last residuals of both depths, (number of LOOKS,)."""
+        """Return mean squared errors, in units of the variance for the letters, (number of READS,)."""
+        return torch.cat([self._read_letters(control, batch)[None], self._read_looks(control, batch)])
+
+    def _read_letters(self, control: Control, batch: TrainingBatch) -> Tensor:
+        target = functional.pixel_unshuffle(batch.coverage, self.stride)  # (B, stride^2, h, w)
+        near = functional.max_pool2d(batch.hints.glyphs, 3, stride=1, padding=1)
+        near = functional.max_pool2d(near, self.stride).expand_as(target)
+        mean = (near * target).sum() / near.sum().clamp(min=1)
+        variance = (near * (target - mean).square()).sum().clamp(min=1)
+        reads = [head(residual) for head, residual in zip(self.letters, control[:2], strict=True)]
+        return torch.stack([(near * (read - target).square()).sum() / variance for read in reads]).mean()
+
+    def _read_looks(self, control: Control, batch: TrainingBatch) -> Tensor:
         errors = []
         # Of a level: the last block's residual. The one before the deepest level, and the middle block's.
         for head, residual in zip(self.heads, (control[-4], control[-1]), strict=True):
@@ -101,23 +121,23 @@ class Losses:
 
     eps: Tensor
     """Weighted squared error of each noise prediction, (B K,)."""
-    looks: Tensor
-    """The probe's, (number of LOOKS,)."""
+    probe: Tensor
+    """The probe's, (number of Probe.READS,)."""
 
     @property
     def total(self) -> Tensor:
         """What is minimised, ()."""
-        return self.eps.mean() + PROBE_WEIGHT * self.looks.sum()
+        return self.eps.mean() + PROBE_WEIGHT * self.probe.sum()
 
 
 def compute_losses(
-    denoiser: Denoiser, probe: LookProbe, batch: TrainingBatch, cumulative: Tensor, placeholder: int
+    denoiser: Denoiser, probe: Probe, batch: TrainingBatch, cumulative: Tensor, placeholder: int
 ) -> Losses:
     """Compute a batch's losses.
 
     Args:
         denoiser: the networks.
-        probe: reads the lines' looks.
+        probe: reads letters and looks.
         batch: B images with K noises each.
         cumulative: alphas_cumprod, (1000,).
         placeholder: token id that stands for a line.
@@ -146,7 +166,7 @@ def compute_losses(
     everything_else = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
     error = (eps - everything_else).square() * batch.weight.repeat_interleave(noises, dim=0)
     snr = level / (1 - level)
-    return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr.flatten()), looks=probe(control, batch))
+    return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr.flatten()), probe=probe(control, batch))
 
 
 def noise_weight(snr: Tensor) -> Tensor:
@@ -193,7 +213,7 @@ class Trainer:
             module.to(memory_format=torch.channels_last)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self.probe = LookProbe(self.config).to(self.device)
+            self.probe = Probe(self.config).to(self.device)
         self.cumulative = make_alphas_cumprod().to(self.device)
         self.parameters = self.denoiser.named_parameters()
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -245,7 +265,7 @@ class Trainer:
             self.denoiser, self.probe, batch.to(self.device), self.cumulative, self.config.placeholder_token_id
         )
         losses.total.backward()
-        return Losses(eps=losses.eps.detach(), looks=losses.looks.detach())
+        return Losses(eps=losses.eps.detach(), probe=losses.probe.detach())
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -285,13 +305,13 @@ def train(
         losses = trainer.train_step(batch, patches)
         # By noise level: mean of the first, second ... quarter of the timesteps; and the probe's.
         by_level = losses.eps[batch.timesteps.argsort().to(losses.eps.device)].reshape(4, -1).mean(1)
-        parts.append(torch.cat([by_level, losses.looks]))
+        parts.append(torch.cat([by_level, losses.probe]))
         if trainer.step % LOG_EVERY == 0:
             means = torch.stack(parts).mean(0).tolist()
             levels = " ".join(f"{value:.4f}" for value in means[:4])
-            looks = " ".join(f"{name} {value:.4f}" for name, value in zip(LOOKS, means[4:], strict=True))
+            reads = " ".join(f"{name} {value:.4f}" for name, value in zip(Probe.READS, means[4:], strict=True))
             pace, mean = (time.monotonic() - began) / LOG_EVERY, sum(means[:4]) / 4
-            log.info("step %d loss %.4f (%s) %s %.2f s/step", trainer.step, mean, levels, looks, pace)
+            log.info("step %d loss %.4f (%s) %s %.2f s/step", trainer.step, mean, levels, reads, pace)
             began, parts = time.monotonic(), []
         if trainer.step % settings.save_every == 0 or trainer.step == settings.steps:
             trainer.save()

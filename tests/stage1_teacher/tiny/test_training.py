@@ -17,7 +17,7 @@ from stage1_teacher.tiny.export import load_runs, write
 from stage1_teacher.tiny.features import FeatureMaker
 from stage1_teacher.tiny.networks import MODEL_FOLDER, build_denoiser, network_config
 from stage1_teacher.tiny.scene import draw_scene_plan
-from stage1_teacher.tiny.train_denoiser import LookProbe, Settings, Trainer, compute_losses, train
+from stage1_teacher.tiny.train_denoiser import Probe, Settings, Trainer, compute_losses, train
 
 VAE_SETTINGS = {"batch_size": 2, "peak": 1e-3, "seed": 0, "num_images": 6, "save_every": 1, "num_fitted": 12}
 
@@ -97,7 +97,7 @@ def test_captions_and_colours_are_heard_before_any_training(store: FeatureStore)
     batch = store.batch(0, 0, images=4, noises=1, blank_latents=torch.zeros(16, 24, 24))
     with torch.no_grad():
         denoiser.unet.conv_out.weight.normal_(std=0.1)
-        others = (LookProbe(config), batch, make_alphas_cumprod(), config.placeholder_token_id)
+        others = (Probe(config), batch, make_alphas_cumprod(), config.placeholder_token_id)
         losses = compute_losses(denoiser, *others).eps
         batch.image_tokens.copy_(batch.image_tokens.roll(1, 0))
         other = compute_losses(denoiser, *others).eps
@@ -127,6 +127,30 @@ def test_the_probe_is_asked_for_each_lines_look_where_it_stands_and_for_no_other
                 assert torch.stack(font)[:, weight > 0].argmax(0).unique().tolist() in fonts_of_one_line
             told_fonts |= set(torch.stack(font)[:, weight > 0].argmax(0).tolist())
     assert told > 20 and told_fonts == fonts
+
+
+def test_the_probe_finds_the_letters_where_a_residual_has_their_pixels(store: FeatureStore) -> None:
+    batch = store.batch(0, 0, images=4, noises=1, blank_latents=torch.zeros(16, 24, 24))
+    covered = batch.coverage > 0.2
+    assert 0.02 < float(covered.float().mean()) < 0.5
+    assert float((covered & (batch.hints.glyphs > 0)).sum() / covered.sum()) > 0.95
+    probe = Probe(network_config())
+    pixels = torch.nn.functional.pixel_unshuffle(batch.coverage, 4)
+    control = [torch.zeros(4, 64, size, size) for size in (24, 24, 12, 12, 6, 6, 6)]
+    control[0][:, :16] = control[1][:, :16] = pixels
+    letters = Probe.READS.index("letters")
+    with torch.no_grad():
+        for head in probe.letters:
+            head.weight.zero_()
+            head.bias.zero_()
+            head.weight[range(16), range(16)] = 1
+        assert float(probe(tuple(control), batch)[letters]) == 0
+        control[0] = control[0].roll(1, -1)
+        assert float(probe(tuple(control), batch)[letters]) > 0.3
+        nothing = replace(
+            batch, coverage=0 * batch.coverage, hints=replace(batch.hints, glyphs=0 * covered.float())
+        )
+        assert float(probe(tuple(control), nothing)[letters]) == 0
 
 
 def test_training_goes_on_from_a_whole_teachers_weights(runs: Path, tmp_path: Path) -> None:
@@ -189,7 +213,7 @@ def test_all_but_the_picture_is_asked_for_with_grain_and_after_own_steps(
         calls = list[tuple[torch.Tensor, torch.Tensor]]()
         case = replace(batch, jumps=jumps * (len(expected) - 1))
         with torch.no_grad():
-            losses = compute_losses(knowing, LookProbe(config), case, cumulative, config.placeholder_token_id)
+            losses = compute_losses(knowing, Probe(config), case, cumulative, config.placeholder_token_id)
         assert float(losses.eps.max()) < 1e-3
         for (noisy, timesteps), (wanted, when) in zip(calls, expected, strict=True):
             assert torch.equal(timesteps, when)
@@ -222,7 +246,9 @@ def test_an_earlier_versions_chunk_is_refused_in_one_line(tmp_path: Path) -> Non
     torch.save([{"latents": torch.zeros(1)}], tmp_path / "00000.pt")
     config = network_config()
     store = FeatureStore(tmp_path, build_denoiser(config, 0).embedding.position_encoder, config)
-    with pytest.raises(DataError, match=r"00000.pt: received layouts without fonts.*remove its folder"):
+    with pytest.raises(
+        DataError, match=r"00000.pt: received layouts without the letters' coverage.*remove its folder"
+    ):
         store.refresh()
 
 
