@@ -195,7 +195,7 @@ def draw_coverage(
         else:
             _write_across(draw, text, sized, box)
             layer = _rotate(layer, box, resample)
-    return np.asarray(layer, np.float32) / 255
+    return np.asarray(layer, np.float32) / np.float32(255)
 
 
 def _rotate(layer: Image.Image, box: Box, resample: Resampling) -> Image.Image:

@@ -34,9 +34,9 @@ MAX_LINES = 3
 GRAIN, GRAIN_SHARE, MAX_EXCESS = 0.2, 0.5, 0.5
 """Largest standard deviation of the grain that latents are seen with, the share of the noises that have any, and
 its largest part of the timestep's own noise."""
-JUMP_SHARE, JUMPS = 0.4, (50, 400)
-"""Of the noises, the share that is reached by a step of the network's own, and that step's least and greatest
-length, timesteps; steps from above 999 are cut there."""
+JUMP_SHARE, JUMPS, MAX_OWN_STEPS = 0.4, (50, 500), 3
+"""Of the noises, the share that is reached by steps of the network's own, their least and greatest length in all,
+timesteps (from above 999 they are cut there), and how many steps there are at most."""
 PATCH, PATCH_TIMESTEP = 32, 600
 """Side of a patch, pixels, and the lowest timestep at which it is seen."""
 LOOK_CELL = 8
@@ -78,14 +78,16 @@ class TrainingBatch:
     """(B K, C, h, w): noise in the latents beyond the timestep's own, which is to be predicted with it. A solve's
     own errors look like it; a network that trusts the timestep takes them for the picture (docs/results.md)."""
     jumps: Tensor
-    """(B K,) int64: by how many timesteps a DDIM step of the network's own leads to the noisy latents; 0: made of
-    the true ones. What it gets wrong is to be predicted with the noise: a solve goes on from its own errors."""
+    """(B K,) int64: by how many timesteps DDIM steps of the network's own lead to the noisy latents; 0: made of
+    the true ones. What they get wrong is to be predicted with the noise: a solve goes on from its own errors."""
+    own_steps: int
+    """How many steps lead there, of about the same length."""
     timesteps: Tensor
     """(B K,) int64."""
 
     def to(self, device: torch.device) -> TrainingBatch:
         """Return the batch on a device."""
-        kept = ("lines", "looks")
+        kept = ("lines", "looks", "own_steps")
         names = [field.name for field in fields(self) if field.name not in kept]
         moved = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **moved, looks={name: look.to(device) for name, look in self.looks.items()})
@@ -256,6 +258,7 @@ def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, low
         noise=torch.randn((count, *latents.shape[1:]), generator=g),
         grain=torch.randn((count, *latents.shape[1:]), generator=g) * _grain_sizes(timesteps, g),
         jumps=_draw_jumps(timesteps, g),
+        own_steps=int(torch.randint(1, MAX_OWN_STEPS + 1, (), generator=g)),
         timesteps=timesteps,
     )
 

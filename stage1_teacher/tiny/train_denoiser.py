@@ -150,17 +150,24 @@ def compute_losses(
     control_of_each = tuple(part.repeat_interleave(noises, dim=0) for part in control)
     context_of_each = image_context.repeat_interleave(noises, dim=0)
     clean = batch.latents.repeat_interleave(noises, dim=0)
-    level = cumulative[batch.timesteps][:, None, None, None]
+    levels = cumulative[:, None, None, None]  # (1000, 1, 1, 1)
+    level = levels[batch.timesteps]
     noisy = level.sqrt() * (clean + batch.grain) + (1 - level).sqrt() * batch.noise
     if bool((jumping := batch.jumps > 0).any()):
-        start = (batch.timesteps + batch.jumps)[jumping]
-        start_level = cumulative[start][:, None, None, None]
-        noisier = start_level.sqrt() * clean[jumping] + (1 - start_level).sqrt() * batch.noise[jumping]
-        noisier = noisier.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            given = tuple(part[jumping] for part in control_of_each)
-            eps = denoiser.unet(noisier, start, context_of_each[jumping], given)
-        noisy[jumping] = ddim_step(noisier, eps, start_level, level[jumping])
+        end, left, given = (
+            batch.timesteps[jumping],
+            batch.jumps[jumping],
+            [part[jumping] for part in control_of_each],
+        )
+        now = end + left
+        z = levels[now].sqrt() * clean[jumping] + (1 - levels[now]).sqrt() * batch.noise[jumping]
+        for steps_left in reversed(range(batch.own_steps)):
+            after = end + left * steps_left // batch.own_steps
+            z = z.contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                eps = denoiser.unet(z, now, context_of_each[jumping], tuple(given))
+            z, now = ddim_step(z, eps, levels[now], levels[after]), after
+        noisy[jumping] = z
     noisy = noisy.contiguous(memory_format=torch.channels_last)
     eps = denoiser.unet(noisy, batch.timesteps, context_of_each, control_of_each)
     everything_else = (noisy - level.sqrt() * clean) / (1 - level).sqrt()

@@ -12,7 +12,7 @@ from common.errors import DataError
 from common.schedule import make_alphas_cumprod
 from stage1_teacher.teacher import Teacher
 from stage1_teacher.tiny import train_position, train_vae
-from stage1_teacher.tiny.batches import GRAIN, JUMP_SHARE, JUMPS, MAX_EXCESS, FeatureStore
+from stage1_teacher.tiny.batches import GRAIN, JUMP_SHARE, JUMPS, MAX_EXCESS, MAX_OWN_STEPS, FeatureStore
 from stage1_teacher.tiny.export import load_runs, write
 from stage1_teacher.tiny.features import FeatureMaker
 from stage1_teacher.tiny.networks import MODEL_FOLDER, build_denoiser, network_config
@@ -141,6 +141,7 @@ def test_the_probe_finds_the_letters_where_a_residual_has_their_pixels(store: Fe
     letters = Probe.READS.index("letters")
     with torch.no_grad():
         for head in probe.letters:
+            assert isinstance(head, torch.nn.Conv2d) and head.bias is not None
             head.weight.zero_()
             head.bias.zero_()
             head.weight[range(16), range(16)] = 1
@@ -209,9 +210,10 @@ def test_all_but_the_picture_is_asked_for_with_grain_and_after_own_steps(
     assert int(jumps.min()) > 0
     straight = [at(batch.timesteps, batch.grain)]
     jumping = [at(batch.timesteps + jumps, none), at(batch.timesteps, none)]  # a perfect step loses nothing
-    for expected in (straight, jumping):
+    twice = [jumping[0], at(batch.timesteps + jumps // 2, none), jumping[1]]
+    for expected in (straight, jumping, twice):
         calls = list[tuple[torch.Tensor, torch.Tensor]]()
-        case = replace(batch, jumps=jumps * (len(expected) - 1))
+        case = replace(batch, jumps=jumps if len(expected) > 1 else 0 * jumps, own_steps=len(expected) - 1)
         with torch.no_grad():
             losses = compute_losses(knowing, Probe(config), case, cumulative, config.placeholder_token_id)
         assert float(losses.eps.max()) < 1e-3
@@ -225,6 +227,7 @@ def test_all_but_the_picture_is_asked_for_with_grain_and_after_own_steps(
     made = [store.batch(0, step, images=4, noises=4, blank_latents=torch.zeros(16, 24, 24)) for step in range(9)]
     drawn = torch.cat([item.jumps for item in made])
     ends = drawn + torch.cat([item.timesteps for item in made])
+    assert {item.own_steps for item in made} == set(range(1, MAX_OWN_STEPS + 1))
     assert float((drawn > 0).float().mean()) == pytest.approx(JUMP_SHARE, abs=0.12)
     assert int(ends.max()) <= 999 and int(drawn.max()) <= JUMPS[1]
     assert int(drawn[(drawn > 0) & (ends < 999)].min()) >= JUMPS[0]
