@@ -771,7 +771,7 @@ def _named_path(text: str) -> tuple[str, Path]:
     return Path(text).resolve().name, Path(text)
 
 
-def _layouts(items: Iterable[Item]) -> list[Layout]:
+def layouts_of(items: Iterable[Item]) -> list[Layout]:
     """Hand stage one's held-out inputs over to stage two's measurement."""
     from stage2_student.evaluation.layouts import Layout, Line
 
@@ -802,7 +802,7 @@ def _images_to_score(
 
     without_images = dataclasses.replace(config.precompute, use_images=False)
     inputs = open_inputs(annotations, prompts, without_images, configured_fonts(config))
-    layouts = _layouts(read_undrawn(inputs, config.precompute.size))
+    layouts = layouts_of(read_undrawn(inputs, config.precompute.size))
     plan = Plan(
         layouts=layouts,
         samples_per_layout=count_samples(images, layouts),
@@ -873,7 +873,7 @@ def _runs_to_evaluate(
 
     told = {item.input_id for item in held_out.items if item.ground_is_told}
     plan = Plan(
-        layouts=_layouts(held_out.items),
+        layouts=layouts_of(held_out.items),
         truth=lambda layout: held_out.true_image(layout.layout_id) if layout.layout_id in told else None,
         samples_per_layout=config.evaluate.samples_per_layout,
         batch_size=config.evaluate.batch_size,

@@ -18,6 +18,7 @@ from common.seeding import generator, rng
 from stage1_teacher.captions import PLACEHOLDER, TEXT_PHRASES
 from stage1_teacher.glyph_embedding import UNKNOWN_COLOR, PositionEncoder
 from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
+from stage1_teacher.tiny.ground import BAND
 from stage1_teacher.tiny.networks import MODEL_FOLDER
 from stage1_teacher.tiny.scene import FONTS
 
@@ -35,8 +36,8 @@ GRAIN, GRAIN_SHARE, MAX_EXCESS = 0.2, 0.5, 0.5
 """Largest standard deviation of the grain that latents are seen with, the share of the noises that have any, and
 its largest part of the timestep's own noise."""
 JUMP_SHARE, JUMPS, MAX_OWN_STEPS = 0.4, (50, 500), 3
-"""Of the noises, the share that is reached by steps of the network's own, their least and greatest length in all,
-timesteps (from above 999 they are cut there), and how many steps there are at most."""
+"""Of the noises, the share that is reached by steps of the network's own; the least and greatest number of
+timesteps that these cross together (fewer where they would start above 999); and how many steps at most."""
 PATCH, PATCH_TIMESTEP = 32, 600
 """Side of a patch, pixels, and the lowest timestep at which it is seen."""
 LOOK_CELL = 8
@@ -53,7 +54,7 @@ class TrainingBatch:
     """(B, C, h, w)."""
     hints: Hints
     coverage: Tensor
-    """(B, 1, H, W), 0 to 1: what the lines' letters cover; the glyph map says where that is not 0."""
+    """(B, 1, H, W), 0 to 1: how much of each pixel letters cover; the glyph map says about where that is not 0."""
     image_tokens: Tensor
     """(B, 77) int64."""
     text_tokens: Tensor
@@ -81,7 +82,7 @@ class TrainingBatch:
     """(B K,) int64: by how many timesteps DDIM steps of the network's own lead to the noisy latents; 0: made of
     the true ones. What they get wrong is to be predicted with the noise: a solve goes on from its own errors."""
     own_steps: int
-    """How many steps lead there, of about the same length."""
+    """How many steps lead there, of about the same length; one number for the whole batch."""
     timesteps: Tensor
     """(B K,) int64."""
 
@@ -277,9 +278,12 @@ def _draw_jumps(timesteps: Tensor, g: torch.Generator) -> Tensor:
 
 
 def _crop(item: dict[str, Tensor], random_: Any) -> dict[str, Tensor]:
-    """Cut the same square of PATCH pixels out of everything that lies over the picture."""
+    """Cut the same square of PATCH pixels out of everything that lies over the picture.
+
+    Stripes and squares of the ground must start in it as they do in the image, as the caption says.
+    """
     size = item["glyphs"].shape[-1]
-    y, x = (16 * random_.randint(0, (size - PATCH) // 16) for _ in range(2))
+    y, x = (2 * BAND * random_.randint(0, (size - PATCH) // (2 * BAND)) for _ in range(2))
     cropped = dict(item)
     for name in ("glyphs", "coverage", "positions", "importance", "latents", "masked", *LOOKS):
         cell = size // item[name].shape[-1]

@@ -83,7 +83,7 @@ class FeatureMaker:
         """Compute a layout's features, and its images' in several colourings.
 
         Returns:
-            uint8: glyphs (1, H, W), the letters' coverage, 0 to 255 (1, H, W), positions (n, H, W); float16:
+            uint8: glyphs (1, H, W), coverage (1, H, W), of the letters, 0 to 255, positions (n, H, W); float16:
             glyph_features, hint_features and blank_features (n, 40, 64), latents and masked_latents
             (v, C, h, w); int64: fonts (n,), places in FONTS, tokens (v, 77); float32: colors (v, n, 3).
         """

@@ -11,16 +11,15 @@ import itertools
 import math
 import random
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ImageFont
 from PIL.Image import Resampling
 
 from common.seeding import rng
 from stage1_teacher import drawing
+from stage1_teacher.fonts import load_font
 from stage1_teacher.tiny.ground import PALETTE, Ground, draw_ground, draw_ground_plan
 
 FONT_FOLDER = Path(__file__).resolve().parents[2] / "models" / "fonts"
@@ -41,7 +40,8 @@ one line of a random text could not tell them apart, and its score would measure
 MIN_HEIGHT = 18.0
 """Least height of a line's polygon, pixels; its capitals are then 12 px tall."""
 MARGIN = 0.12
-"""Ground left and right of the letters at most, in heights of the polygon."""
+"""Ground left and right of the letters, in heights of the polygon; less where the glyph map would put spaces in,
+more around a single narrow letter."""
 MIN_CONTRAST = 85.0
 """Least difference of luma (0 to 255) between a line and the ground under it: an OCR must read it."""
 
@@ -66,6 +66,7 @@ class Scene:
     lines: tuple[Line, ...]
     size: int
     seed: tuple[str | int, ...]
+    """Key of the draws that made it; `recolor` goes on from it."""
 
     @property
     def caption(self) -> str:
@@ -156,12 +157,13 @@ def _place_line(
     font = random_.choices(list(FONTS), weights=list(FONTS.values()))[0]
     angle = random_.uniform(-8, 8) if random_.random() < 0.35 else 0.0
     slope = abs(np.sin(np.deg2rad(angle)))
-    left, _, right, _ = _font(font, 60).getbbox(text)
+    measure = load_font(FONT_FOLDER / font, 60)
+    left, _, right, _ = measure.getbbox(text)
     # Some ground around the letters, but no room for spaces between them: the glyph map would put them in.
     # And never higher than wide: that would mean text from top to bottom.
     room = 2 * MARGIN
     if length > 1:
-        room = min(room, 0.8 * (length - 1) * _font(font, 60).getlength(" ") / 60)
+        room = min(room, 0.8 * (length - 1) * measure.getlength(" ") / 60)
     aspect = max((right - left) / 60 + room, 1.05)
     if aspect < 1.3:
         angle = slope = 0.0
@@ -184,7 +186,7 @@ def _place_line(
     turned = corners @ np.array([[cos, sin], [-sin, cos]]) + center
     polygon = np.rint(np.clip(turned, 0, size - 1)).astype(int)
     color = _readable_color(random_, ground, polygon)
-    if color is None or _is_spread(text, FONT_FOLDER / font, polygon):
+    if color is None or not _fits_unspread(text, FONT_FOLDER / font, polygon):
         return None
     return Line(
         text=text,
@@ -194,11 +196,11 @@ def _place_line(
     )
 
 
-def _is_spread(text: str, font: Path, polygon: NDArray[np.int_]) -> bool:
-    """Whether the glyph map has spaces between the letters: a reader would see them too."""
+def _fits_unspread(text: str, font: Path, polygon: NDArray[np.int_]) -> bool:
+    """Whether the glyph map holds the text, without spaces between its letters: a reader would see them too."""
     box = drawing.fit_box(polygon.astype(np.float32))
     sized = drawing.largest_font(text, font, box)
-    return sized is None or drawing.spread(text, sized, box) != text
+    return sized is not None and drawing.spread(text, sized, box) == text
 
 
 def _draw_text(random_: random.Random, length: int) -> str:
@@ -222,8 +224,3 @@ def _readable_color(
         if luma < low - MIN_CONTRAST or luma > high + MIN_CONTRAST:
             fitting.append(color)
     return random_.choice(fitting) if fitting else None
-
-
-@lru_cache(maxsize=256)
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(FONT_FOLDER / name), size)

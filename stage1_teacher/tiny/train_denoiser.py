@@ -25,8 +25,9 @@ from torch.nn import functional
 
 from common.anytext2.checkpoint import CheckpointFile, load_part
 from common.anytext2.config import NetworkConfig
-from common.anytext2.unet import Control
+from common.anytext2.unet import Control, UNet
 from common.device import resolve_device
+from common.errors import DataError
 from common.files import atomic_write
 from common.schedule import ddim_step, make_alphas_cumprod
 from stage1_teacher.glyph_embedding import PositionEncoder
@@ -75,8 +76,8 @@ class Settings:
 class Probe(nn.Module):
     """Reads lines off WriteNet's residuals, cell by cell; helps the training and is not shipped.
 
-    Of letters, what they cover of each of a cell's pixels, off the shallowest residuals: the UNet's last blocks
-    have enough to do with giving them their colours. Of the deeper ones, what lines look like.
+    The two residuals at the latents' size must tell how much of each pixel letters cover, so that the UNet's last
+    blocks need not work it out; the deeper ones tell the lines' looks.
     """
 
     READS = ("letters", *LOOKS)
@@ -87,7 +88,7 @@ class Probe(nn.Module):
         self.stride = config.stride
         self.letters = nn.ModuleList([nn.Conv2d(first, self.stride**2, 1) for _ in range(2)])
         channels = sum(LOOKS.values())
-        self.heads = nn.ModuleList([nn.Conv2d(before_last, channels, 1), nn.Conv2d(last, channels, 1)])
+        self.looks = nn.ModuleList([nn.Conv2d(before_last, channels, 1), nn.Conv2d(last, channels, 1)])
 
     def forward(self, control: Control, batch: TrainingBatch) -> Tensor:
         """Return mean squared errors, in units of the variance for the letters, (number of READS,)."""
@@ -105,7 +106,7 @@ class Probe(nn.Module):
     def _read_looks(self, control: Control, batch: TrainingBatch) -> Tensor:
         errors = []
         # Of a level: the last block's residual. The one before the deepest level, and the middle block's.
-        for head, residual in zip(self.heads, (control[-4], control[-1]), strict=True):
+        for head, residual in zip(self.looks, (control[-4], control[-1]), strict=True):
             for name, read in zip(LOOKS, head(residual).split(list(LOOKS.values()), dim=1), strict=True):
                 look, weight = batch.looks[name].split([LOOKS[name], 1], dim=1)
                 target = functional.adaptive_avg_pool2d(look * weight, residual.shape[-1])
@@ -154,26 +155,52 @@ def compute_losses(
     level = levels[batch.timesteps]
     noisy = level.sqrt() * (clean + batch.grain) + (1 - level).sqrt() * batch.noise
     if bool((jumping := batch.jumps > 0).any()):
-        end, left, given = (
-            batch.timesteps[jumping],
-            batch.jumps[jumping],
-            [part[jumping] for part in control_of_each],
-        )
-        now = end + left
-        z = levels[now].sqrt() * clean[jumping] + (1 - levels[now]).sqrt() * batch.noise[jumping]
-        for steps_left in reversed(range(batch.own_steps)):
-            after = end + left * steps_left // batch.own_steps
-            z = z.contiguous(memory_format=torch.channels_last)
-            with torch.no_grad():
-                eps = denoiser.unet(z, now, context_of_each[jumping], tuple(given))
-            z, now = ddim_step(z, eps, levels[now], levels[after]), after
-        noisy[jumping] = z
+        end = batch.timesteps[jumping]
+        start = end + batch.jumps[jumping]
+        z = levels[start].sqrt() * clean[jumping] + (1 - levels[start]).sqrt() * batch.noise[jumping]
+        given = context_of_each[jumping], tuple(part[jumping] for part in control_of_each)
+        noisy[jumping] = take_own_steps(denoiser.unet, z, start, end, batch.own_steps, *given, cumulative)
     noisy = noisy.contiguous(memory_format=torch.channels_last)
     eps = denoiser.unet(noisy, batch.timesteps, context_of_each, control_of_each)
     everything_else = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
     error = (eps - everything_else).square() * batch.weight.repeat_interleave(noises, dim=0)
     snr = level / (1 - level)
     return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr.flatten()), probe=probe(control, batch))
+
+
+@torch.no_grad()
+def take_own_steps(
+    unet: UNet,
+    z: Tensor,
+    start: Tensor,
+    end: Tensor,
+    steps: int,
+    context: Tensor,
+    control: Control,
+    cumulative: Tensor,
+) -> Tensor:
+    """Go on from z by the network's own DDIM steps, without guidance.
+
+    Args:
+        unet: the network.
+        z: noisy latents, (N, C, h, w).
+        start: their timesteps, (N,) int64.
+        end: where they are wanted, (N,) int64, none above its start.
+        steps: how many, of about the same length.
+        context: image contexts, (N, 77, c).
+        control: WriteNet's residuals for each.
+        cumulative: alphas_cumprod, (1000,).
+
+    Returns:
+        Noisy latents at `end`, (N, C, h, w).
+    """
+    levels = cumulative[:, None, None, None]
+    now = start
+    for left in reversed(range(steps)):
+        after = end + (start - end) * left // steps
+        eps = unet(z.contiguous(memory_format=torch.channels_last), now, context, control)
+        z, now = ddim_step(z, eps, levels[now], levels[after]), after
+    return z
 
 
 def noise_weight(snr: Tensor) -> Tensor:
@@ -239,6 +266,11 @@ class Trainer:
             self._resume(torch.load(out / "checkpoint.pt", weights_only=True, map_location=self.device))
 
     def _resume(self, saved: dict[str, Any]) -> None:
+        if saved["probe"].keys() != self.probe.state_dict().keys():
+            raise DataError(
+                f"{self.out / 'checkpoint.pt'}: received an earlier version's training state, expected this one's:"
+                " give another --out, and --start-from an export of it"
+            )
         self.step, self.ema = saved["step"], saved["ema"]
         for name, value in saved["weights"].items():
             self.parameters[name].data.copy_(value)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -60,17 +62,23 @@ def test_polygons_lie_in_the_image_and_lines_do_not_overlap(scenes: list[Scene])
         assert np.sum(masks, axis=0).max() == 1
 
 
-def test_letters_are_what_the_glyph_map_is_the_trace_of(scenes: list[Scene]) -> None:
+def test_letters_of_an_image_are_what_the_glyph_map_is_the_trace_of(scenes: list[Scene]) -> None:
     slanted = 0
     for scene in scenes:
+        ground = draw_scene(replace(scene, lines=()))
         for index, line in enumerate(scene.lines):
+            drawn = (draw_scene(replace(scene, lines=(line,))) != ground).any(-1)
             letters, glyphs = text_mask(line, scene.size), _glyph_map(scene, index)
+            assert not drawn[letters == 0].any() and drawn[letters > 0.1].all()
             (_, top), (_, bottom) = line.polygon[:2]
-            if top == bottom:  # to the pixel, but for what black ink leaves too faint
-                assert letters[glyphs == 0].max() < 0.051 and letters[glyphs == 1].min() > 0
+            if top == bottom:  # to the pixel
+                assert np.array_equal(glyphs, max(line.color) * letters >= 0.5)
             else:  # turned smoothly, where the map takes the nearest pixel
                 slanted += 1
                 assert (letters[glyphs == 0] > 0.5).sum() <= 0.05 * (letters > 0.5).sum()
+                polygon, font = np.array(line.polygon, np.float32), FONT_FOLDER / line.font
+                nearest = drawing.draw_coverage(line.text, polygon, font, (scene.size, scene.size))
+                assert letters.sum() == pytest.approx(nearest.sum(), rel=0.1)
     assert slanted > 5
 
 

@@ -8,13 +8,26 @@ import pytest
 import torch
 
 from common.anytext2.checkpoint import CheckpointFile
+from common.anytext2.hints import Hints
+from common.anytext2.unet import Control
 from common.errors import DataError
 from common.schedule import make_alphas_cumprod
 from stage1_teacher.teacher import Teacher
+from stage1_teacher.text_encoder import encode_tokens
 from stage1_teacher.tiny import train_position, train_vae
-from stage1_teacher.tiny.batches import GRAIN, JUMP_SHARE, JUMPS, MAX_EXCESS, MAX_OWN_STEPS, FeatureStore
+from stage1_teacher.tiny.batches import (
+    GRAIN,
+    JUMP_SHARE,
+    JUMPS,
+    MAX_EXCESS,
+    MAX_OWN_STEPS,
+    PATCH,
+    FeatureStore,
+    TrainingBatch,
+)
 from stage1_teacher.tiny.export import load_runs, write
 from stage1_teacher.tiny.features import FeatureMaker
+from stage1_teacher.tiny.ground import Ground, draw_ground
 from stage1_teacher.tiny.networks import MODEL_FOLDER, build_denoiser, network_config
 from stage1_teacher.tiny.scene import draw_scene_plan
 from stage1_teacher.tiny.train_denoiser import Probe, Settings, Trainer, compute_losses, train
@@ -186,40 +199,65 @@ def test_the_unet_starts_by_taking_all_noise_for_noise_however_much_there_is() -
         assert float((eps * z).mean() / z.square().mean()) == pytest.approx(1, abs=0.02)
 
 
+@pytest.fixture
+def grainy(store: FeatureStore) -> TrainingBatch:
+    return store.batch(0, 0, images=4, noises=4, blank_latents=torch.zeros(16, 24, 24))
+
+
+@pytest.mark.parametrize(
+    ("share", "own_steps", "length"), [(0, 1, 0), (1, 1, 100), (1, 3, 100), (2, 2, 100), (1, 3, 1)]
+)
 def test_all_but_the_picture_is_asked_for_with_grain_and_after_own_steps(
-    store: FeatureStore,
+    grainy: TrainingBatch, share: int, own_steps: int, length: int
 ) -> None:
-    config = network_config()
+    """A UNet that knows the picture loses nothing on its way to no noise, to all, or to every second one."""
+    config, batch, cumulative = network_config(), grainy, make_alphas_cumprod()
     denoiser = build_denoiser(config, 0)
-    batch = store.batch(0, 0, images=4, noises=4, blank_latents=torch.zeros(16, 24, 24))
-    cumulative = make_alphas_cumprod()
-    level = cumulative[batch.timesteps][:, None, None, None]
-    clean = batch.latents.repeat_interleave(4, dim=0)
+    with torch.no_grad():
+        contexts = encode_tokens(denoiser.clip, batch.image_tokens)
+    jumps = (999 - batch.timesteps).clamp(max=length)
+    assert length == 0 or int(jumps.min()) > 0
+    if share == 2:
+        jumps[::2] = 0
+    jumping = jumps > 0
+    calls = list[tuple[torch.Tensor, torch.Tensor]]()
 
-    def all_but_the_picture(noisy: torch.Tensor, timesteps: torch.Tensor, *_: Any) -> torch.Tensor:
+    def count_images(hints: Hints, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        image = torch.arange(len(hints.glyphs)).float()[:, None, None, None]
+        return tuple(image.expand(-1, 64, size, size) for size in (24, 24, 12, 12, 6, 6, 6))
+
+    def all_but_the_picture(
+        noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, control: Control
+    ) -> torch.Tensor:
         calls.append((noisy, timesteps))
+        images = control[0][:, 0, 0, 0].long()
+        assert all(bool((part[:, 0, 0, 0] == images).all()) for part in control)
+        assert torch.allclose(context, contexts[images], atol=1e-5)
         level = cumulative[timesteps][:, None, None, None]
-        return (noisy - level.sqrt() * clean) / (1 - level).sqrt()
+        return (noisy - level.sqrt() * batch.latents[images]) / (1 - level).sqrt()
 
-    def at(timesteps: torch.Tensor, grain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(timesteps: torch.Tensor, grain: torch.Tensor) -> torch.Tensor:
         level = cumulative[timesteps][:, None, None, None]
-        return level.sqrt() * (clean + grain) + (1 - level).sqrt() * batch.noise, timesteps
+        clean = batch.latents.repeat_interleave(4, dim=0)
+        return level.sqrt() * (clean + grain) + (1 - level).sqrt() * batch.noise
 
-    knowing = replace(denoiser, unet=all_but_the_picture)  # type: ignore[arg-type]
-    jumps, none = (999 - batch.timesteps).clamp(max=100), torch.zeros(())
-    assert int(jumps.min()) > 0
-    straight = [at(batch.timesteps, batch.grain)]
-    jumping = [at(batch.timesteps + jumps, none), at(batch.timesteps, none)]  # a perfect step loses nothing
-    twice = [jumping[0], at(batch.timesteps + jumps // 2, none), jumping[1]]
-    for expected in (straight, jumping, twice):
-        calls = list[tuple[torch.Tensor, torch.Tensor]]()
-        case = replace(batch, jumps=jumps if len(expected) > 1 else 0 * jumps, own_steps=len(expected) - 1)
-        with torch.no_grad():
-            losses = compute_losses(knowing, Probe(config), case, cumulative, config.placeholder_token_id)
-        assert float(losses.eps.max()) < 1e-3
-        for (noisy, timesteps), (wanted, when) in zip(calls, expected, strict=True):
-            assert torch.equal(timesteps, when)
-            assert torch.allclose(noisy, wanted, atol=1e-3)
+    knowing = replace(denoiser, unet=all_but_the_picture, writenet=count_images)  # type: ignore[arg-type]
+    case = replace(batch, jumps=jumps, own_steps=own_steps)
+    with torch.no_grad():
+        losses = compute_losses(knowing, Probe(config), case, cumulative, config.placeholder_token_id)
+    assert float(losses.eps.max()) < 1e-3
+    ways = [batch.timesteps + jumps * left // own_steps for left in range(own_steps, 0, -1)] if share else []
+    expected = [(at(when, torch.zeros(()))[jumping], when[jumping]) for when in ways]
+    grain = batch.grain * ~jumping[:, None, None, None]
+    expected.append((at(batch.timesteps, grain), batch.timesteps))
+    for (noisy, timesteps), (wanted, when) in zip(calls, expected, strict=True):
+        assert torch.equal(timesteps, when)
+        assert torch.allclose(noisy, wanted, atol=1e-3)
+
+
+def test_grain_and_own_steps_keep_to_their_limits(grainy: TrainingBatch, store: FeatureStore) -> None:
+    batch = grainy
+    level = make_alphas_cumprod()[batch.timesteps][:, None, None, None]
     excess = batch.grain.std(dim=(1, 2, 3)) * (level / (1 - level)).sqrt().flatten()
     assert 4 <= int((excess > 0).sum()) <= 12
     assert float(excess.max()) < MAX_EXCESS * 1.1
@@ -243,6 +281,28 @@ def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground
     weight = store.batch(0, 0, images=2, noises=1, blank_latents=torch.zeros(16, 24, 24)).weight[0, 0]
     ground, small, large = weight[23, 0], weight[3, 10], weight[15, 10]
     assert float(small / ground) == pytest.approx(9) and float(large / ground) == pytest.approx(3)
+
+
+def test_an_earlier_versions_checkpoint_is_refused_in_one_line(runs: Path, tmp_path: Path) -> None:
+    _train(runs, tmp_path / "denoiser", 1)
+    path = tmp_path / "denoiser" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["probe"]["letters.0.weight"]
+    torch.save(saved, path)
+    with pytest.raises(DataError, match=r"checkpoint.pt: received an earlier version's training state.*--out"):
+        _train(runs, tmp_path / "denoiser", 2)
+
+
+def test_a_patch_has_the_ground_as_the_image_has_it_from_its_edge_on(store: FeatureStore) -> None:
+    ground = draw_ground(Ground(kind="checked", colors=("red",), vertical=False), 96)
+    pixels = torch.from_numpy(ground).permute(2, 0, 1).float()
+    for layout in store.layouts:
+        # Latents that are the ground itself, one pixel of a cell.
+        layout.update(latents=pixels[:1, ::4, ::4].expand(len(layout["latents"]), 16, 24, 24))
+    patches = store.patches(0, 0, images=24, blank_latents=torch.zeros(16, 24, 24))
+    assert bool((patches.latents == pixels[:1, :PATCH:4, :PATCH:4]).all())
+    places = store.patches(0, 0, images=24, blank_latents=torch.zeros(16, 24, 24)).hints.positions
+    assert len({tuple(patch.flatten().tolist()) for patch in places}) > 3
 
 
 def test_an_earlier_versions_chunk_is_refused_in_one_line(tmp_path: Path) -> None:

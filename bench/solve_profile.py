@@ -1,0 +1,123 @@
+"""Where along its solve a teacher loses letters: what it takes x0 to be at each timestep, read by OCR.
+
+    python -m stage1_teacher.tiny.data --count 100 --seed 4 --out build/tune
+    python bench/solve_profile.py --annotations build/tune/data.json --count 60
+
+Of each timestep of the grid: lines read exactly in x0 as predicted there, decoded; that x0's error (root mean
+square) against the true image's latents, inside of the lines' boxes and outside; and the same for predictions from
+true latents with that timestep's noise, where nothing before can have gone wrong. Nothing is edited. For layouts
+that are not the held-out ones: these are for `pipeline.py evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import pipeline
+from common.config import PROJECT_ROOT, load_config
+from common.schedule import make_alphas_cumprod, predict_x0
+from common.seeding import generator
+from stage1_teacher.grids import parse_grid
+from stage1_teacher.held_out import HeldOut
+from stage1_teacher.inputs import DrawSettings
+from stage1_teacher.solver import Predict, integrate, make_predict
+from stage1_teacher.sources import open_inputs
+from stage1_teacher.teacher import Teacher
+from stage2_student.evaluation.reading import read_images
+from stage2_student.evaluation.recognizers import load_recognizer
+from stage2_student.sample import decode
+
+
+def guided(predict: Predict, scale: float, z: Tensor, timestep: int) -> Tensor:
+    """Return x0 as predicted at a timestep, guidance included, (B, C, h, w)."""
+    cond, uncond = predict(z, torch.full((len(z),), timestep, device=z.device))
+    eps = cond if uncond is None else uncond + scale * (cond - uncond)
+    return predict_x0(z, eps, make_alphas_cumprod()[timestep].to(z.device))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--annotations", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=60, help="layouts")
+    parser.add_argument("--grid", default="upstream:20")
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    options = parser.parse_args()
+    config = load_config(options.config, [*options.set, "precompute.edit_fraction=0"])
+    settings = DrawSettings.from_config(config)
+    held = HeldOut(
+        open_inputs([options.annotations], [], config.precompute, settings.fonts), settings, options.count
+    )
+    layouts = pipeline.layouts_of(held.items)
+    teacher = Teacher.load(config)
+    scale, grid = config.precompute.guidance_scale, parse_grid(options.grid)
+    uncond = teacher.unconditional() if scale != 1 else None
+    timesteps = [int(t) for t in grid.timesteps]
+    on_the_way: dict[int, list[Tensor]] = {t: [] for t in timesteps}
+    from_truth: dict[int, list[Tensor]] = {t: [] for t in timesteps}
+    truths, boxes = [], []
+    ids = [item.input_id for item in held.items]
+    with torch.no_grad():
+        for start in range(0, len(ids), options.batch):
+            chunk = ids[start : start + options.batch]
+            conditionings = held.encode(teacher, chunk)
+            predict = make_predict(teacher, conditionings, uncond)
+            true = held.reconstruct(teacher, chunk)
+            noises = [
+                torch.randn(true.shape[1:], generator=generator("profile", options.seed, name)) for name in chunk
+            ]
+            noise = torch.stack(noises).to(true.device)
+            rollout = integrate(
+                predict,
+                noise,
+                grid.timesteps,
+                guidance_scale=scale,
+                keep=range(len(timesteps)),
+                alphas_cumprod_end=grid.alphas_cumprod_end,
+                round_states=False,
+                store_predictions=uncond is not None,
+            )
+            for index, t in enumerate(timesteps):
+                alpha = make_alphas_cumprod()[t].to(true.device)
+                noisy = alpha.sqrt() * true + (1 - alpha).sqrt() * noise
+                if rollout.x0_cond is not None and rollout.x0_uncond is not None:
+                    without, with_caption = rollout.x0_uncond[:, index], rollout.x0_cond[:, index]
+                    on_the_way[t].append(without + scale * (with_caption - without))
+                else:
+                    on_the_way[t].append(guided(predict, scale, rollout.states[:, index], t))
+                from_truth[t].append(guided(predict, scale, noisy, t))
+            positions = torch.stack([item.positions for item in conditionings]).to(true.device)
+            truths.append(true)
+            boxes.append(functional.max_pool2d(positions.float(), teacher.network.stride) > 0)
+            print(f"{start + len(chunk)}/{len(ids)} layouts", file=sys.stderr)
+    true, inside = torch.cat(truths), torch.cat(boxes)
+    recognizer = load_recognizer(config.evaluate.recognizer)
+
+    def measure(x0: Tensor) -> str:
+        results = read_images(recognizer, decode(teacher.vae, x0), layouts)
+        exact = np.mean([line.exact for lines in results for line in lines])
+        error, mask = x0 - true, inside.expand_as(true)
+        inside_of, outside = (float(error[where].square().mean().sqrt()) for where in (mask, ~mask))
+        return f"{exact:.3f} | {inside_of:.3f} | {outside:.3f}"
+
+    print(f"{sum(len(layout.lines) for layout in layouts)} lines of {len(layouts)} layouts, {options.grid}")
+    print("| t | read | error in boxes | elsewhere | from true latents: read | error in boxes | elsewhere |")
+    print("| --- " * 7 + "|")
+    for t in timesteps:
+        print(f"| {t} | {measure(torch.cat(on_the_way[t]))} | {measure(torch.cat(from_truth[t]))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
