@@ -36,6 +36,10 @@ def _glyph_map(scene: Scene, index: int) -> np.ndarray:
     return drawing.draw_glyph_map(line.text, polygon, FONT_FOLDER / line.font, line.color, size)
 
 
+def _roughness(image: np.ndarray) -> float:
+    return float(sum(np.square(np.diff(image, axis=axis)).sum() for axis in (0, 1)))
+
+
 def test_the_same_seed_gives_the_same_scene_and_another_seed_another_one() -> None:
     assert draw_scene_plan("test", 3) == draw_scene_plan("test", 3)
     assert draw_scene_plan("test", 3) != draw_scene_plan("test", 4)
@@ -79,6 +83,7 @@ def test_letters_of_an_image_are_what_the_glyph_map_is_the_trace_of(scenes: list
                 polygon, font = np.array(line.polygon, np.float32), FONT_FOLDER / line.font
                 nearest = drawing.draw_coverage(line.text, polygon, font, (scene.size, scene.size))
                 assert letters.sum() == pytest.approx(nearest.sum(), rel=0.1)
+                assert _roughness(letters) < 0.95 * _roughness(nearest)
     assert slanted > 5
 
 
