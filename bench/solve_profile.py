@@ -1,6 +1,6 @@
 """Where along its solve a teacher loses letters: what it takes x0 to be at each timestep, read by OCR.
 
-    python -m stage1_teacher.tiny.data --count 100 --seed 4 --out build/tune
+    python -m stage1_teacher.tiny.data --count 200 --seed 4 --out build/tune
     python bench/solve_profile.py --annotations build/tune/data.json --count 60
 
 Of each timestep of the grid: lines read exactly in x0 as predicted there, decoded; that x0's error (root mean
@@ -12,6 +12,7 @@ that are not the held-out ones: these are for `pipeline.py evaluate`.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch.nn import functional
 
 import pipeline
 from common.config import PROJECT_ROOT, load_config
+from common.progress import Progress
 from common.schedule import make_alphas_cumprod, predict_x0
 from common.seeding import generator
 from stage1_teacher.grids import parse_grid
@@ -37,11 +39,16 @@ from stage2_student.evaluation.recognizers import load_recognizer
 from stage2_student.sample import decode
 
 
-def guided(predict: Predict, scale: float, z: Tensor, timestep: int) -> Tensor:
-    """Return x0 as predicted at a timestep, guidance included, (B, C, h, w)."""
-    cond, uncond = predict(z, torch.full((len(z),), timestep, device=z.device))
-    eps = cond if uncond is None else uncond + scale * (cond - uncond)
-    return predict_x0(z, eps, make_alphas_cumprod()[timestep].to(z.device))
+def keep_x0(predict: Predict, scale: float, kept: list[Tensor]) -> Predict:
+    """Make a predictor that also keeps x0 as it predicts it, guidance included, (B, C, h, w) each call."""
+
+    def predict_and_keep(z: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
+        cond, uncond = predict(z, timesteps)
+        eps = cond if uncond is None else uncond + scale * (cond - uncond)
+        kept.append(predict_x0(z, eps, make_alphas_cumprod()[int(timesteps[0])].to(z.device)))
+        return cond, uncond
+
+    return predict_and_keep
 
 
 def main() -> None:
@@ -55,6 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = load_config(options.config, [*options.set, "precompute.edit_fraction=0"])
     settings = DrawSettings.from_config(config)
     held = HeldOut(
@@ -64,12 +72,10 @@ def main() -> None:
     teacher = Teacher.load(config)
     scale, grid = config.precompute.guidance_scale, parse_grid(options.grid)
     uncond = teacher.unconditional() if scale != 1 else None
-    timesteps = [int(t) for t in grid.timesteps]
-    on_the_way: dict[int, list[Tensor]] = {t: [] for t in timesteps}
-    from_truth: dict[int, list[Tensor]] = {t: [] for t in timesteps}
+    on_the_way, from_truth = list[Tensor](), list[Tensor]()  # per batch: (N, B, C, h, w)
     truths, boxes = [], []
     ids = [item.input_id for item in held.items]
-    with torch.no_grad():
+    with torch.no_grad(), Progress(len(ids), "solving", "layout") as progress:
         for start in range(0, len(ids), options.batch):
             chunk = ids[start : start + options.batch]
             conditionings = held.encode(teacher, chunk)
@@ -79,29 +85,26 @@ def main() -> None:
                 torch.randn(true.shape[1:], generator=generator("profile", options.seed, name)) for name in chunk
             ]
             noise = torch.stack(noises).to(true.device)
-            rollout = integrate(
-                predict,
+            solved, single = list[Tensor](), list[Tensor]()
+            integrate(
+                keep_x0(predict, scale, solved),
                 noise,
                 grid.timesteps,
                 guidance_scale=scale,
-                keep=range(len(timesteps)),
+                keep=[],
                 alphas_cumprod_end=grid.alphas_cumprod_end,
                 round_states=False,
-                store_predictions=uncond is not None,
             )
-            for index, t in enumerate(timesteps):
+            for t in grid.timesteps:
                 alpha = make_alphas_cumprod()[t].to(true.device)
                 noisy = alpha.sqrt() * true + (1 - alpha).sqrt() * noise
-                if rollout.x0_cond is not None and rollout.x0_uncond is not None:
-                    without, with_caption = rollout.x0_uncond[:, index], rollout.x0_cond[:, index]
-                    on_the_way[t].append(without + scale * (with_caption - without))
-                else:
-                    on_the_way[t].append(guided(predict, scale, rollout.states[:, index], t))
-                from_truth[t].append(guided(predict, scale, noisy, t))
+                keep_x0(predict, scale, single)(noisy, torch.full((len(chunk),), int(t), device=true.device))
+            on_the_way.append(torch.stack(solved))
+            from_truth.append(torch.stack(single))
             positions = torch.stack([item.positions for item in conditionings]).to(true.device)
             truths.append(true)
             boxes.append(functional.max_pool2d(positions.float(), teacher.network.stride) > 0)
-            print(f"{start + len(chunk)}/{len(ids)} layouts", file=sys.stderr)
+            progress.update(len(chunk))
     true, inside = torch.cat(truths), torch.cat(boxes)
     recognizer = load_recognizer(config.evaluate.recognizer)
 
@@ -115,8 +118,10 @@ def main() -> None:
     print(f"{sum(len(layout.lines) for layout in layouts)} lines of {len(layouts)} layouts, {options.grid}")
     print("| t | read | error in boxes | elsewhere | from true latents: read | error in boxes | elsewhere |")
     print("| --- " * 7 + "|")
-    for t in timesteps:
-        print(f"| {t} | {measure(torch.cat(on_the_way[t]))} | {measure(torch.cat(from_truth[t]))} |", flush=True)
+    for t, way, single_step in zip(
+        grid.timesteps, torch.cat(on_the_way, 1), torch.cat(from_truth, 1), strict=True
+    ):
+        print(f"| {int(t)} | {measure(way)} | {measure(single_step)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -256,12 +256,11 @@ def test_all_but_the_picture_is_asked_for_with_grain_and_after_own_steps(
 
 
 def test_grain_and_own_steps_keep_to_their_limits(grainy: TrainingBatch, store: FeatureStore) -> None:
-    batch = grainy
-    level = make_alphas_cumprod()[batch.timesteps][:, None, None, None]
-    excess = batch.grain.std(dim=(1, 2, 3)) * (level / (1 - level)).sqrt().flatten()
+    level = make_alphas_cumprod()[grainy.timesteps][:, None, None, None]
+    excess = grainy.grain.std(dim=(1, 2, 3)) * (level / (1 - level)).sqrt().flatten()
     assert 4 <= int((excess > 0).sum()) <= 12
     assert float(excess.max()) < MAX_EXCESS * 1.1
-    assert float(batch.grain.std(dim=(1, 2, 3)).max()) < GRAIN * 1.1
+    assert float(grainy.grain.std(dim=(1, 2, 3)).max()) < GRAIN * 1.1
     made = [store.batch(0, step, images=4, noises=4, blank_latents=torch.zeros(16, 24, 24)) for step in range(9)]
     drawn = torch.cat([item.jumps for item in made])
     ends = drawn + torch.cat([item.timesteps for item in made])
@@ -301,8 +300,7 @@ def test_a_patch_has_the_ground_as_the_image_has_it_from_its_edge_on(store: Feat
         layout.update(latents=pixels[:1, ::4, ::4].expand(len(layout["latents"]), 16, 24, 24))
     patches = store.patches(0, 0, images=24, blank_latents=torch.zeros(16, 24, 24))
     assert bool((patches.latents == pixels[:1, :PATCH:4, :PATCH:4]).all())
-    places = store.patches(0, 0, images=24, blank_latents=torch.zeros(16, 24, 24)).hints.positions
-    assert len({tuple(patch.flatten().tolist()) for patch in places}) > 3
+    assert len({tuple(patch.flatten().tolist()) for patch in patches.hints.positions}) > 3
 
 
 def test_an_earlier_versions_chunk_is_refused_in_one_line(tmp_path: Path) -> None:
