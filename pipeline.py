@@ -626,7 +626,11 @@ def _run_step(arguments: Sequence[Any]) -> float:
 )
 @click.option("--truth", is_flag=True, help="Also read the true images, and these through the VAE: the ceiling.")
 @click.option(
-    "--without", multiple=True, metavar="PART", help="Also the teacher without attnx, writenet, caption ..."
+    "--without",
+    multiple=True,
+    metavar="PART",
+    help="Also the teacher without attnx, caption, color, glyph-embedding, glyph-map or writenet, or without"
+    " several: caption+color.",
 )
 @click.option("--images", type=directory(file_okay=False), help="Only score these images, NAME_0.jpg ...")
 def evaluate(

@@ -2,9 +2,10 @@
 
 {"data_root": "imgs", "data_list": [{"img_name": "a.png", "caption": "...", "wm_score"?: 0.1, "annotations": [
     {"polygon": [[x, y], ...], "text": "...", "language": "Latin", "valid"?: true, "color"?: [r, g, b],
-     "font"?: "...", "pos"?: ..., "rec_score"?: ...}]}]}
+     "font"?: "...", "glyph_map"?: true, "pos"?: ..., "rec_score"?: ...}]}]}
 
-`font` is our addition, for data that knows its fonts: a name of [teacher.fonts], or a file.
+Two fields are our additions. `font`, for data that knows its fonts: a name of [teacher.fonts], or a file.
+`glyph_map`: false leaves a line out of the glyph map, so that its embedding alone says what it reads.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from stage1_teacher.content import (
     check_caption,
     check_color,
     check_fields,
+    check_in_glyph_map,
     check_polygon,
     check_text,
     content_id,
@@ -36,7 +38,7 @@ from stage1_teacher.fonts import find_font, line_identity
 from stage1_teacher.json_entries import JsonEntries
 
 ENTRY_FIELDS = ("img_name", "caption", "wm_score", "annotations")
-_ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "font")
+_ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "font", "glyph_map")
 LINE_FIELDS = (*_ID_LINE_FIELDS, "pos", "rec_score")
 
 FRAME_WITHOUT_IMAGE = 512.0
@@ -181,6 +183,7 @@ class Annotations:
                     language=language,
                     color=UNKNOWN_COLOR if color is None else check_color(color, at),
                     font=None if font is None else find_font(font, self._fonts, self._path.parent, at),
+                    in_glyph_map=check_in_glyph_map(annotation.get("glyph_map"), at),
                 )
             )
         return tuple(lines), tuple(ignored)

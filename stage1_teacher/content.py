@@ -57,6 +57,8 @@ class Line:
     """r, g, b in 0-255."""
     font: Path | None = None
     """Font file asked for; None for the configured one."""
+    in_glyph_map: bool = True
+    """Whether the glyph map shows it; False leaves its letters to its embedding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +193,19 @@ def box_corners(box: Any, where: str) -> Polygon:
     if x0 >= x1 or y0 >= y1:
         raise InputFailure("bad polygon", f"{where}: box {box} is empty; expected x0 < x1 and y0 < y1")
     return check_polygon([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], where)
+
+
+def check_in_glyph_map(value: Any, where: str) -> bool:
+    """Return whether the glyph map shows a line; it does where nobody says.
+
+    Raises:
+        InputFailure: it is neither true nor false.
+    """
+    if value is None:
+        return True
+    if not isinstance(value, bool):
+        raise InputFailure("bad glyph_map", f"{where}: glyph_map is {value!r:.40}, expected true or false")
+    return value
 
 
 def check_color(color: Any, where: str) -> tuple[float, float, float]:

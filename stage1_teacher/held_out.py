@@ -173,11 +173,10 @@ class HeldOut:
         Args:
             teacher: encodes.
             input_ids: may repeat.
-            without: a part of the conditioning to leave out, see `ABLATIONS`; empty for none.
+            without: what to leave out, see `split_parts`.
         """
         missing = [name for name in dict.fromkeys(input_ids) if (name, without) not in self._encoded]
-        ablate = ABLATIONS.get(without, _unchanged)
-        drawn = [ablate(self.draw(name)) for name in missing]
+        drawn = [_leave_out(without, self.draw(name)) for name in missing]
         fresh = dict(zip(missing, teacher.encode(drawn) if drawn else [], strict=True))
         found = [fresh.get(name) or self._encoded[name, without] for name in input_ids]
         for name, conditioning in fresh.items():
@@ -187,6 +186,12 @@ class HeldOut:
 
 
 def _unchanged(drawn: DrawnInput) -> DrawnInput:
+    return drawn
+
+
+def _leave_out(without: str, drawn: DrawnInput) -> DrawnInput:
+    for part in split_parts(without):
+        drawn = ABLATIONS[part](drawn)
     return drawn
 
 
@@ -201,6 +206,7 @@ ABLATIONS: dict[str, Callable[[DrawnInput], DrawnInput]] = {
     "glyph-embedding": lambda drawn: replace(
         drawn, glyph_lines=torch.zeros_like(drawn.glyph_lines), font_hint=torch.zeros_like(drawn.font_hint)
     ),
+    "glyph-map": lambda drawn: replace(drawn, glyphs=torch.zeros_like(drawn.glyphs)),
     "writenet": _unchanged,  # these two are left out of the network, not of its input
     "attnx": _unchanged,
 }
@@ -224,11 +230,19 @@ def describe_settings(config: Config, settings: DrawSettings) -> dict[str, Any]:
     }
 
 
-def check_ablation(name: str) -> None:
-    """Refuse a part that cannot be left out.
+def split_parts(without: str) -> list[str]:
+    """Split parts to leave out together, joined by "+", and sort them; none of an empty name.
 
     Raises:
-        UsageError: the name is not in `ABLATIONS`.
+        UsageError: one is not in `ABLATIONS`, or comes twice.
     """
-    if name not in ABLATIONS:
-        raise UsageError(f"--without {name}: expected one of {', '.join(sorted(ABLATIONS))}")
+    parts = sorted(without.split("+")) if without else []
+    for part in parts:
+        if part not in ABLATIONS:
+            known = ", ".join(sorted(ABLATIONS))
+            raise UsageError(
+                f"--without {without}: received {part!r}, expected one of {known}, or several joined by +"
+            )
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"--without {without}: received a part twice, expected different ones")
+    return parts

@@ -99,7 +99,7 @@ class DrawnInput:
     seed: int
     """Keys the noise, with the input's id."""
     glyphs: Tensor
-    """(1, H, W) uint8, 0 or 1: union of the drawn lines."""
+    """(1, H, W) uint8, 0 or 1: union of the drawn lines, without those that are not to be in the glyph map."""
     positions: Tensor
     """(n, H, W) uint8, 0 or 1: each line's polygon."""
     glyph_lines: Tensor
@@ -240,6 +240,8 @@ def _draw_line(line: Line, place: int, choice: _Choice, image: drawing.Array | N
             hint = glyphs.astype(np.float32)
         elif image is not None:
             hint = drawing.draw_font_hint(image, polygon)
+    if not line.in_glyph_map:
+        glyphs = np.zeros_like(glyphs)
     return _DrawnLine(
         position=position, glyphs=glyphs, glyph_line=drawing.draw_glyph_line(line.text, font), font_hint=hint
     )

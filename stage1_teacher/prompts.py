@@ -5,11 +5,14 @@
 | field | meaning |
 | --- | --- |
 | caption | what the image shows |
-| lines | each with text, and box [x0, y0, x1, y1] or polygon [[x, y], ...]; optional color, font, language |
+| lines | each with text, and box [x0, y0, x1, y1] or polygon [[x, y], ...]; see below |
 | size | side in pixels of the square that boxes refer to; default `precompute.size` |
 | seed | keys this prompt's noise; default `precompute.seed` |
 | image | file beside the prompts file, for font hints and edit mode |
 | mode | "generate" or "edit"; default: `precompute.edit_fraction` decides where there is an image |
+
+A line may also have color, font, language, and glyph_map: false leaves it out of the glyph map, so that its
+embedding alone says what it reads.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from stage1_teacher.content import (
     check_caption,
     check_color,
     check_fields,
+    check_in_glyph_map,
     check_polygon,
     check_text,
     content_id,
@@ -40,7 +44,7 @@ from stage1_teacher.content import (
 from stage1_teacher.fonts import find_font, line_identity
 
 PROMPT_FIELDS = ("caption", "lines", "size", "seed", "image", "mode")
-LINE_FIELDS = ("text", "box", "polygon", "color", "font", "language")
+LINE_FIELDS = ("text", "box", "polygon", "color", "font", "language", "glyph_map")
 
 
 class Prompts:
@@ -207,4 +211,5 @@ def _line(line: Any, where: str, fonts: Mapping[str, Path], folder: Path) -> Lin
         language=language,
         color=UNKNOWN_COLOR if color is None else check_color(color, where),
         font=None if font is None else find_font(font, fonts, folder, where),
+        in_glyph_map=check_in_glyph_map(line.get("glyph_map"), where),
     )

@@ -13,8 +13,9 @@ from common.anytext2.fingerprint import fingerprint
 from common.anytext2.unet import UNet, pad_contexts
 from common.anytext2.writenet import WriteNet
 from common.config import Config
+from common.errors import UsageError
 from stage1_teacher.grids import Grid, parse_grid
-from stage1_teacher.held_out import HeldOut, check_ablation
+from stage1_teacher.held_out import ABLATIONS, HeldOut, split_parts
 from stage1_teacher.solver import Predict, integrate, make_predict
 from stage1_teacher.teacher import Conditioning, Teacher, Uncond
 
@@ -40,7 +41,7 @@ class TeacherDrawer:
     record_every: int = 0
     """Round every this many-th state to float16, as a recorded solve does; 0 rounds none."""
     without: str = ""
-    """A part of AnyText2 to leave out; empty for the whole network."""
+    """What of AnyText2 to leave out, as `split_parts` takes it; empty for the whole network."""
 
     @property
     def kind(self) -> str:
@@ -99,8 +100,10 @@ class TeacherDrawer:
     def _predict(self, conditionings: Sequence[Conditioning]) -> Predict:
         teacher, uncond_context = self.load()
         uncond = None if self.guidance_scale == 1 else uncond_context
-        if self.without != "writenet":
-            return make_predict(teacher, conditionings, uncond, 0.0 if self.without == "attnx" else 1.0)
+        left_out = split_parts(self.without)
+        attnx_scale = 0.0 if "attnx" in left_out else 1.0
+        if "writenet" not in left_out:
+            return make_predict(teacher, conditionings, uncond, attnx_scale)
         count = len(conditionings)
         contexts = [item.image_context for item in conditionings]
         context, mask = pad_contexts(contexts + ([] if uncond is None else [uncond.image_context] * count))
@@ -108,7 +111,7 @@ class TeacherDrawer:
         def predict(noisy_latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
             if uncond is not None:
                 noisy_latents, timesteps = torch.cat([noisy_latents] * 2), torch.cat([timesteps] * 2)
-            eps = teacher.eps(noisy_latents, timesteps, context, None, context_mask=mask)
+            eps = teacher.eps(noisy_latents, timesteps, context, None, context_mask=mask, attnx_scale=attnx_scale)
             return (eps, None) if uncond is None else (eps[:count], eps[count:])
 
         return predict
@@ -128,7 +131,7 @@ def teacher_drawers(
         held_out: the inputs.
         load: loads the networks; called when the first image is drawn.
         grids: like "upstream:20". The one that stage one records on draws as it does there, rounding included.
-        without: parts to leave out, each on `ABLATION_GRID`.
+        without: what to leave out, each as `split_parts` takes it, on `ABLATION_GRID`.
 
     Raises:
         UsageError: a grid or a part is unknown.
@@ -143,7 +146,7 @@ def teacher_drawers(
         grid = parse_grid(name)
         recorded = name == recorded_grid(config) and not part
         notes = "as recorded" if recorded else f"{grid.name} grid"
-        left_out = f" without {part.replace('-', ' ')}" if part else ""
+        left_out = f" without {part.replace('-', ' ').replace('+', ' and ')}" if part else ""
         return TeacherDrawer(
             label=f"teacher, {grid.num_steps} step{'s' if grid.num_steps > 1 else ''} ({notes}){left_out}",
             held_out=held_out,
@@ -155,8 +158,9 @@ def teacher_drawers(
             without=part,
         )
 
-    for part in without:
-        check_ablation(part)
+    if "" in without:
+        raise UsageError(f"--without: received nothing, expected one of {', '.join(sorted(ABLATIONS))}")
+    without = list(dict.fromkeys("+".join(split_parts(part)) for part in without))
     if without:  # with what it is compared
         grids = [*grids, ABLATION_GRID]
     return [make(name) for name in dict.fromkeys(grids)] + [make(ABLATION_GRID, part) for part in without]

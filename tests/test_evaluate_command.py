@@ -15,6 +15,7 @@ from PIL import Image
 from common.anytext2.fingerprint import fingerprint
 from common.schedule import trailing_timesteps
 from pipeline import cli
+from stage1_teacher.held_out import ABLATIONS
 from stage2_student.adapter import Card, save_adapter
 from stage2_student.student import add_adapters, load_base
 from tests.stage1_teacher.small_teacher import annotation, load, write_annotations, write_teacher
@@ -116,7 +117,7 @@ def test_a_guided_solve_costs_two_evaluations_a_step_and_runs_join_a_folder(fold
 def test_without_brings_the_whole_teacher_and_every_part_left_out_changes_the_images(
     folder: Path, tmp_path: Path
 ) -> None:
-    parts = ("attnx", "caption", "color", "glyph-embedding", "writenet")
+    parts = (*sorted(ABLATIONS), "attnx+writenet", "glyph-embedding+glyph-map")
     line = {"polygon": [[60, 75], [436, 75], [436, 165], [60, 165]], "text": "OPEN", "color": [200, 30, 30]}
     write_annotations(tmp_path / "a.json", annotation(0, annotations=[line]))
     result = run(
@@ -127,7 +128,8 @@ def test_without_brings_the_whole_teacher_and_every_part_left_out_changes_the_im
     assert result.exit_code == 0, result.output
     whole = "teacher, 20 steps (upstream grid)"
     rows = summary_of(tmp_path / "out")
-    assert list(rows) == [whole, *(f"{whole} without {part.replace('-', ' ')}" for part in parts)]
+    names = [part.replace("-", " ").replace("+", " and ") for part in parts]
+    assert list(rows) == [whole, *(f"{whole} without {name}" for name in names)]
     drawn = pictures(tmp_path / "out", rows[whole]["folder"])
     for part in parts:
         without = pictures(tmp_path / "out", rows[f"{whole} without {part.replace('-', ' ')}"]["folder"])
@@ -215,7 +217,12 @@ def test_fonts_of_scored_images_lie_beside_their_configuration(tmp_path: Path) -
     ("arguments", "code", "message"),
     [
         (("--teacher", "leading:4"), 2, "grid 'leading:4': expected trailing:STEPS or upstream:STEPS"),
-        (("--without", "eyes"), 2, "--without eyes: expected one of attnx, caption"),
+        (
+            ("--without", "eyes"),
+            2,
+            "--without eyes: received 'eyes', expected one of attnx, caption, color, glyph-emb",
+        ),
+        (("--without", ""), 2, "--without: received nothing, expected one of attnx, caption"),
         (("--adapter", "nowhere"), 3, "nowhere: no adapter there"),
         (("--set", "evaluate.recognizer=tesseract"), 2, "received 'tesseract'"),
         (("--set", "evaluate.batch_size=0"), 2, "config evaluate.batch_size"),

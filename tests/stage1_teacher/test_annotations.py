@@ -88,6 +88,15 @@ def test_a_line_may_name_its_font_which_counts_by_its_bytes(folder: Path) -> Non
     assert by_path.input_id != read_one(folder, entry(annotations=[line(), line()])).input_id
 
 
+def test_a_line_may_be_left_out_of_the_glyph_map_which_its_id_tells(folder: Path) -> None:
+    value = entry(annotations=[line(glyph_map=False), line(glyph_map=True), line(glyph_map=None), line()])
+    content = read_one(folder, value)
+    assert [item.in_glyph_map for item in content.lines] == [False, True, True, True]
+    assert content.input_id != read_one(folder, entry(annotations=[line(), line(), line(), line()])).input_id
+    reason, message = reason_of(folder, entry(annotations=[line(glyph_map="no")]))
+    assert reason == "bad glyph_map" and "annotations[0]: glyph_map is 'no', expected true or false" in message
+
+
 @pytest.mark.parametrize("font", ["plian", "data.json", "", 3, "x" * 5000, "a\0b"])
 def test_a_font_that_is_none_is_a_failure_of_its_entry(folder: Path, font: Any) -> None:
     reason, message = reason_of(folder, entry(annotations=[line(font=font)]))

@@ -10,7 +10,7 @@ from PIL import Image
 from common.errors import DataError, UsageError
 from common.schedule import make_alphas_cumprod, upstream_timesteps
 from stage1_teacher.grids import parse_grid
-from stage1_teacher.held_out import ABLATIONS, HeldOut, image_stem, read_undrawn
+from stage1_teacher.held_out import ABLATIONS, HeldOut, image_stem, read_undrawn, split_parts
 from stage1_teacher.inputs import DrawSettings
 from stage1_teacher.sources import open_inputs
 from stage1_teacher.teacher import Teacher
@@ -127,6 +127,26 @@ def test_without_glyph_embedding_no_line_is_shown_to_the_recogniser(config_path:
     ablated = ABLATIONS["glyph-embedding"](drawn)
     assert drawn.glyph_lines.any() and not ablated.glyph_lines.any() and not ablated.font_hint.any()
     assert torch.equal(drawn.glyphs, ablated.glyphs) and torch.equal(drawn.positions, ablated.positions)
+
+
+def test_parts_are_left_out_alone_or_together(config_path: Path, tmp_path: Path) -> None:
+    held_out = held_out_of(config_path, write_annotations(tmp_path / "a.json", annotation(0)))
+    teacher, ids = Teacher.load(load(config_path)), [held_out.items[0].input_id]
+    names = ("", "glyph-map", "glyph-embedding", "glyph-map+glyph-embedding")
+    whole, no_map, no_embedding, neither = (held_out.encode(teacher, ids, name)[0] for name in names)
+    assert bool(whole.glyphs.any()) and not bool(no_map.glyphs.any()) and not bool(neither.glyphs.any())
+    assert torch.equal(no_map.text_context, whole.text_context)
+    assert torch.equal(neither.text_context, no_embedding.text_context)
+    assert not torch.equal(neither.text_context, whole.text_context)
+    assert torch.equal(no_embedding.glyphs, whole.glyphs)
+
+
+def test_a_part_that_is_none_or_comes_twice_is_a_usage_error() -> None:
+    assert split_parts("") == [] and split_parts("attnx+writenet") == ["attnx", "writenet"]
+    with pytest.raises(UsageError, match=r"--without attnx\+glyphs: received 'glyphs', expected one of attnx, "):
+        split_parts("attnx+glyphs")
+    with pytest.raises(UsageError, match="received a part twice"):
+        split_parts("attnx+attnx")
 
 
 def test_undrawn_items_follow_the_benchmarks_cut_and_names(tmp_path: Path) -> None:

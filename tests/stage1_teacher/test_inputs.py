@@ -141,6 +141,14 @@ def test_a_font_that_is_asked_for_draws_the_line_and_shows_its_look() -> None:
     assert torch.equal(bold.font_hint, bold.glyphs.float())
 
 
+def test_a_line_that_is_not_to_be_in_the_glyph_map_is_everything_else_as_before() -> None:
+    hidden, shown = line(in_glyph_map=False, font=BOLD), line("SHUT", polygon=corners(10, 60, 118, 90))
+    both, one = draw(content(hidden, shown)), draw(content(shown))
+    whole = draw(content(replace(hidden, in_glyph_map=True), shown))
+    assert torch.equal(both.glyphs, one.glyphs) and bool(both.glyphs.any())
+    assert not same(both, whole) and same(replace(both, glyphs=whole.glyphs), whole)
+
+
 def test_random_fonts_are_chosen_among_those_that_have_the_characters() -> None:
     def used(text: str, **changes: Any) -> int:
         drawn = [draw(content(line(text), input_id=str(n)), random_fonts=True, **changes) for n in range(12)]

@@ -61,12 +61,13 @@ def test_a_prompt_needs_no_image(tmp_path: Path) -> None:
 def test_optional_fields_are_read(tmp_path: Path) -> None:
     shutil.copy(IMAGES / "a.png", tmp_path / "a.png")
     shutil.copy(FONT, tmp_path / "mine.ttf")
-    lines = [line(font="mine.ttf", color=[1, 2, 3], language="English")]
+    lines = [line(font="mine.ttf", color=[1, 2, 3], language="English", glyph_map=False)]
     content = read(tmp_path, prompt(size=512, seed=7, image="a.png", mode="edit", lines=lines))[0]
     assert (content.frame, content.seed, content.mode) == (512, 7, "edit")
     assert content.image == (tmp_path / "a.png").resolve()
     assert content.lines[0].font == tmp_path.resolve() / "mine.ttf"
     assert content.lines[0].language == "English"
+    assert not content.lines[0].in_glyph_map and read(tmp_path, prompt())[0].lines[0].in_glyph_map
     assert read(tmp_path, prompt(image="a.png"), use_images=False)[0].image is None
     assert read(tmp_path, {"caption": "no text"})[0].lines == ()
 
@@ -120,6 +121,7 @@ def test_a_line_of_another_structure_stops_everything_at_once(tmp_path: Path, te
         (prompt(lines=[line(font="plian")]), "bad font"),
         (prompt(lines=[line(font="prompts.jsonl")]), "bad font"),
         (prompt(lines=[line(language=1)]), "bad prompt"),
+        (prompt(lines=[line(glyph_map=0)]), "bad glyph_map"),
         (prompt(size=0), "bad prompt"),
         (prompt(seed="7"), "bad prompt"),
         (prompt(mode="edit"), "bad prompt"),

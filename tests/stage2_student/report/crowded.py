@@ -23,7 +23,7 @@ HOSTILE = """<script>alert("x")</script> 'q' "q" & <b>"""
 """A label, and a text, that must be shown and not run."""
 LONG_NAME = "student_of_rank_32_on_fifty_thousand_inputs_cosine_schedule_2"
 LONG_TEXT = "WWWWWWWWWWWWWWWWWWWW"
-PARTS = ("attnx", "caption", "color", "glyph-embedding", "writenet")
+PARTS = ("attnx", "caption", "color", "glyph-embedding", "glyph-embedding+glyph-map")
 RED, BLUE = (255.0, 0.0, 0.0), (0.0, 0.0, 255.0)
 TEACHER: dict[str, Any] = {"teacher": "0123456789abcdef" * 4, "dtype": "float32", "guidance_scale": 3.0}
 UPSTREAM = {**TEACHER, "grid": "upstream:20", "without": ""}
@@ -56,7 +56,7 @@ RUNS = (
     student(HOSTILE, 1, 0.4, HOSTILE),
     *(
         (
-            f"teacher, 20 steps (upstream grid) without {part}",
+            f"teacher, 20 steps (upstream grid) without {part.replace('-', ' ').replace('+', ' and ')}",
             "teacher",
             20,
             0.35,
