@@ -28,6 +28,8 @@ EDIT_SHARE = 0.2
 HINT_SHARE = 0.8
 """Of the images, that show the lines' font hints."""
 UNKNOWN_COLOR_SHARE = 0.08
+TRAINED_UNMAPPED_SHARE = 0.75
+"""Of the single letters, that the glyph map does not show: more than in the data."""
 TEXT_WEIGHT, TEXT_HEIGHT = 4.0, 24.0
 """What errors inside of a line's box count more than those of the ground, for a box of this height, pixels. Of
 small letters, that need more care, they count up to twice as much, of large ones down to half."""
@@ -54,7 +56,8 @@ class TrainingBatch:
     """(B, C, h, w)."""
     hints: Hints
     coverage: Tensor
-    """(B, 1, H, W), 0 to 1: how much of each pixel letters cover; the glyph map says about where that is not 0."""
+    """(B, 1, H, W), 0 to 1: how much of each pixel letters cover; about where that is not 0, the glyph map says of
+    the lines it shows."""
     image_tokens: Tensor
     """(B, 77) int64."""
     text_tokens: Tensor
@@ -100,6 +103,8 @@ class FeatureStore:
     def __init__(self, folder: Path, position_encoder: PositionEncoder, config: NetworkConfig) -> None:
         """Remember where the chunks are; `refresh` reads them."""
         self.layouts: list[dict[str, Any]] = []
+        self.singles: list[dict[str, Any]] = []
+        """Those of the layouts whose lines are single letters."""
         self._folder, self._encoder, self._read = folder, position_encoder, set[str]()
         tokenizer = load_tokenizer(MODEL_FOLDER / "clip", config)
 
@@ -123,9 +128,9 @@ class FeatureStore:
         for path in sorted(self._folder.glob("*.pt")):
             if path.name not in self._read:
                 chunk = torch.load(path, weights_only=True)
-                if "coverage" not in chunk[0]:
+                if "lengths" not in chunk[0]:
                     raise DataError(
-                        f"{path}: received layouts without the letters' coverage, expected what"
+                        f"{path}: received layouts without the texts' lengths, expected what"
                         " stage1_teacher.tiny.features writes; this is an earlier version's: remove its folder"
                     )
                 where = self._encoder(torch.cat([item["positions"] for item in chunk])[:, None].float())
@@ -133,10 +138,13 @@ class FeatureStore:
                 for item, place in zip(chunk, where.split(counts), strict=True):
                     item["where"] = place
                 self.layouts += chunk
+                self.singles += [item for item in chunk if int(item["lengths"].max()) == 1]
                 self._read.add(path.name)
         return len(self.layouts)
 
-    def batch(self, seed: int, step: int, *, images: int, noises: int, blank_latents: Tensor) -> TrainingBatch:
+    def batch(
+        self, seed: int, step: int, *, images: int, noises: int, blank_latents: Tensor, singles: bool = False
+    ) -> TrainingBatch:
         """Draw a batch, keyed by (seed, step) (and by the layouts read so far).
 
         Args:
@@ -145,9 +153,11 @@ class FeatureStore:
             images: B.
             noises: K.
             blank_latents: (C, h, w), of the image that shows nothing.
+            singles: of layouts with single letters only.
         """
         random_ = rng("batch", seed, step)
-        chosen = [self._choose(random_, blank_latents) for _ in range(images)]
+        layouts = self.singles if singles else self.layouts
+        chosen = [self._choose(random_, layouts, blank_latents) for _ in range(images)]
         return _stack(chosen, noises, generator("noise", seed, step))
 
     def patches(self, seed: int, step: int, *, images: int, blank_latents: Tensor) -> TrainingBatch:
@@ -163,11 +173,14 @@ class FeatureStore:
             blank_latents: (C, h, w), of the image that shows nothing.
         """
         random_ = rng("patches", seed, step)
-        chosen = [_crop(self._choose(random_, blank_latents, ground_only=True), random_) for _ in range(images)]
+        whole = [self._choose(random_, self.layouts, blank_latents, ground_only=True) for _ in range(images)]
+        chosen = [_crop(item, random_) for item in whole]
         return _stack(chosen, 1, generator("patches' noise", seed, step), lowest=PATCH_TIMESTEP)
 
-    def _choose(self, random_: Any, blank_latents: Tensor, *, ground_only: bool = False) -> dict[str, Tensor]:
-        layout = random_.choice(self.layouts)
+    def _choose(
+        self, random_: Any, layouts: list[dict[str, Any]], blank_latents: Tensor, *, ground_only: bool = False
+    ) -> dict[str, Tensor]:
+        layout = random_.choice(layouts)
         variant = random_.randrange(len(layout["latents"]))
         hinted = random_.random() < HINT_SHARE
         dropped = DROP_ALL if ground_only else random_.random()  # DROP_ALL: of the two captions, only the text's
@@ -182,6 +195,10 @@ class FeatureStore:
         kept = slice(0, 0) if no_text else slice(None)
         edit = random_.random() < EDIT_SHARE and not ground_only  # or the masked image would tell it
         positions = layout["positions"].float()
+        glyphs = layout["glyphs"].float()
+        for position, length in zip(positions, layout["lengths"].tolist(), strict=True):
+            if length == 1 and random_.random() < TRAINED_UNMAPPED_SHARE:
+                glyphs = glyphs * (1 - position)
         known = (colors[:, 0] != UNKNOWN_COLOR) & (not no_text)
         one_hot = functional.one_hot(layout["fonts"], len(FONTS)).float()
         return {
@@ -189,7 +206,7 @@ class FeatureStore:
             "font": _paint(positions, one_hot, torch.full_like(known, not no_text)),
             "latents": layout["latents"][variant],
             "masked": layout["masked_latents"][variant].float() if edit else blank_latents,
-            "glyphs": layout["glyphs"].float(),
+            "glyphs": glyphs,
             "coverage": layout["coverage"].float() / 255,
             "positions": positions.sum(0, keepdim=True),
             "importance": _importance(positions),

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,24 @@ from stage1_teacher.recognizer import Recognizer
 from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
 from stage1_teacher.tiny.linear_vae import LinearEncoder
 from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
-from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, Scene, draw_scene, draw_scene_plan, recolor, text_mask
+from stage1_teacher.tiny.scene import (
+    FONT_FOLDER,
+    FONTS,
+    LENGTHS,
+    SINGLE_LETTERS,
+    Scene,
+    draw_scene,
+    draw_scene_plan,
+    recolor,
+    text_mask,
+)
 from stage1_teacher.tiny.train_vae import load_trained
 
 log = logging.getLogger(__name__)
 
 CHUNK = 100
+SINGLE_EVERY = 3
+"""Of a chunk, every third layout has single letters only, for what the recogniser's features say of a letter."""
 
 
 class FeatureMaker:
@@ -85,7 +100,8 @@ class FeatureMaker:
         Returns:
             uint8: glyphs (1, H, W), coverage (1, H, W), of the letters, 0 to 255, positions (n, H, W); float16:
             glyph_features, hint_features and blank_features (n, 40, 64), latents and masked_latents
-            (v, C, h, w); int64: fonts (n,), places in FONTS, tokens (v, 77); float32: colors (v, n, 3).
+            (v, C, h, w); int64: lengths (n,), of the texts, fonts (n,), places in FONTS, tokens (v, 77); float32:
+            colors (v, n, 3). The glyph map shows all lines.
         """
         size = (scene.size, scene.size)
         scenes = [scene, *(recolor(scene, variant) for variant in range(1, variants))]
@@ -117,9 +133,34 @@ class FeatureMaker:
             "latents": latents[: len(scenes)].half(),
             "masked_latents": latents[len(scenes) :].half(),
             "colors": torch.tensor([[line.color for line in item.lines] for item in scenes]).float(),
+            "lengths": torch.tensor([len(line.text) for line in scene.lines]),
             "fonts": torch.tensor([list(FONTS).index(line.font) for line in scene.lines]),
             "tokens": torch.stack([self.tokens(caption) for caption in captions]),
         }
+
+
+def write_chunks(options: argparse.Namespace, starts: Sequence[int]) -> None:
+    """Write the chunks that begin at some of the layouts, unless they are there."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    maker = FeatureMaker(options.vae)
+    for start in starts:
+        path = options.out / f"{start // CHUNK:05d}.pt"
+        if path.exists():
+            continue
+        scenes = [
+            draw_scene_plan(
+                "teacher",
+                options.seed,
+                start + index,
+                lengths=LENGTHS if index % SINGLE_EVERY else SINGLE_LETTERS,
+            )
+            for index in range(CHUNK)
+        ]
+        layouts = [maker.layout(scene, options.variants) for scene in scenes]
+        with atomic_write(path) as file:
+            torch.save(layouts, file)
+        log.info("wrote %s", path)
 
 
 def main() -> None:
@@ -132,22 +173,28 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5500, help="layouts")
     parser.add_argument("--variants", type=int, default=8, help="images of a layout, in other colours")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that share the work; 0: this one does it"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="of each process; 0: they share the cores")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options.threads = options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers))
     options.out.mkdir(parents=True, exist_ok=True)
-    maker = FeatureMaker(options.vae)
-    for start in range(0, options.count, CHUNK):
-        path = options.out / f"{start // CHUNK:05d}.pt"
-        if path.exists():
-            continue
-        scenes = [draw_scene_plan("teacher", options.seed, start + index) for index in range(CHUNK)]
-        layouts = [maker.layout(scene, options.variants) for scene in scenes]
-        with atomic_write(path) as file:
-            torch.save(layouts, file)
-        log.info("wrote %s", path)
+    starts = range(0, options.count, CHUNK)
+    if options.workers < 1:
+        write_chunks(options, starts)
+        return
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=write_chunks, args=(options, starts[worker :: options.workers]), daemon=True)
+        for worker in range(options.workers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if failed := sum(process.exitcode != 0 for process in processes):
+        raise SystemExit(f"features: {failed} of {len(processes)} processes failed; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +38,12 @@ SMALL = "abdefghkmnpqrtuy"
 DIGITS = "23456789"
 """Without the letters and digits that look alike in some font (0 O o, 1 I l i j, c C, s S ...): a reader that sees
 one line of a random text could not tell them apart, and its score would measure that."""
+LENGTHS = (11, 12, 18, 20, 18, 12, 9, 6)
+"""Weights of lines of one, two ... eight letters."""
+SINGLE_LETTERS = (100, 0, 0, 0, 0, 0, 0, 0)
+UNMAPPED_SHARE = 0.55
+"""Of the single letters, that the glyph map does not show: they are why a teacher listens to the recogniser's
+features of a line. Where the map shows a letter, they say nothing more (docs/results.md)."""
 MIN_HEIGHT = 18.0
 """Least height of a line's polygon, pixels; its capitals are then 12 px tall."""
 MARGIN = 0.12
@@ -56,6 +63,7 @@ class Line:
     color: tuple[int, int, int]
     font: str
     """File in `FONT_FOLDER`."""
+    in_glyph_map: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,24 +91,26 @@ class Scene:
                 "valid": True,
                 "color": list(line.color),
                 "font": Path(line.font).stem,
+                **({} if line.in_glyph_map else {"glyph_map": False}),
             }
             for line in self.lines
         ]
         return {"img_name": img_name, "caption": self.caption, "annotations": lines}
 
 
-def draw_scene_plan(*seed: str | int, size: int = 96) -> Scene:
+def draw_scene_plan(*seed: str | int, size: int = 96, lengths: Sequence[int] = LENGTHS) -> Scene:
     """Draw a scene's content from a keyed seed.
 
     Args:
         seed: parts of the key, e.g. a seed and an index.
         size: side of the square image, pixels.
+        lengths: weights of lines of one, two ... eight letters.
     """
     random_ = rng("scene", *seed)
     ground = draw_ground_plan(random_)
     plan = draw_ground(ground, size)
     for _ in range(100):
-        lines = _place_lines(random_, plan, size)
+        lines = _place_lines(random_, plan, size, lengths)
         if lines:
             return Scene(ground=ground, lines=lines, size=size, seed=seed)
     raise AssertionError(f"no line fits a scene of {size} px, seed {seed}")
@@ -136,13 +146,15 @@ def text_mask(line: Line, size: int) -> NDArray[np.float32]:
     return drawing.draw_coverage(line.text, polygon, font, (size, size), resample=Resampling.BICUBIC)
 
 
-def _place_lines(random_: random.Random, ground: NDArray[np.uint8], size: int) -> tuple[Line, ...]:
+def _place_lines(
+    random_: random.Random, ground: NDArray[np.uint8], size: int, lengths: Sequence[int]
+) -> tuple[Line, ...]:
     count = random_.choices((1, 2, 3), weights=(0.45, 0.38, 0.17))[0]
     cuts = sorted(random_.uniform(-0.08, 0.08) for _ in range(count - 1))
     bands = [0.0, *((i + 1) / count + cut for i, cut in enumerate(cuts)), 1.0]
     lines = []
     for top, bottom in itertools.pairwise(bands):
-        line = _place_line(random_, ground, size, top * size, bottom * size)
+        line = _place_line(random_, ground, size, top * size, bottom * size, lengths)
         if line is None:
             return ()
         lines.append(line)
@@ -150,9 +162,14 @@ def _place_lines(random_: random.Random, ground: NDArray[np.uint8], size: int) -
 
 
 def _place_line(
-    random_: random.Random, ground: NDArray[np.uint8], size: int, top: float, bottom: float
+    random_: random.Random,
+    ground: NDArray[np.uint8],
+    size: int,
+    top: float,
+    bottom: float,
+    lengths: Sequence[int],
 ) -> Line | None:
-    length = random_.choices(range(1, 9), weights=(5, 12, 18, 20, 18, 12, 9, 6))[0]
+    length = random_.choices(range(1, 9), weights=lengths)[0]
     text = _draw_text(random_, length)
     font = random_.choices(list(FONTS), weights=list(FONTS.values()))[0]
     angle = random_.uniform(-8, 8) if random_.random() < 0.35 else 0.0
@@ -193,6 +210,7 @@ def _place_line(
         polygon=tuple((int(x), int(y)) for x, y in polygon),
         color=color,
         font=font,
+        in_glyph_map=length > 1 or random_.random() >= UNMAPPED_SHARE,
     )
 
 

@@ -3,9 +3,10 @@ r"""Train the embedded teacher's UNet, WriteNet, text tower and glyph embedding 
     python -m stage1_teacher.tiny.train_denoiser --features runs/tiny/features --vae runs/tiny/vae \
         --position runs/tiny/position.pt --out runs/tiny/denoiser --steps 4000
 
-Stops and goes on: the same command continues from the newest checkpoint. Each image is seen under several noises
-a step: WriteNet and the text tower run once an image, as at sampling. It computes in float32, on a GPU too:
-bfloat16 would round z_t too coarsely on its way through the UNet (`networks._pass_through`).
+Stops and goes on: the same command continues from the newest checkpoint. The first steps train without the UNet
+(`Settings.probe_steps`). Then each image is seen under several noises a step: WriteNet and the text tower run once
+an image, as at sampling. It computes in float32, on a GPU too: bfloat16 would round z_t too coarsely on its way
+through the UNet (`networks._pass_through`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 
 from common.anytext2.checkpoint import CheckpointFile, load_part
 from common.anytext2.config import NetworkConfig
 from common.anytext2.unet import Control, UNet
 from common.device import resolve_device
-from common.errors import DataError
+from common.errors import DataError, UsageError
 from common.files import atomic_write
 from common.schedule import ddim_step, make_alphas_cumprod
 from stage1_teacher.glyph_embedding import PositionEncoder
@@ -46,9 +48,10 @@ MAX_WEIGHT = 200.0
 """Of an eps error. (SNR + 1) / SNR would count errors of v alike; with the plain eps loss a network learns late
 what the picture is, for at high noise that hardly shows in eps."""
 EMA_DECAY, EMA_EVERY = 0.98, 5
-PROBE_WEIGHT = 0.2
-"""Of the loss by which linear probes read the lines' letters, colours and fonts off WriteNet's residuals. An
-earlier network, without them, had hardly learnt in 2,900 steps which of an image's lines a colour belongs to."""
+PROBE_WEIGHTS = {"letters": 0.2, "text": 0.6, "color": 0.2, "font": 0.2}
+"""Of the losses by which linear probes read off WriteNet's residuals the letters that the glyph map shows, the
+text of all lines, their colours and fonts. An earlier network, without them, had hardly learnt in 2,900 steps
+which of an image's lines a colour belongs to."""
 LOG_EVERY = 50
 
 
@@ -62,7 +65,8 @@ class Settings:
     noises: int
     """Per image."""
     peak: float
-    """AdamW's learning rate after warm-up, for what is not a matrix; a cosine follows."""
+    """AdamW's learning rate after warm-up, for what is not a matrix; a cosine over all steps follows, and the UNet
+    starts on its way."""
     matrix_peak: float = 3e-3
     """The same of Muon, for matrices and convolutions."""
     seed: int
@@ -71,37 +75,60 @@ class Settings:
     images say too little of what a caption means."""
     save_every: int = 100
     """Steps."""
+    probe_steps: int = 0
+    """First so many steps train on the probe alone, on `probe_images` images of single letters each, without the
+    UNet: which letter the recogniser's features say is learnt from tens of thousands of them, and WriteNet alone
+    costs a fifth."""
+    probe_images: int = 24
+    """A multiple of 4, as the log has quarters."""
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1:
+            raise UsageError(f"--save-every: received {self.save_every}, expected 1 or more")
+        if self.probe_steps and self.probe_steps >= self.steps:
+            raise UsageError(
+                f"--probe-steps: received {self.probe_steps}, expected fewer than --steps, {self.steps}: the UNet"
+                " is trained after them"
+            )
 
 
 class Probe(nn.Module):
     """Reads lines off WriteNet's residuals, cell by cell; helps the training and is not shipped.
 
     The two residuals at the latents' size must tell how much of each pixel letters cover, so that the UNet's last
-    blocks need not work it out; the deeper ones tell the lines' looks.
+    blocks need not work it out: as far as the glyph map goes, for these two have not seen the text. Of the deeper
+    ones, the one before the deepest level tells it in all of the lines' boxes, also where the map was erased; both
+    tell the lines' looks.
     """
 
-    READS = ("letters", *LOOKS)
+    READS = ("letters", "text", *LOOKS)
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         first, *_, before_last, last = config.unet.block_channels
         self.stride = config.stride
         self.letters = nn.ModuleList([nn.Conv2d(first, self.stride**2, 1) for _ in range(2)])
+        self.text = nn.Conv2d(before_last, (config.stride * 2 ** (len(config.unet.block_channels) - 2)) ** 2, 1)
         channels = sum(LOOKS.values())
         self.looks = nn.ModuleList([nn.Conv2d(before_last, channels, 1), nn.Conv2d(last, channels, 1)])
 
     def forward(self, control: Control, batch: TrainingBatch) -> Tensor:
-        """Return mean squared errors, in units of the variance for the letters, (number of READS,)."""
-        return torch.cat([self._read_letters(control, batch)[None], self._read_looks(control, batch)])
+        """Return mean squared errors, in units of the variance for letters and text, (number of READS,)."""
+        letters, text = self._read_letters(control, batch), self._read_text(control, batch)
+        return torch.stack([letters, text, *self._read_looks(control, batch)])
 
     def _read_letters(self, control: Control, batch: TrainingBatch) -> Tensor:
-        target = functional.pixel_unshuffle(batch.coverage, self.stride)  # (B, stride^2, h, w)
         near = functional.max_pool2d(batch.hints.glyphs, 3, stride=1, padding=1)
-        near = functional.max_pool2d(near, self.stride).expand_as(target)
-        mean = (near * target).sum() / near.sum().clamp(min=1)
-        variance = (near * (target - mean).square()).sum().clamp(min=1)
+        near = functional.max_pool2d(near, self.stride)  # (B, 1, h, w)
         reads = [head(residual) for head, residual in zip(self.letters, control[:2], strict=True)]
-        return torch.stack([(near * (read - target).square()).sum() / variance for read in reads]).mean()
+        return torch.stack([_unexplained(read, batch.coverage, near) for read in reads]).mean()
+
+    def _read_text(self, control: Control, batch: TrainingBatch) -> Tensor:
+        residual = control[-4]
+        told = torch.tensor([count > 0 for count in batch.lines], device=residual.device)[:, None, None, None]
+        cell = batch.coverage.shape[-1] // residual.shape[-1]
+        inside = functional.max_pool2d(batch.hints.positions, cell)  # (B, 1, cells, cells)
+        return _unexplained(self.text(residual), batch.coverage, inside * told)
 
     def _read_looks(self, control: Control, batch: TrainingBatch) -> Tensor:
         errors = []
@@ -116,6 +143,21 @@ class Probe(nn.Module):
         return torch.stack(errors).reshape(-1, len(LOOKS)).mean(0)
 
 
+def _unexplained(read: Tensor, coverage: Tensor, where: Tensor) -> Tensor:
+    """Return a reading's mean squared error in units of the variance, ().
+
+    Args:
+        read: the pixels of each cell, (B, n^2, H / n, W / n).
+        coverage: what they should be, (B, 1, H, W).
+        where: which cells count, (B, 1, H / n, W / n), 0 or 1.
+    """
+    target = functional.pixel_unshuffle(coverage, coverage.shape[-1] // read.shape[-1])
+    where = where.expand_as(target)
+    mean = (where * target).sum() / where.sum().clamp(min=1)
+    variance = (where * (target - mean).square()).sum().clamp(min=1)
+    return (where * (read - target).square()).sum() / variance
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Losses:
     """Of a batch."""
@@ -128,7 +170,8 @@ class Losses:
     @property
     def total(self) -> Tensor:
         """What is minimised, ()."""
-        return self.eps.mean() + PROBE_WEIGHT * self.probe.sum()
+        weights = [PROBE_WEIGHTS[name] for name in Probe.READS]
+        return self.eps.mean() + (self.probe * self.probe.new_tensor(weights)).sum()
 
 
 def compute_losses(
@@ -144,10 +187,8 @@ def compute_losses(
         placeholder: token id that stands for a line.
     """
     noises = len(batch.timesteps) // len(batch.latents)
-    lines = denoiser.embedding.combine(batch.glyph_features, batch.where, batch.font_features, batch.colors)
-    text_context = encode_with_lines(denoiser.clip, batch.text_tokens, lines.split(batch.lines), placeholder)
     image_context = encode_tokens(denoiser.clip, batch.image_tokens)  # (B, 77, c)
-    control = denoiser.writenet(batch.hints, text_context)
+    control = run_writenet(denoiser, batch, placeholder)
     control_of_each = tuple(part.repeat_interleave(noises, dim=0) for part in control)
     context_of_each = image_context.repeat_interleave(noises, dim=0)
     clean = batch.latents.repeat_interleave(noises, dim=0)
@@ -160,12 +201,19 @@ def compute_losses(
         z = levels[start].sqrt() * clean[jumping] + (1 - levels[start]).sqrt() * batch.noise[jumping]
         given = context_of_each[jumping], tuple(part[jumping] for part in control_of_each)
         noisy[jumping] = take_own_steps(denoiser.unet, z, start, end, batch.own_steps, *given, cumulative)
-    noisy = noisy.contiguous(memory_format=torch.channels_last)
+    noisy = noisy.contiguous(memory_format=_image_layout(noisy.device))
     eps = denoiser.unet(noisy, batch.timesteps, context_of_each, control_of_each)
     everything_else = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
     error = (eps - everything_else).square() * batch.weight.repeat_interleave(noises, dim=0)
     snr = level / (1 - level)
     return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr.flatten()), probe=probe(control, batch))
+
+
+def run_writenet(denoiser: Denoiser, batch: TrainingBatch, placeholder: int) -> Control:
+    """Encode a batch's lines and return WriteNet's residuals for its images; arguments as of `compute_losses`."""
+    lines = denoiser.embedding.combine(batch.glyph_features, batch.where, batch.font_features, batch.colors)
+    text_context = encode_with_lines(denoiser.clip, batch.text_tokens, lines.split(batch.lines), placeholder)
+    return denoiser.writenet(batch.hints, text_context)
 
 
 @torch.no_grad()
@@ -198,9 +246,14 @@ def take_own_steps(
     now = start
     for left in reversed(range(steps)):
         after = end + (start - end) * left // steps
-        eps = unet(z.contiguous(memory_format=torch.channels_last), now, context, control)
+        eps = unet(z.contiguous(memory_format=_image_layout(z.device)), now, context, control)
         z, now = ddim_step(z, eps, levels[now], levels[after]), after
     return z
+
+
+def _image_layout(device: torch.device) -> torch.memory_format:
+    """Return the memory layout in which float32 convolutions are fast on a device."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def noise_weight(snr: Tensor) -> Tensor:
@@ -244,7 +297,7 @@ class Trainer:
         for module in self.denoiser.modules().values():
             module.to(self.device)
         for module in (self.denoiser.unet, self.denoiser.writenet):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=_image_layout(self.device))
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             self.probe = Probe(self.config).to(self.device)
@@ -300,9 +353,13 @@ class Trainer:
         return losses
 
     def _backward(self, batch: TrainingBatch) -> Losses:
-        losses = compute_losses(
-            self.denoiser, self.probe, batch.to(self.device), self.cumulative, self.config.placeholder_token_id
-        )
+        batch, placeholder = batch.to(self.device), self.config.placeholder_token_id
+        if self.step < self.settings.probe_steps:
+            nothing = torch.zeros(len(batch.timesteps), device=self.device)
+            read = self.probe(run_writenet(self.denoiser, batch, placeholder), batch)
+            losses = Losses(eps=nothing, probe=read)
+        else:
+            losses = compute_losses(self.denoiser, self.probe, batch, self.cumulative, placeholder)
         losses.total.backward()
         return Losses(eps=losses.eps.detach(), probe=losses.probe.detach())
 
@@ -319,42 +376,74 @@ class Trainer:
             torch.save(state, file)
 
 
+class StepBatches(Dataset[tuple[TrainingBatch, TrainingBatch | None]]):
+    """A run's batches by step, images and patches, so that other processes can put them together ahead of it."""
+
+    def __init__(self, store: FeatureStore, settings: Settings, blank_latents: Tensor) -> None:
+        self._store, self._settings, self._blank = store, settings, blank_latents
+
+    def __getitem__(self, step: int) -> tuple[TrainingBatch, TrainingBatch | None]:
+        """Return a step's images, and its patches if there are any."""
+        store, given, keyed = self._store, self._settings, (self._settings.seed, step)
+        if step < given.probe_steps:
+            images = given.probe_images
+            return store.batch(*keyed, images=images, noises=1, blank_latents=self._blank, singles=True), None
+        batch = store.batch(*keyed, images=given.images, noises=given.noises, blank_latents=self._blank)
+        if not given.patches:
+            return batch, None
+        return batch, store.patches(*keyed, images=given.patches, blank_latents=self._blank)
+
+
 def train(
-    out: Path, settings: Settings, *, features: Path, vae: Path, start: Path, device: torch.device | str = "cpu"
+    out: Path,
+    settings: Settings,
+    *,
+    features: Path,
+    vae: Path,
+    start: Path,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
 ) -> None:
-    """Train until `settings.steps`."""
+    """Train until `settings.steps`; `workers` processes put batches together, 0: this one does."""
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(out, settings, start, device)
     encoder: PositionEncoder = copy.deepcopy(trainer.denoiser.embedding.position_encoder).cpu()
     store = FeatureStore(features, encoder, trainer.config)
-    log.info("%d layouts", store.refresh())
     blank = FeatureMaker(vae).latents(torch.full((1, 3, 96, 96), -1.0))[0]
+    batches = StepBatches(store, settings, blank)
     began, parts = time.monotonic(), list[Tensor]()
     while trainer.step < settings.steps:
-        batch = store.batch(
-            settings.seed,
-            trainer.step,
-            images=settings.images,
-            noises=settings.noises,
-            blank_latents=blank,
+        log.info("%d layouts", store.refresh())
+        if not (store.singles if trainer.step < settings.probe_steps else store.layouts):
+            raise DataError(
+                f"{features}: received no layouts to train on, expected chunks of stage1_teacher.tiny.features:"
+                " run it first"
+            )
+        until = min(settings.steps, (trainer.step // settings.save_every + 1) * settings.save_every)
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(trainer.step, until),
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # anything else would copy all layouts
         )
-        patches = None
-        if settings.patches:
-            patches = store.patches(settings.seed, trainer.step, images=settings.patches, blank_latents=blank)
-        losses = trainer.train_step(batch, patches)
-        # By noise level: mean of the first, second ... quarter of the timesteps; and the probe's.
-        by_level = losses.eps[batch.timesteps.argsort().to(losses.eps.device)].reshape(4, -1).mean(1)
-        parts.append(torch.cat([by_level, losses.probe]))
-        if trainer.step % LOG_EVERY == 0:
-            means = torch.stack(parts).mean(0).tolist()
-            levels = " ".join(f"{value:.4f}" for value in means[:4])
-            reads = " ".join(f"{name} {value:.4f}" for name, value in zip(Probe.READS, means[4:], strict=True))
-            pace, mean = (time.monotonic() - began) / LOG_EVERY, sum(means[:4]) / 4
-            log.info("step %d loss %.4f (%s) %s %.2f s/step", trainer.step, mean, levels, reads, pace)
-            began, parts = time.monotonic(), []
-        if trainer.step % settings.save_every == 0 or trainer.step == settings.steps:
-            trainer.save()
-            log.info("saved; %d layouts", store.refresh())
+        for batch, patches in loader:
+            if trainer.step == settings.probe_steps:  # from here on there is a loss of the UNet's
+                began, parts = time.monotonic(), []
+            losses = trainer.train_step(batch, patches)
+            # By noise level: mean of the first, second ... quarter of the timesteps; and the probe's.
+            by_level = losses.eps[batch.timesteps.argsort().to(losses.eps.device)].reshape(4, -1).mean(1)
+            parts.append(torch.cat([by_level, losses.probe]))
+            if trainer.step % LOG_EVERY == 0:
+                means = torch.stack(parts).mean(0).tolist()
+                levels = " ".join(f"{value:.4f}" for value in means[:4])
+                levels = levels if trainer.step > settings.probe_steps else "without the UNet"
+                reads = " ".join(f"{name} {value:.4f}" for name, value in zip(Probe.READS, means[4:], strict=True))
+                pace, mean = (time.monotonic() - began) / len(parts), sum(means[:4]) / 4
+                log.info("step %d loss %.4f (%s) %s %.3f s/step", trainer.step, mean, levels, reads, pace)
+                began, parts = time.monotonic(), []
+        trainer.save()
+        log.info("saved")
 
 
 def main() -> None:
@@ -366,6 +455,10 @@ def main() -> None:
     start.add_argument("--position", type=Path, help="file of train_position; the rest starts from scratch")
     start.add_argument("--start-from", type=Path, help="go on from a whole teacher's weights, e.g. models/tiny")
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument(
+        "--probe-steps", type=int, help="of them, first, without the UNet (default: 1500 from scratch, else none)"
+    )
+    parser.add_argument("--probe-images", type=int, default=24, help="images of such a step")
     parser.add_argument("--images", type=int, default=12, help="images of a step")
     parser.add_argument("--patches", type=int, default=32, help="small crops added to a step")
     parser.add_argument("--noises", type=int, default=2, help="noises an image")
@@ -374,6 +467,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto: cuda if there is one")
+    parser.add_argument("--workers", type=int, default=0, help="processes that put batches together, for a GPU")
+    parser.add_argument("--save-every", type=int, default=100, help="steps")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.threads:
@@ -386,6 +481,9 @@ def main() -> None:
         peak=options.learning_rate,
         matrix_peak=options.matrix_learning_rate,
         seed=options.seed,
+        probe_steps=(1500 if options.position else 0) if options.probe_steps is None else options.probe_steps,
+        probe_images=options.probe_images,
+        save_every=options.save_every,
     )
     start = options.position or options.start_from
     train(
@@ -395,6 +493,7 @@ def main() -> None:
         vae=options.vae,
         start=start,
         device=resolve_device(options.device),
+        workers=options.workers,
     )
 
 

@@ -13,7 +13,9 @@ from stage1_teacher.tiny.scene import (
     FONT_FOLDER,
     FONTS,
     MIN_CONTRAST,
+    SINGLE_LETTERS,
     SMALL,
+    UNMAPPED_SHARE,
     Scene,
     draw_scene,
     draw_scene_plan,
@@ -52,6 +54,27 @@ def test_scenes_have_one_to_three_lines_of_one_to_eight_known_characters(scenes:
     lengths = {len(line.text) for scene in scenes for line in scene.lines}
     assert min(lengths) == 1 and max(lengths) == 8
     assert all(set(line.text) <= known for scene in scenes for line in scene.lines)
+
+
+def test_their_share_of_the_single_letters_is_missing_from_the_glyph_map() -> None:
+    scenes = [draw_scene_plan("test", index, lengths=SINGLE_LETTERS) for index in range(60)]
+    singles = [line for scene in scenes for line in scene.lines]
+    assert {len(line.text) for line in singles} == {1}
+    missing = sum(not line.in_glyph_map for line in singles) / len(singles)
+    assert missing == pytest.approx(UNMAPPED_SHARE, abs=0.1)
+    for scene in scenes:
+        said = scene.annotation("a.png")["annotations"]
+        assert isinstance(said, list)
+        assert [entry.get("glyph_map", True) for entry in said] == [line.in_glyph_map for line in scene.lines]
+        assert all(
+            line.in_glyph_map == other.in_glyph_map
+            for line, other in zip(scene.lines, recolor(scene, 1).lines, strict=True)
+        )
+
+
+def test_longer_lines_are_in_the_glyph_map(scenes: list[Scene]) -> None:
+    longer = [line for scene in scenes for line in scene.lines if len(line.text) > 1]
+    assert len(longer) > 80 and all(line.in_glyph_map for line in longer)
 
 
 def test_every_kind_of_ground_and_every_font_occurs(scenes: list[Scene]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from common.anytext2.checkpoint import CheckpointFile
 from common.anytext2.hints import Hints
 from common.anytext2.unet import Control
-from common.errors import DataError
+from common.errors import DataError, UsageError
 from common.schedule import make_alphas_cumprod
 from stage1_teacher.teacher import Teacher
 from stage1_teacher.text_encoder import encode_tokens
-from stage1_teacher.tiny import train_position, train_vae
+from stage1_teacher.tiny import features, train_position, train_vae
 from stage1_teacher.tiny.batches import (
     GRAIN,
     JUMP_SHARE,
@@ -22,6 +23,7 @@ from stage1_teacher.tiny.batches import (
     MAX_EXCESS,
     MAX_OWN_STEPS,
     PATCH,
+    TRAINED_UNMAPPED_SHARE,
     FeatureStore,
     TrainingBatch,
 )
@@ -29,20 +31,22 @@ from stage1_teacher.tiny.export import load_runs, write
 from stage1_teacher.tiny.features import FeatureMaker
 from stage1_teacher.tiny.ground import Ground, draw_ground
 from stage1_teacher.tiny.networks import MODEL_FOLDER, build_denoiser, network_config
-from stage1_teacher.tiny.scene import draw_scene_plan
-from stage1_teacher.tiny.train_denoiser import Probe, Settings, Trainer, compute_losses, train
+from stage1_teacher.tiny.scene import SINGLE_LETTERS, draw_scene_plan
+from stage1_teacher.tiny.train_denoiser import Probe, Settings, StepBatches, Trainer, compute_losses, train
 
 VAE_SETTINGS = {"batch_size": 2, "peak": 1e-3, "seed": 0, "num_images": 6, "save_every": 1, "num_fitted": 12}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE of two steps, a position encoder, and the features of four layouts."""
+    """A VAE of two steps, a position encoder, and the features of four layouts, the last of single letters."""
     folder = tmp_path_factory.mktemp("runs")
     train_vae.train(folder / "vae", steps=2, **VAE_SETTINGS)  # type: ignore[arg-type]
     torch.save(train_position.build(64, 0).state_dict(), folder / "position.pt")
     maker = FeatureMaker(folder / "vae")
-    layouts = [maker.layout(draw_scene_plan("test", index), 2) for index in range(4)]
+    scenes = [draw_scene_plan("test", index) for index in range(3)]
+    scenes.append(draw_scene_plan("test", 3, lengths=SINGLE_LETTERS))
+    layouts = [maker.layout(scene, 2) for scene in scenes]
     (folder / "features").mkdir()
     torch.save(layouts, folder / "features" / "00000.pt")
     return folder
@@ -57,9 +61,11 @@ def store(runs: Path) -> FeatureStore:
     return store
 
 
-def _train(runs: Path, out: Path, steps: int) -> dict[str, Any]:
-    settings = Settings(steps=steps, images=2, noises=2, peak=1e-3, seed=0, patches=3, save_every=1)
-    train(out, settings, features=runs / "features", vae=runs / "vae", start=runs / "position.pt")
+def _train(runs: Path, out: Path, steps: int, workers: int = 0) -> dict[str, Any]:
+    settings = Settings(
+        steps=steps, images=2, noises=2, peak=1e-3, seed=0, patches=3, save_every=1, probe_steps=1, probe_images=4
+    )
+    train(out, settings, features=runs / "features", vae=runs / "vae", start=runs / "position.pt", workers=workers)
     saved: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
     return saved
 
@@ -79,12 +85,87 @@ def test_vae_training_that_is_stopped_and_resumed_ends_where_an_uninterrupted_on
 def test_denoiser_training_that_is_resumed_ends_where_an_uninterrupted_one_does(
     runs: Path, tmp_path: Path
 ) -> None:
-    whole = _train(runs, tmp_path / "whole", 3)
-    _train(runs, tmp_path / "parts", 1)
-    resumed = _train(runs, tmp_path / "parts", 3)
-    assert resumed["step"] == 3
+    whole = _train(runs, tmp_path / "whole", 4)
+    _train(runs, tmp_path / "parts", 2)
+    resumed = _train(runs, tmp_path / "parts", 4)
+    assert resumed["step"] == 4
     for name, value in whole["weights"].items():
         assert torch.allclose(value, resumed["weights"][name], atol=1e-6), name
+
+
+def test_batches_are_the_same_whoever_puts_them_together(runs: Path, tmp_path: Path) -> None:
+    alone, helped = (_train(runs, tmp_path / str(workers), 2, workers)["weights"] for workers in (0, 1))
+    for name, value in alone.items():
+        assert torch.allclose(value, helped[name], atol=1e-6), name
+
+
+def test_the_first_steps_train_what_the_probe_reads_and_leave_the_unet_alone(runs: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=9, images=2, noises=2, peak=1e-3, seed=0, probe_steps=1, probe_images=8)
+    trainer = Trainer(tmp_path, settings, runs / "position.pt")
+    store = FeatureStore(runs / "features", trainer.denoiser.embedding.position_encoder, trainer.config)
+    store.refresh()
+    batches = StepBatches(store, settings, torch.zeros(16, 24, 24))
+    before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
+
+    def moved() -> set[str]:
+        trainer.train_step(*batches[trainer.step])
+        changed = {n for n, value in trainer.parameters.items() if not torch.equal(value, before[n])}
+        return {name.split(".")[0] for name in changed}
+
+    first, _ = batches[0]
+    assert len(first.latents) == 8 and len(batches[1][0].latents) == 2
+    single = torch.stack([layout["latents"] for layout in store.singles]).flatten(0, 1)
+    assert all(bool((image == single).flatten(1).all(1).any()) for image in first.latents)
+    assert moved() == {"writenet", "clip", "embedding"}
+    assert moved() == {"unet", "writenet", "clip", "embedding"}
+
+
+def test_steps_that_leave_the_unet_untrained_are_refused() -> None:
+    with pytest.raises(UsageError, match="--probe-steps: received 3, expected fewer than --steps, 3"):
+        Settings(steps=3, images=1, noises=1, peak=1e-3, seed=0, probe_steps=3)
+    with pytest.raises(UsageError, match="--save-every: received 0"):
+        Settings(steps=3, images=1, noises=1, peak=1e-3, seed=0, save_every=0)
+
+
+def test_a_folder_without_layouts_is_refused_in_one_line(runs: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=2, images=1, noises=1, peak=1e-3, seed=0)
+    given = {"vae": runs / "vae", "start": runs / "position.pt"}
+    with pytest.raises(DataError, match=r"received no layouts to train on, expected chunks of .*features"):
+        train(tmp_path / "out", settings, features=tmp_path, **given)
+
+
+def test_features_have_single_letters_only_in_every_third_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "CHUNK", 7)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [*("features", "--vae", str(MODEL_FOLDER), "--out", str(tmp_path), "--count", "7"), "--variants=1"],
+    )
+    features.main()
+    (chunk,) = [torch.load(path) for path in tmp_path.glob("*.pt")]
+    lengths = [item["lengths"].tolist() for item in chunk]
+    assert all(set(lengths[index]) == {1} for index in (0, 3, 6))
+    assert max(length for index in (1, 2, 4, 5) for length in lengths[index]) > 1
+
+
+def test_the_glyph_map_lacks_most_single_letters_and_no_longer_lines(store: FeatureStore) -> None:
+    lacking = list[bool]()
+    for step in range(40):
+        batch = store.batch(0, step, images=1, noises=1, blank_latents=torch.zeros(16, 24, 24), singles=True)
+        found = [item for item in store.singles if torch.equal(item["coverage"] / 255, batch.coverage[0])]
+        drawn = found[0]["glyphs"].float()
+        for position in found[0]["positions"].float():
+            shown = batch.hints.glyphs[0] * position
+            assert not shown.any() or torch.equal(shown, drawn * position)
+            lacking.append(not shown.any())
+    assert sum(lacking) / len(lacking) == pytest.approx(TRAINED_UNMAPPED_SHARE, abs=0.1)
+    for layout in store.layouts:
+        layout["lengths"] = torch.full_like(layout["lengths"], 2)
+    batch = store.batch(0, 0, images=8, noises=1, blank_latents=torch.zeros(16, 24, 24))
+    maps = [layout["glyphs"].float() for layout in store.layouts]
+    assert all(any(torch.equal(glyphs, drawn) for drawn in maps) for glyphs in batch.hints.glyphs)
 
 
 def test_every_trained_parameter_gets_a_gradient_at_the_first_steps(runs: Path, tmp_path: Path) -> None:
@@ -143,6 +224,8 @@ def test_the_probe_is_asked_for_each_lines_look_where_it_stands_and_for_no_other
 
 
 def test_the_probe_finds_the_letters_where_a_residual_has_their_pixels(store: FeatureStore) -> None:
+    for layout in store.layouts:
+        layout["lengths"] = torch.full_like(layout["lengths"], 2)  # all are in the glyph map
     batch = store.batch(0, 0, images=4, noises=1, blank_latents=torch.zeros(16, 24, 24))
     covered = batch.coverage > 0.2
     assert 0.02 < float(covered.float().mean()) < 0.5
@@ -167,8 +250,28 @@ def test_the_probe_finds_the_letters_where_a_residual_has_their_pixels(store: Fe
         assert float(probe(tuple(control), nothing)[letters]) == 0
 
 
+def test_the_probe_looks_for_the_text_in_all_boxes_whose_lines_are_told(store: FeatureStore) -> None:
+    batch = store.batch(0, 0, images=4, noises=1, blank_latents=torch.zeros(16, 24, 24))
+    probe, read = Probe(network_config()), Probe.READS.index("text")
+    pixels = torch.nn.functional.pixel_unshuffle(batch.coverage, 8)
+    control = [torch.zeros(4, 64, size, size) for size in (24, 24, 12, 12, 6, 6, 6)]
+    inside = torch.nn.functional.max_pool2d(batch.hints.positions, 8)
+    with torch.no_grad():
+        assert probe.text.bias is not None
+        probe.text.weight.copy_(torch.eye(64)[:, :, None, None])
+        probe.text.bias.zero_()
+        control[3] = pixels * inside + 7 * (1 - inside)  # what is read outside of boxes does not count
+        hidden = replace(batch, hints=replace(batch.hints, glyphs=torch.zeros_like(batch.hints.glyphs)))
+        assert float(probe(tuple(control), hidden)[read]) == 0
+        told = batch.lines.index(max(batch.lines))
+        control[3][told] = 7
+        assert float(probe(tuple(control), hidden)[read]) > 1
+        untold = [count * (image != told) for image, count in enumerate(batch.lines)]
+        assert float(probe(tuple(control), replace(hidden, lines=untold))[read]) == 0
+
+
 def test_training_goes_on_from_a_whole_teachers_weights(runs: Path, tmp_path: Path) -> None:
-    _train(runs, tmp_path / "denoiser", 1)
+    _train(runs, tmp_path / "denoiser", 2)
     trained = load_runs(runs / "vae", tmp_path / "denoiser", runs / "position.pt", averaged=False)
     write(trained, tmp_path / "out")
     settings = Settings(steps=2, images=2, noises=1, peak=1e-3, seed=5)
@@ -274,7 +377,7 @@ def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground
     masks = torch.zeros(2, 96, 96, dtype=torch.uint8)
     masks[0, 4:20, 8:88], masks[1, 40:80, 8:88] = 1, 1
     for layout in store.layouts:
-        layout.update(positions=masks, fonts=torch.zeros(2, dtype=torch.int64))
+        layout.update(positions=masks, fonts=torch.zeros(2, dtype=torch.int64), lengths=torch.tensor([4, 4]))
         layout.update({name: layout[name][:1].repeat(2, 1, 1) for name in layout if name.endswith("_features")})
         layout.update(where=layout["where"][:1].repeat(2, 1), colors=layout["colors"][:, :1].repeat(1, 2, 1))
     weight = store.batch(0, 0, images=2, noises=1, blank_latents=torch.zeros(16, 24, 24)).weight[0, 0]
@@ -283,13 +386,13 @@ def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground
 
 
 def test_an_earlier_versions_checkpoint_is_refused_in_one_line(runs: Path, tmp_path: Path) -> None:
-    _train(runs, tmp_path / "denoiser", 1)
+    _train(runs, tmp_path / "denoiser", 2)
     path = tmp_path / "denoiser" / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     del saved["probe"]["letters.0.weight"]
     torch.save(saved, path)
     with pytest.raises(DataError, match=r"checkpoint.pt: received an earlier version's training state.*--out"):
-        _train(runs, tmp_path / "denoiser", 2)
+        _train(runs, tmp_path / "denoiser", 3)
 
 
 def test_a_patch_has_the_ground_as_the_image_has_it_from_its_edge_on(store: FeatureStore) -> None:
@@ -308,7 +411,7 @@ def test_an_earlier_versions_chunk_is_refused_in_one_line(tmp_path: Path) -> Non
     config = network_config()
     store = FeatureStore(tmp_path, build_denoiser(config, 0).embedding.position_encoder, config)
     with pytest.raises(
-        DataError, match=r"00000.pt: received layouts without the letters' coverage.*remove its folder"
+        DataError, match=r"00000.pt: received layouts without the texts' lengths.*remove its folder"
     ):
         store.refresh()
 
@@ -332,7 +435,7 @@ def test_patches_show_the_ground_at_high_noise_and_tell_it_by_the_caption_alone(
 
 
 def test_an_exported_run_is_a_whole_teacher_that_computes_the_same(runs: Path, tmp_path: Path) -> None:
-    _train(runs, tmp_path / "denoiser", 1)
+    _train(runs, tmp_path / "denoiser", 2)
     trained = load_runs(runs / "vae", tmp_path / "denoiser", runs / "position.pt", averaged=False)
     write(trained, tmp_path / "out")
     assert max(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 25e6
