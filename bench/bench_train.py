@@ -2,7 +2,7 @@
 
     python bench/bench_train.py
 
-All in this process, in turn, with the same student, batch size and optimizer, weights made up. A step from shards
+All in this process, in turn, with the same student, batch size and optimizer. A step from shards
 reads, checks and decodes its records. The online step does what diffusers' LCM-LoRA script does: it encodes
 images (VAE), captions (CLIP) and lines (OCR), calls the teacher twice and the target once besides the student; the
 drawing of its inputs is not counted. Aims: at least 0.95 of the rate in memory, at least 2 times the online rate.
@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from common.anytext2.checkpoint import schedule_buffers, write_checkpoint
-from common.anytext2.config import load_network_config
-from common.config import PROJECT_ROOT, Config, load_config
+from bench.inputs import read_config
+from common.config import PROJECT_ROOT, Config
 from common.schedule import make_alphas_cumprod
 from shards.reader import ShardSet
 from stage1_teacher.inputs import DrawnInput, DrawSettings, draw_input
@@ -34,7 +33,6 @@ from stage1_teacher.precompute import precompute
 from stage1_teacher.solver import make_predict
 from stage1_teacher.sources import open_inputs
 from stage1_teacher.teacher import Teacher
-from stage1_teacher.teacher_keys import teacher_shapes
 from stage1_teacher.tiny.data import write_dataset
 from stage2_student.objectives import alphas_at, consistency_value, guided_solver_step, pseudo_huber
 from stage2_student.prepare import make_loader, prepare
@@ -43,26 +41,6 @@ from stage2_student.train import make_accelerator
 from stage2_student.trainer import Trainer
 
 Step = Callable[[], None]
-
-
-def made_up_config(path: Path, folder: Path) -> Config:
-    """Return a configuration whose checkpoint has random weights: they do not change how long a step takes."""
-    config = load_config(path)
-    network = load_network_config(config.resolve(config.model.network, "model.network"))
-    generator = torch.Generator().manual_seed(0)
-    tensors = schedule_buffers()
-    for key, shape in teacher_shapes(network).items():
-        if key not in tensors:
-            fan_in = max(1, torch.Size(shape[1:]).numel())
-            values = torch.randn(shape, generator=generator) / fan_in**0.5
-            is_scale = len(shape) <= 1 and (key.endswith("weight") or "running_var" in key)
-            tensors[key] = values.abs() + 1 if is_scale else values
-    write_checkpoint(folder / "made_up.safetensors", tensors)
-    model = replace(config.model, checkpoint=str(folder / "made_up.safetensors"))
-    few_steps = replace(config.precompute, solver_steps=8, record_every=2)  # records look as after 40 steps
-    return replace(
-        config, model=model, precompute=few_steps, train=replace(config.train, max_steps=10**6, log_every=10**6)
-    )
 
 
 def draw_inputs(config: Config, annotations: Path) -> list[DrawnInput]:
@@ -124,16 +102,29 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
+def report_memory(who: str, step: Step) -> None:
+    """Print the most GPU memory that is allocated during a step, not the first one; nothing without a GPU."""
+    if torch.cuda.is_available():
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        print(f"{who}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--records", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = made_up_config(arguments.config, folder)
+        config = read_config(arguments.config, arguments.set)
+        few_steps = replace(config.precompute, solver_steps=8, record_every=2)  # records look as after 40 steps
+        endless_run = replace(config.train, max_steps=10**6, log_every=10**6)
+        config = replace(config, precompute=few_steps, train=endless_run)
         annotations = write_dataset(folder / "data", count=arguments.records, seed=1, size=config.precompute.size)
         precompute(config, folder / "shards", annotations=[annotations])
         dataset = ShardSet.open(folder / "shards")
@@ -141,12 +132,15 @@ def main() -> None:
         trainer, _ = prepare(config, accelerator, dataset, folder / "run", None)
         loader = make_loader(replace(config, train=replace(config.train, num_workers=1)), accelerator, dataset)
         batch = next(iter(trainer.loader))
+        from_memory = endless(itertools.repeat(batch), trainer)
+        report_memory("student alone", from_memory)
         steps = {
-            "one batch in memory": endless(itertools.repeat(batch), trainer),
+            "one batch in memory": from_memory,
             "from shards": endless(iter(trainer.loader), trainer),
             "from shards, 1 worker": endless(iter(loader), trainer),
             "teacher online": make_online_step(trainer, Teacher.load(config), draw_inputs(config, annotations)),
         }
+        report_memory("teacher online", steps["teacher online"])
         seconds = measure(steps, arguments.rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     size = config.train.batch_size
