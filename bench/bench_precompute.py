@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.inputs import read_config
+from bench.inputs import draw_inputs, finish, read_config
 from common.config import PROJECT_ROOT, Config
 from stage1_teacher.precompute import precompute
 from stage1_teacher.solver import make_predict
@@ -65,12 +65,7 @@ def time_precompute(config: Config, annotations: Path) -> tuple[float, float, fl
 
 def time_bare_loop(config: Config, annotations: Path, teacher: Teacher) -> float:
     """Return the rows per second of UNet calls alone, at the same batch and the same number of steps."""
-    from stage1_teacher.inputs import DrawSettings, draw_input
-    from stage1_teacher.sources import open_inputs
-
-    settings = DrawSettings.from_config(config)
-    inputs = open_inputs([annotations], [], config.precompute, settings.fonts, config.precompute.batch_size)
-    drawn = [draw_input(inputs[index], settings) for index in range(config.precompute.batch_size)]
+    drawn = draw_inputs(config, annotations, config.precompute.batch_size)
     with torch.no_grad():
         predict = make_predict(teacher, teacher.encode(drawn), teacher.unconditional())
         side = config.precompute.size // teacher.network.stride
@@ -83,12 +78,6 @@ def time_bare_loop(config: Config, annotations: Path, teacher: Teacher) -> float
             predict(z, t)
         finish()
     return 2 * len(drawn) * config.precompute.solver_steps / (time.perf_counter() - started)
-
-
-def finish() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main() -> None:

@@ -24,14 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.inputs import read_config
-from common.config import PROJECT_ROOT, Config
+from bench.inputs import draw_inputs, finish, read_config
+from common.config import PROJECT_ROOT
 from common.schedule import make_alphas_cumprod
 from shards.reader import ShardSet
-from stage1_teacher.inputs import DrawnInput, DrawSettings, draw_input
+from stage1_teacher.inputs import DrawnInput
 from stage1_teacher.precompute import precompute
 from stage1_teacher.solver import make_predict
-from stage1_teacher.sources import open_inputs
 from stage1_teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
 from stage2_student.objectives import alphas_at, consistency_value, guided_solver_step, pseudo_huber
@@ -41,14 +40,6 @@ from stage2_student.train import make_accelerator
 from stage2_student.trainer import Trainer
 
 Step = Callable[[], None]
-
-
-def draw_inputs(config: Config, annotations: Path) -> list[DrawnInput]:
-    """Draw one batch of inputs."""
-    settings = DrawSettings.from_config(config)
-    count = config.train.batch_size
-    inputs = open_inputs([annotations], [], config.precompute, settings.fonts, count)
-    return [draw_input(inputs[index], settings) for index in range(count)]
 
 
 def make_online_step(trainer: Trainer, teacher: Teacher, inputs: list[DrawnInput]) -> Step:
@@ -95,8 +86,7 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
         for name, step in steps.items():
             before = time.perf_counter()
             step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            finish()
             if number:
                 seconds[name].append(time.perf_counter() - before)
     return seconds
@@ -134,11 +124,12 @@ def main() -> None:
         batch = next(iter(trainer.loader))
         from_memory = endless(itertools.repeat(batch), trainer)
         report_memory("student alone", from_memory)
+        drawn = draw_inputs(config, annotations, config.train.batch_size)
         steps = {
             "one batch in memory": from_memory,
             "from shards": endless(iter(trainer.loader), trainer),
             "from shards, 1 worker": endless(iter(loader), trainer),
-            "teacher online": make_online_step(trainer, Teacher.load(config), draw_inputs(config, annotations)),
+            "teacher online": make_online_step(trainer, Teacher.load(config), drawn),
         }
         report_memory("teacher online", steps["teacher online"])
         seconds = measure(steps, arguments.rounds)

@@ -22,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from bench.inputs import read_config
+from bench.inputs import draw_inputs, read_config
 from common.config import PROJECT_ROOT, Config
-from stage1_teacher.inputs import DrawnInput, DrawSettings, draw_input
-from stage1_teacher.sources import open_inputs
+from stage1_teacher.inputs import DrawnInput
 from stage1_teacher.teacher import Teacher, stack_hints
 from stage1_teacher.tiny.data import write_dataset
 
@@ -41,8 +40,7 @@ def draw(config: Config) -> DrawnInput:
     """Draw one input with its image."""
     with tempfile.TemporaryDirectory() as folder:
         annotations = write_dataset(Path(folder), count=1, seed=1, size=config.precompute.size)
-        settings = DrawSettings.from_config(config)
-        return draw_input(open_inputs([annotations], [], config.precompute, settings.fonts)[0], settings)
+        return draw_inputs(config, annotations, 1)[0]
 
 
 @contextmanager

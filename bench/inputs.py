@@ -1,11 +1,15 @@
-"""Configurations and inputs of the benchmarks: the embedded teacher's data, for a network of any size."""
+"""What the benchmarks share: the embedded teacher's data for a network of any size, and waiting for a GPU."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from common.config import Config, load_config
+from stage1_teacher.inputs import DrawnInput, DrawSettings, draw_input
+from stage1_teacher.sources import open_inputs
 from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS
 
 
@@ -14,3 +18,16 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     config = load_config(path, overrides)
     fonts = {Path(font).stem: str(FONT_FOLDER / font) for font in FONTS}
     return replace(config, teacher=replace(config.teacher, fonts=fonts))
+
+
+def draw_inputs(config: Config, annotations: Path, count: int) -> list[DrawnInput]:
+    """Draw the first inputs of a file."""
+    settings = DrawSettings.from_config(config)
+    inputs = open_inputs([annotations], [], config.precompute, settings.fonts, count)
+    return [draw_input(inputs[index], settings) for index in range(count)]
+
+
+def finish() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -133,7 +133,7 @@ def test_without_brings_the_whole_teacher_and_every_part_left_out_changes_the_im
     names = sorted(part.replace("-", " ").replace("+", " and ") for part in parts)
     assert list(rows) == [whole, *(f"{whole} without {name}" for name in names)]
     images = {name: pictures(tmp_path / "out", row["folder"]).astype(int) for name, row in rows.items()}
-    # The glyph embedding alone changes less than these images resolve: test_held_out looks at its contexts.
+    # The glyph embedding alone changes less than these images resolve: test_held_out looks at the latents.
     audible = [name for name in images if "glyph embedding" not in name]
     for one, other in itertools.combinations(audible, 2):
         assert np.abs(images[one] - images[other]).max() > 1, (one, other)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,12 @@ from stage1_teacher.held_out import ABLATIONS, HeldOut, image_stem, read_undrawn
 from stage1_teacher.inputs import DrawSettings
 from stage1_teacher.sources import open_inputs
 from stage1_teacher.teacher import Teacher
+from stage1_teacher.teacher_drawer import teacher_drawers
+from stage1_teacher.tiny.data import write_scene
+from stage1_teacher.tiny.scene import draw_scene_plan
 from tests.stage1_teacher.small_teacher import (
     DATA,
+    ROOT,
     annotation,
     load,
     write_annotations,
@@ -139,6 +145,24 @@ def test_parts_are_left_out_alone_or_together(config_path: Path, tmp_path: Path)
     assert torch.equal(neither.text_context, no_embedding.text_context)
     assert not torch.equal(neither.text_context, whole.text_context)
     assert torch.equal(no_embedding.glyphs, whole.glyphs)
+
+
+def test_every_part_left_out_changes_what_the_embedded_teacher_draws(tmp_path: Path) -> None:
+    scenes = (draw_scene_plan("test", index) for index in range(99))
+    scene = next(scene for scene in scenes if {line.in_glyph_map for line in scene.lines} == {True, False})
+    (tmp_path / "imgs").mkdir()
+    entry = write_scene(tmp_path, scene, "a.png")
+    (tmp_path / "a.json").write_text(json.dumps({"data_root": "imgs", "data_list": [entry]}))
+    config = load(ROOT / "configs" / "tiny.toml", "precompute.edit_fraction=0")
+    held_out = held_out_of(ROOT / "configs" / "tiny.toml", tmp_path / "a.json", 1, "precompute.edit_fraction=0")
+    teacher, ids = Teacher.load(config), [held_out.items[0].input_id]
+    parts = [*ABLATIONS, "attnx+writenet", "glyph-embedding+caption"]
+    drawers = teacher_drawers(config, held_out, lambda: (teacher, teacher.unconditional()), [], parts)
+    noise = torch.randn(1, 1, 16, 24, 24, generator=torch.Generator().manual_seed(0))
+    latents = {drawer.label: drawer.latents(drawer.prepare(ids), noise) for drawer in drawers}
+    assert len(latents) == len(parts) + 1
+    for one, other in itertools.combinations(latents, 2):
+        assert float((latents[one] - latents[other]).abs().max()) > 0.01, (one, other)  # rounding: 1e-5
 
 
 def test_a_part_that_is_none_or_comes_twice_is_a_usage_error() -> None:
