@@ -21,10 +21,10 @@ def read_config(path: Path, overrides: list[str]) -> Config:
 
 
 def draw_inputs(config: Config, annotations: Path, count: int) -> list[DrawnInput]:
-    """Draw the first inputs of a file."""
+    """Draw the first inputs of a file, at most `count`."""
     settings = DrawSettings.from_config(config)
     inputs = open_inputs([annotations], [], config.precompute, settings.fonts, count)
-    return [draw_input(inputs[index], settings) for index in range(count)]
+    return [draw_input(inputs[index], settings) for index in range(len(inputs))]
 
 
 def finish() -> None:
