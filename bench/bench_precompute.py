@@ -23,6 +23,7 @@ import torch
 
 from bench.inputs import draw_inputs, finish, read_config
 from common.config import PROJECT_ROOT, Config
+from common.scripts import run_script
 from stage1_teacher.precompute import precompute
 from stage1_teacher.solver import make_predict
 from stage1_teacher.teacher import Teacher
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 import webdataset as wds
 
+from common.scripts import run_script
 from shards.codec import encode_record
 from shards.layout import CONDITIONING, ROLLOUT
 from shards.manifest import create_or_check
@@ -269,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ import torch
 from bench.inputs import draw_inputs, finish, read_config
 from common.config import PROJECT_ROOT
 from common.schedule import make_alphas_cumprod
+from common.scripts import run_script
 from shards.reader import ShardSet
 from stage1_teacher.inputs import DrawnInput
 from stage1_teacher.precompute import precompute
@@ -145,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.anytext2.checkpoint import schedule_buffers, write_checkpoint
 from common.config import PROJECT_ROOT, load_config
+from common.scripts import run_script
 from stage1_teacher.teacher_keys import teacher_shapes
 from stage2_student.student import network_of
 
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ import pipeline
 from common.config import PROJECT_ROOT, load_config
 from common.progress import Progress
 from common.schedule import make_alphas_cumprod, predict_x0
+from common.scripts import run_script
 from common.seeding import generator
 from stage1_teacher.grids import parse_grid
 from stage1_teacher.held_out import HeldOut
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.files import write_bytes_atomic
+from common.scripts import run_script
 
 NUM_MERGES = 48894
 """CLIP uses this many of the list's merges: 49,152 words less 256 bytes less 2 special tokens."""
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from common.anytext2.checkpoint import export_state, write_checkpoint
 from common.anytext2.config import NetworkConfig
 from common.errors import DataError
 from common.files import sha256_file, write_bytes_atomic
+from common.scripts import run_script
 from stage1_teacher.recognizer import Recognizer
 
 ONNX_SHA256 = "897a3ededb38fee0dae2c1ccee38241f37df202c9509e3abca02e9217c5ee615"
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

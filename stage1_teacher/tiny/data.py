@@ -18,6 +18,7 @@ from PIL import Image
 
 from common.files import write_bytes_atomic
 from common.progress import Progress
+from common.scripts import run_script
 from stage1_teacher.tiny.scene import Scene, draw_scene, draw_scene_plan
 
 log = logging.getLogger(__name__)
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ from common.anytext2.checkpoint import (
 )
 from common.anytext2.config import NetworkConfig
 from common.anytext2.vae import VAE
+from common.scripts import run_script
 from stage1_teacher.recognizer import Recognizer
 from stage1_teacher.text_encoder import load_tokenizer
 from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

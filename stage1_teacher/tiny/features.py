@@ -21,6 +21,7 @@ from torch import Tensor
 
 from common.anytext2.checkpoint import CheckpointFile, load_part
 from common.files import atomic_write
+from common.scripts import run_script
 from stage1_teacher import drawing
 from stage1_teacher.captions import image_caption
 from stage1_teacher.glyph_embedding import font_lines, glyph_lines
@@ -198,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

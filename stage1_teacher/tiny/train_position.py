@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import atomic_write
+from common.scripts import run_script
 from common.seeding import generator
 from stage1_teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.tiny.train_vae import learning_rate
@@ -100,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ from torch import Tensor
 from common.anytext2.checkpoint import load_vae
 from common.device import resolve_device
 from common.files import atomic_write
+from common.scripts import run_script
 from common.seeding import generator
 from stage1_teacher.tiny.linear_vae import PatchBasis, fit_patch_basis, set_decoder, set_encoder
 from stage1_teacher.tiny.networks import build_vae, network_config
@@ -187,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
