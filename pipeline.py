@@ -784,8 +784,10 @@ def layouts_of(items: Iterable[Item]) -> list[Layout]:
             layout_id=item.input_id,
             size=item.size,
             lines=tuple(
-                Line(text=text, polygon=polygon, color=color)
-                for text, polygon, color in zip(item.texts, item.polygons, item.colors, strict=True)
+                Line(text=text, polygon=polygon, color=color, in_glyph_map=in_glyph_map)
+                for text, polygon, color, in_glyph_map in zip(
+                    item.texts, item.polygons, item.colors, item.in_glyph_map, strict=True
+                )
             ),
             caption=item.caption,
             name=item.name,

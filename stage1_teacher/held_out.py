@@ -45,6 +45,8 @@ class Item:
     """In pixels of `size`."""
     colors: tuple[tuple[float, float, float] | None, ...]
     """r, g, b in 0-255; None where no colour is asked for."""
+    in_glyph_map: tuple[bool, ...]
+    """Which lines the glyph map shows."""
     size: tuple[int, int]
     """(H, W), pixels."""
     ground_is_told: bool
@@ -54,17 +56,18 @@ class Item:
 def describe(content: Content, drawn: DrawnInput) -> Item:
     """Say what an input asks for, as it is drawn."""
     lines = [
-        (text.strip(), polygon, color)  # a reader cannot see a space at an end, where a line was cut
-        for text, polygon, color in zip(drawn.texts, drawn.polygons, drawn.colors.tolist(), strict=True)
+        (text.strip(), *line)  # a reader cannot see a space at an end, where a line was cut
+        for text, *line in zip(drawn.texts, drawn.polygons, drawn.colors.tolist(), drawn.in_glyph_map, strict=True)
         if text.strip()
     ]
     return Item(
         input_id=content.input_id,
         name=image_stem(content.name),
         caption=content.caption,
-        texts=tuple(text for text, _, _ in lines),
-        polygons=tuple(polygon for _, polygon, _ in lines),
-        colors=tuple(None if tuple(color) == UNKNOWN_COLOR else _rgb(color) for _, _, color in lines),
+        texts=tuple(text for text, *_ in lines),
+        polygons=tuple(polygon for _, polygon, *_ in lines),
+        colors=tuple(None if tuple(color) == UNKNOWN_COLOR else _rgb(color) for _, _, color, _ in lines),
+        in_glyph_map=tuple(shown for *_, shown in lines),
         size=drawn.size,
         ground_is_told=drawn.image is not None and drawn.mode == "generate",
     )
@@ -86,6 +89,7 @@ def describe_undrawn(content: Content, side: int) -> Item:
         texts=tuple(line.text[:BENCHMARK_MAX_CHARS] for line in lines),
         polygons=tuple(line.polygon for line in lines),
         colors=tuple(None if line.color == UNKNOWN_COLOR else line.color for line in lines),
+        in_glyph_map=tuple(line.in_glyph_map for line in lines),
         size=(frame, frame),
         ground_is_told=False,
     )

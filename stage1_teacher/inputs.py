@@ -92,6 +92,8 @@ class DrawnInput:
     """In pixels of `size`."""
     colors: Tensor
     """(n, 3) float32: r, g, b in 0-255, 500 each for unknown."""
+    in_glyph_map: tuple[bool, ...]
+    """Which lines `glyphs` shows."""
     mode: str
     """"generate" or "edit"."""
     size: tuple[int, int]
@@ -137,6 +139,7 @@ def draw_input(content: Content, settings: DrawSettings) -> DrawnInput:
         languages=tuple(captions.refine_language(line.language, line.text) for line in lines),
         polygons=tuple(line.polygon for line in lines),
         colors=torch.tensor([line.color for line in lines], dtype=torch.float32),
+        in_glyph_map=tuple(line.in_glyph_map for line in lines),
         mode=mode,
         size=(settings.size, settings.size),
         seed=seed,

@@ -22,6 +22,8 @@ class Line:
     """Corners (x, y) in pixels of the layout's size, at least three."""
     color: Color | None = None
     """The colour asked for; None if none was."""
+    in_glyph_map: bool = True
+    """Whether the glyph map shows the line; else its embedding alone says what it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ def hash_layouts(layouts: Iterable[Layout]) -> str:
     """Return a short hash of what is asked for, in order: results of different questions must not mix."""
     digest = hashlib.sha256()
     for layout in layouts:
-        lines = [[line.text, line.polygon, line.color] for line in layout.lines]
+        lines = [[line.text, line.polygon, line.color, line.in_glyph_map] for line in layout.lines]
         digest.update(canonical_json([layout.layout_id, layout.size, lines]))
     return digest.hexdigest()[:16]
 

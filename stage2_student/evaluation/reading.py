@@ -33,6 +33,8 @@ class LineResult:
     """Asked for."""
     found_color: Color | None
     """Of the text's pixels; None if nothing stands out, or no colour was asked for."""
+    in_glyph_map: bool = True
+    """Whether the glyph map showed the line."""
 
     @property
     def exact(self) -> bool:
@@ -84,6 +86,7 @@ def _result(line: Line, crops: Sequence[NDArray[np.uint8]], readings: Sequence[R
         height=round(line_height(line.polygon), 2),
         color=line.color,
         found_color=None if line.color is None else text_color(crops[0]),
+        in_glyph_map=line.in_glyph_map,
     )
 
 

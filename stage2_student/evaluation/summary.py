@@ -43,8 +43,8 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
         bootstrap_seed: keys the resampling.
 
     Returns:
-        What was written: settings, runs (each with sen_acc, sen_acc_folded, ned, color_acc, ground, by_height and
-        costs; fid and clip_score where measured), and the paired differences of all pairs of runs.
+        What was written: settings, runs (each with sen_acc, sen_acc_folded, ned, color_acc, ground, by_height,
+        by_map and costs; fid and clip_score where measured), and the paired differences of all pairs of runs.
 
     Raises:
         DataError: the folder is not an evaluation's, or holds no complete run.
@@ -101,6 +101,7 @@ def _summarise_run(
         "sen_acc_folded": _as_dict(estimate(_group(results, folded_score), seed)),
         **{name: _as_dict(estimate(group, seed)) for name, group in _measures(results, palette).items()},
         "by_height": _by_height(results, seed),
+        "by_map": _by_map(results, seed),
         "unet_evaluations": statistics.fmean(result.unet_evaluations for result in results),
         "writenet_evaluations": statistics.fmean(result.writenet_evaluations for result in results),
         # The median: a machine that is shared for a while should not decide.
@@ -145,7 +146,7 @@ def _optional(value: bool | None) -> float | None:
 
 
 def _group(results: Sequence[ImageResult], score: Score) -> Grouped:
-    return _without_none([(result.layout_id, score(line)) for result in results for line in result.lines])
+    return _without_none([(name, score(line)) for name, line in _lines(results)])
 
 
 def _without_none(scored: Sequence[tuple[str, float | None]]) -> Grouped:
@@ -157,21 +158,34 @@ def _by_height(results: Sequence[ImageResult], seed: int) -> list[dict[str, Any]
     """Return one entry per class of text height that has lines, `to` 0 for the open one."""
     rows = []
     for low, high in itertools.pairwise([*HEIGHT_EDGES, float("inf")]):
-
-        def inside(score: Score, low: float = low, high: float = high) -> Score:
-            return lambda line: score(line) if low <= line.height < high else None
-
-        accuracy = estimate(_group(results, inside(exact_score)), seed)
-        if accuracy is not None:
-            rows.append(
-                {
-                    "from": low,
-                    "to": 0 if high == float("inf") else high,
-                    "sen_acc": _as_dict(accuracy),
-                    "ned": _as_dict(estimate(_group(results, inside(ned_score)), seed)),
-                }
-            )
+        lines = [(name, line) for name, line in _lines(results) if low <= line.height < high]
+        if lines:
+            rows.append({"from": low, "to": 0 if high == float("inf") else high, **_accuracies(lines, seed)})
     return rows
+
+
+def _by_map(results: Sequence[ImageResult], seed: int) -> list[dict[str, Any]]:
+    """Return an entry for the lines that the glyph map shows and one for the others, where there are any."""
+    rows = []
+    for shown in (True, False):
+        lines = [(name, line) for name, line in _lines(results) if line.in_glyph_map == shown]
+        if lines:
+            rows.append({"in_glyph_map": shown, **_accuracies(lines, seed)})
+    return rows
+
+
+def _lines(results: Sequence[ImageResult]) -> list[tuple[str, LineResult]]:
+    """Return all lines, each with its layout's id."""
+    return [(result.layout_id, line) for result in results for line in result.lines]
+
+
+def _accuracies(lines: Sequence[tuple[str, LineResult]], seed: int) -> dict[str, Any]:
+    names = [name for name, _ in lines]
+    scores = {"sen_acc": exact_score, "ned": ned_score}
+    return {
+        key: _as_dict(estimate(Grouped.of(names, [score(line) for _, line in lines]), seed))
+        for key, score in scores.items()
+    }
 
 
 def _differences(

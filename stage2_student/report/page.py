@@ -13,7 +13,7 @@ from stage2_student.report.data import Example, ReportData
 from stage2_student.report.highlights import highlights, telling_pairs
 from stage2_student.report.markup import Child, Markup, join, tag
 from stage2_student.report.plots import accuracy_plot, loss_plot
-from stage2_student.report.tables import differences_table, heights_table, runs_table
+from stage2_student.report.tables import differences_table, heights_table, map_table, runs_table
 
 _STYLE = Path(__file__).with_name("style.css")
 _GROUND = (
@@ -96,6 +96,12 @@ def _sections(data: ReportData) -> list[Markup]:
         ),
         _examples_section(data),
         _section("By height of the text", "Sen. Acc, by the height of the line's box.", heights_table(runs)),
+        _section(
+            "In and out of the glyph map",
+            "Sen. Acc of the lines that the glyph map shows, and of those of which the glyph embedding alone says"
+            " what they are.",
+            map_table(runs),
+        ),
         _differences_section(summary),
         _section("Training", "Loss of the runs that made the students.", loss_plot(data.trainings)),
         _settings_section(data),

@@ -71,6 +71,22 @@ def heights_table(runs: Sequence[Run]) -> Markup | None:
     return _table(head, rows, "dense")
 
 
+def map_table(runs: Sequence[Run]) -> Markup | None:
+    """Lay out Sen. Acc of the lines in the glyph map and of those out of it; None if it shows all."""
+    names = {True: "in the map", False: "out of it"}
+    # Summaries of earlier versions do not say it.
+    found = [{row["in_glyph_map"]: row["sen_acc"] for row in run.get("by_map", [])} for run in runs]
+    counts = {shown: accuracy["count"] for row in found for shown, accuracy in row.items()}
+    if False not in counts:
+        return None
+    shown = sorted(counts, reverse=True)
+    rows = [
+        (run["label"], [_bar(row.get(key), brief=True) for key in shown], _kind(run))
+        for run, row in zip(runs, found, strict=True)
+    ]
+    return _table(["", *(f"{names[key]}, {counts[key]} lines" for key in shown)], rows, "dense")
+
+
 def _kind(run: Run) -> str:
     return "ablation" if run["settings"].get("without") else str(run["kind"])
 

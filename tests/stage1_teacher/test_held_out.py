@@ -66,6 +66,15 @@ def test_a_text_that_is_cut_at_a_space_is_asked_for_without_it(config_path: Path
     assert item.texts == ("Hello world this is",)
 
 
+def test_items_say_which_lines_the_glyph_map_shows(config_path: Path, tmp_path: Path) -> None:
+    first = {"polygon": [[60, 75], [436, 75], [436, 165], [60, 165]], "text": "A"}
+    second = {"polygon": [[60, 175], [436, 175], [436, 265], [60, 265]], "text": "B"}
+    lines = [{**first, "glyph_map": False}, second]
+    annotations = write_annotations(tmp_path / "a.json", annotation(0, annotations=lines))
+    (item,) = held_out_of(config_path, annotations).items
+    assert item.texts == ("A", "B") and item.in_glyph_map == (False, True)
+
+
 def test_an_image_without_text_asks_for_no_line(config_path: Path, tmp_path: Path) -> None:
     annotations = write_annotations(tmp_path / "a.json", annotation(0, annotations=[]))
     (item,) = held_out_of(config_path, annotations).items
@@ -176,12 +185,13 @@ def test_a_part_that_is_none_or_comes_twice_is_a_usage_error() -> None:
 def test_undrawn_items_follow_the_benchmarks_cut_and_names(tmp_path: Path) -> None:
     polygon = [[0, 0], [50, 0], [50, 20], [0, 20]]
     lines = [{"polygon": polygon, "text": f"line {i} {'x' * 30}", "language": "Latin"} for i in range(25)]
-    lines[0]["valid"] = False
+    lines[0]["valid"], lines[3]["glyph_map"] = False, False
     path = write_annotations(tmp_path / "a.json", annotation(0, img_name="000123.new.jpg", annotations=lines))
     config = load(None, "precompute.use_images=false")  # type: ignore[arg-type]
     (item,) = read_undrawn(open_inputs([path], [], config.precompute, {}), 64)
     assert item.name == image_stem("some/000123.new.jpg") == "000123"
     assert len(item.texts) == 20
+    assert [place for place, shown in enumerate(item.in_glyph_map) if not shown] == [2]
     assert item.texts[0] == "line 1 xxxxxxxxxxxxx"
     assert item.size == (512, 512)
 

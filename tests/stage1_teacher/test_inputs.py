@@ -146,7 +146,9 @@ def test_a_line_that_is_not_to_be_in_the_glyph_map_is_everything_else_as_before(
     both, one = draw(content(hidden, shown)), draw(content(shown))
     whole = draw(content(replace(hidden, in_glyph_map=True), shown))
     assert torch.equal(both.glyphs, one.glyphs) and bool(both.glyphs.any())
-    assert not same(both, whole) and same(replace(both, glyphs=whole.glyphs), whole)
+    assert both.in_glyph_map == (False, True) and whole.in_glyph_map == (True, True)
+    assert not same(both, whole)
+    assert same(replace(both, glyphs=whole.glyphs, in_glyph_map=whole.in_glyph_map), whole)
 
 
 def test_random_fonts_are_chosen_among_those_that_have_the_characters() -> None:

@@ -42,6 +42,7 @@ def drawn(caption: str, lines: int = 1, mode: str = "generate", seed: int = 0) -
         languages=("Latin",) * lines,
         polygons=(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)),) * lines,
         colors=torch.full((lines, 3), 500.0),
+        in_glyph_map=(True,) * lines,
         mode=mode,
         size=(SIZE, SIZE),
         seed=seed,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,10 @@ def test_the_summary_has_accuracies_costs_heights_and_differences(
     drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
 ) -> None:
     images, layouts = drawn
+    layouts = [
+        replace(layout, lines=tuple(replace(line, in_glyph_map=place >= 5) for line in layout.lines))
+        for place, layout in enumerate(layouts)
+    ]
     save_layouts(tmp_path, layouts, SETTINGS)
     plan = Plan(layouts=layouts)
     evaluate_run(run_of(Painter(images, layouts), "good"), plan, judge, tmp_path, StopFlag())
@@ -171,6 +176,9 @@ def test_the_summary_has_accuracies_costs_heights_and_differences(
     assert sum(row["sen_acc"]["count"] for row in worse["by_height"]) == COUNT
     for row in worse["by_height"]:
         assert row["from"] < (row["to"] or float("inf"))
+    for run, out_of_it in ((good, 1.0), (worse, 0.2)):
+        assert [(row["in_glyph_map"], row["sen_acc"]["count"]) for row in run["by_map"]] == [(True, 5), (False, 5)]
+        assert [row["sen_acc"]["value"] for row in run["by_map"]] == pytest.approx([1.0, out_of_it])
     assert (good["unet_evaluations"], good["writenet_evaluations"], good["seconds_per_image"]) == (40, 2, 0.5)
     (difference,) = summary["differences"]
     assert (difference["run"], difference["less"]) == ("worse", "good")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def make_evaluation(folder: Path) -> Path:
     for number in range(20):
         texts = [random_.choice(["OPEN", "Wk7", HOSTILE[:20], LONG_TEXT]) for _ in range(1 + number % 2)]
         lines = [_line(text, random_.choice([10, 18, 28, 40, 80]), random_.choice([RED, BLUE])) for text in texts]
+        lines[0] = replace(lines[0], in_glyph_map=number % 7 > 0)
         caption = HOSTILE if number == 0 else "a plain ground"
         layouts.append(
             Layout(layout_id=f"l{number:02d}", size=(96, 96), lines=tuple(lines), caption=caption, name="")
@@ -110,6 +112,7 @@ def _write_run(
                 height=line.polygon[2][1],
                 color=line.color,
                 found_color=line.color if random_.random() < right else (0.0, 255.0, 0.0),
+                in_glyph_map=line.in_glyph_map,
             )
             for line in layout.lines
         )

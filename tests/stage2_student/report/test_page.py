@@ -45,6 +45,12 @@ def test_every_section_is_there(page: str) -> None:
     assert page.count('class="chart"') == 6  # two charts, each for a wide, a middling and a narrow screen
 
 
+def test_lines_out_of_the_glyph_map_have_a_section_where_there_are_any(page: str, crowded: Path) -> None:
+    heading = "<h2>In and out of the glyph map</h2>"
+    assert heading not in page
+    assert heading in render(gather(crowded, []), "A title", Path("report.html"))
+
+
 def test_what_others_wrote_is_shown_and_not_run(page: str) -> None:
     assert HOSTILE not in page
     assert '&lt;script&gt;alert("&amp;")&lt;/script&gt;' in page

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stage2_student.report.data import gather
-from stage2_student.report.tables import differences_table, runs_table
+from stage2_student.report.tables import differences_table, map_table, runs_table
 from stage2_student.report.words import verdict
 
 Estimate = dict[str, float]
@@ -58,6 +58,14 @@ def test_each_measure_says_whether_it_is_beyond_chance_and_which_way() -> None:
         "ground ΔE": "+1.50  worse  0.25 to 2.50",
     }
     assert re.findall(r'class="difference ?(\w*)"', table) == ["worse", "", "better", "worse"]
+
+
+def test_lines_out_of_the_glyph_map_are_a_column_where_there_are_any() -> None:
+    inside = {"in_glyph_map": True, "sen_acc": estimate(0.75, 0, 1)}
+    outside = {"in_glyph_map": False, "sen_acc": estimate(0.25, 0, 1)}
+    assert map_table([run()]) is None and map_table([run(by_map=[inside])]) is None
+    shown = cells(str(map_table([run(by_map=[inside, outside])])))
+    assert shown == {"in the map, 9 lines": "75.0\u00a0%", "out of it, 9 lines": "25.0\u00a0%"}
 
 
 @pytest.mark.parametrize(
