@@ -28,16 +28,18 @@ EDIT_SHARE = 0.2
 HINT_SHARE = 0.8
 """Of the images, that show the lines' font hints."""
 UNKNOWN_COLOR_SHARE = 0.08
+SINGLES_SHARE = 0.2
+"""Of the images, that are of layouts whose lines are single letters."""
 TRAINED_UNMAPPED_SHARE = 0.75
 """Of the single letters, that the glyph map does not show: more than in the data."""
 TEXT_WEIGHT, TEXT_HEIGHT = 4.0, 24.0
 """What errors inside of a line's box count more than those of the ground, for a box of this height, pixels. Of
-small letters, that need more care, they count up to twice as much, of large ones down to half."""
+small letters, that need more care, they count up to three times as much, of large ones down to half."""
 MAX_LINES = 3
 GRAIN, GRAIN_SHARE, MAX_EXCESS = 0.2, 0.5, 0.5
 """Largest standard deviation of the grain that latents are seen with, the share of the noises that have any, and
 its largest part of the timestep's own noise."""
-JUMP_SHARE, JUMPS, MAX_OWN_STEPS = 0.4, (50, 500), 3
+JUMP_SHARE, JUMPS, MAX_OWN_STEPS = 0.3, (50, 600), 5
 """Of the noises, the share that is reached by steps of the network's own; the least and greatest number of
 timesteps that these cross together (fewer where they would start above 999); and how many steps at most."""
 PATCH, PATCH_TIMESTEP = 32, 600
@@ -102,9 +104,10 @@ class FeatureStore:
 
     def __init__(self, folder: Path, position_encoder: PositionEncoder, config: NetworkConfig) -> None:
         """Remember where the chunks are; `refresh` reads them."""
-        self.layouts: list[dict[str, Any]] = []
         self.singles: list[dict[str, Any]] = []
-        """Those of the layouts whose lines are single letters."""
+        """Layouts whose lines are single letters."""
+        self.others: list[dict[str, Any]] = []
+        """All others."""
         self._folder, self._encoder, self._read = folder, position_encoder, set[str]()
         tokenizer = load_tokenizer(MODEL_FOLDER / "clip", config)
 
@@ -117,6 +120,11 @@ class FeatureStore:
             count: [tokens(phrase + " , ".join([PLACEHOLDER] * count) + " . ") for phrase in TEXT_PHRASES]
             for count in range(1, MAX_LINES + 1)
         }
+
+    @property
+    def layouts(self) -> list[dict[str, Any]]:
+        """All layouts."""
+        return self.singles + self.others
 
     @torch.no_grad()
     def refresh(self) -> int:
@@ -137,8 +145,8 @@ class FeatureStore:
                 counts = [len(item["positions"]) for item in chunk]
                 for item, place in zip(chunk, where.split(counts), strict=True):
                     item["where"] = place
-                self.layouts += chunk
-                self.singles += [item for item in chunk if int(item["lengths"].max()) == 1]
+                for item in chunk:
+                    (self.singles if int(item["lengths"].max()) == 1 else self.others).append(item)
                 self._read.add(path.name)
         return len(self.layouts)
 
@@ -156,8 +164,8 @@ class FeatureStore:
             singles: of layouts with single letters only.
         """
         random_ = rng("batch", seed, step)
-        layouts = self.singles if singles else self.layouts
-        chosen = [self._choose(random_, layouts, blank_latents) for _ in range(images)]
+        share = 1.0 if singles else SINGLES_SHARE
+        chosen = [self._choose(random_, blank_latents, singles=share) for _ in range(images)]
         return _stack(chosen, noises, generator("noise", seed, step))
 
     def patches(self, seed: int, step: int, *, images: int, blank_latents: Tensor) -> TrainingBatch:
@@ -173,14 +181,14 @@ class FeatureStore:
             blank_latents: (C, h, w), of the image that shows nothing.
         """
         random_ = rng("patches", seed, step)
-        whole = [self._choose(random_, self.layouts, blank_latents, ground_only=True) for _ in range(images)]
+        whole = [self._choose(random_, blank_latents, ground_only=True) for _ in range(images)]
         chosen = [_crop(item, random_) for item in whole]
         return _stack(chosen, 1, generator("patches' noise", seed, step), lowest=PATCH_TIMESTEP)
 
     def _choose(
-        self, random_: Any, layouts: list[dict[str, Any]], blank_latents: Tensor, *, ground_only: bool = False
+        self, random_: Any, blank_latents: Tensor, *, singles: float = SINGLES_SHARE, ground_only: bool = False
     ) -> dict[str, Tensor]:
-        layout = random_.choice(layouts)
+        layout = random_.choice(self.singles if random_.random() < singles else self.others)
         variant = random_.randrange(len(layout["latents"]))
         hinted = random_.random() < HINT_SHARE
         dropped = DROP_ALL if ground_only else random_.random()  # DROP_ALL: of the two captions, only the text's
@@ -222,7 +230,7 @@ class FeatureStore:
 def _importance(positions: Tensor) -> Tensor:
     """Return the lines' weights in their masks (n, H, W), beyond the ground's: (1, H, W)."""
     heights = positions.sum((1, 2)) / positions.amax(1).sum(1).clamp(min=1)  # mean height of a column
-    weights = TEXT_WEIGHT * (TEXT_HEIGHT / heights.clamp(min=1)).square().clamp(0.5, 2)
+    weights = TEXT_WEIGHT * (TEXT_HEIGHT / heights.clamp(min=1)).pow(3).clamp(0.5, 3)
     return (positions * weights[:, None, None]).amax(0, keepdim=True)
 
 

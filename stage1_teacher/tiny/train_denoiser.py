@@ -32,6 +32,7 @@ from common.device import resolve_device
 from common.errors import DataError, UsageError
 from common.files import atomic_write
 from common.schedule import ddim_step, make_alphas_cumprod
+from common.scripts import run_script
 from stage1_teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.text_encoder import encode_tokens, encode_with_lines
 from stage1_teacher.tiny.batches import LOOKS, FeatureStore, TrainingBatch
@@ -52,6 +53,8 @@ PROBE_WEIGHTS = {"letters": 0.2, "text": 0.6, "color": 0.2, "font": 0.2}
 """Of the losses by which linear probes read off WriteNet's residuals the letters that the glyph map shows, the
 text of all lines, their colours and fonts. An earlier network, without them, had hardly learnt in 2,900 steps
 which of an image's lines a colour belongs to."""
+DEAF_STEPS = 300
+"""`Settings.deaf_steps` of a run that starts from trained weights."""
 LOG_EVERY = 50
 
 
@@ -81,6 +84,9 @@ class Settings:
     costs a fifth."""
     probe_images: int = 24
     """A multiple of 4, as the log has quarters."""
+    deaf_steps: int = 0
+    """For so many steps the networks do not hear of the probe's losses: its heads start at random, and the first
+    of them would undo what a trained WriteNet knows."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:
@@ -175,7 +181,13 @@ class Losses:
 
 
 def compute_losses(
-    denoiser: Denoiser, probe: Probe, batch: TrainingBatch, cumulative: Tensor, placeholder: int
+    denoiser: Denoiser,
+    probe: Probe,
+    batch: TrainingBatch,
+    cumulative: Tensor,
+    placeholder: int,
+    *,
+    deaf: bool = False,
 ) -> Losses:
     """Compute a batch's losses.
 
@@ -185,6 +197,7 @@ def compute_losses(
         batch: B images with K noises each.
         cumulative: alphas_cumprod, (1000,).
         placeholder: token id that stands for a line.
+        deaf: the probe's losses train its heads alone.
     """
     noises = len(batch.timesteps) // len(batch.latents)
     image_context = encode_tokens(denoiser.clip, batch.image_tokens)  # (B, 77, c)
@@ -206,7 +219,8 @@ def compute_losses(
     everything_else = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
     error = (eps - everything_else).square() * batch.weight.repeat_interleave(noises, dim=0)
     snr = level / (1 - level)
-    return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr.flatten()), probe=probe(control, batch))
+    read = probe(tuple(part.detach() for part in control) if deaf else control, batch)
+    return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr.flatten()), probe=read)
 
 
 def run_writenet(denoiser: Denoiser, batch: TrainingBatch, placeholder: int) -> Control:
@@ -359,7 +373,8 @@ class Trainer:
             read = self.probe(run_writenet(self.denoiser, batch, placeholder), batch)
             losses = Losses(eps=nothing, probe=read)
         else:
-            losses = compute_losses(self.denoiser, self.probe, batch, self.cumulative, placeholder)
+            given, deaf = (batch, self.cumulative, placeholder), self.step < self.settings.deaf_steps
+            losses = compute_losses(self.denoiser, self.probe, *given, deaf=deaf)
         losses.total.backward()
         return Losses(eps=losses.eps.detach(), probe=losses.probe.detach())
 
@@ -414,7 +429,7 @@ def train(
     began, parts = time.monotonic(), list[Tensor]()
     while trainer.step < settings.steps:
         log.info("%d layouts", store.refresh())
-        if not (store.singles if trainer.step < settings.probe_steps else store.layouts):
+        if not (store.singles and store.others):
             raise DataError(
                 f"{features}: received no layouts to train on, expected chunks of stage1_teacher.tiny.features:"
                 " run it first"
@@ -483,6 +498,7 @@ def main() -> None:
         seed=options.seed,
         probe_steps=(1500 if options.position else 0) if options.probe_steps is None else options.probe_steps,
         probe_images=options.probe_images,
+        deaf_steps=0 if options.position else DEAF_STEPS,
         save_every=options.save_every,
     )
     start = options.position or options.start_from
@@ -498,4 +514,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
