@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from common.config import PROJECT_ROOT, Config, load_config
-from common.errors import AppError, DataError, UsageError
+from common.errors import AppError, DataError, UsageError, explain
 from common.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -78,16 +78,12 @@ class Cli(click.Group):
         _set_up_logging(debug)
         try:
             return super().main(args=arguments, **{**kwargs, "prog_name": "pipeline.py"})
-        except AppError as error:
-            if debug:
-                raise
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            sys.exit(error.exit_code)
-        except OSError as error:
+        except (AppError, OSError) as error:
             if debug or isinstance(error, BrokenPipeError):
                 raise
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            sys.exit(3)
+            message, code = explain(error)
+            click.echo(f"error: {message}", err=True)
+            sys.exit(code)
 
 
 def _set_up_logging(debug: bool) -> None:

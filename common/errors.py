@@ -28,3 +28,9 @@ class Stopped(AppError):
     """A signal asked for a stop and everything finished so far is committed: run again (exit code 75)."""
 
     exit_code = 75
+
+
+def explain(error: AppError | OSError) -> tuple[str, int]:
+    """Return what a command prints of an error, in one line, and the exit code that it ends with."""
+    code = error.exit_code if isinstance(error, AppError) else DataError.exit_code
+    return " ".join(str(error).split()), code

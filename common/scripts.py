@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common.errors import AppError, DataError
+from common.errors import AppError, explain
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -16,6 +16,6 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         raise
     except (AppError, OSError) as error:
-        code = error.exit_code if isinstance(error, AppError) else DataError.exit_code
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}\n")
+        message, code = explain(error)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
         raise SystemExit(code) from None

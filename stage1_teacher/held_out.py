@@ -55,19 +55,17 @@ class Item:
 
 def describe(content: Content, drawn: DrawnInput) -> Item:
     """Say what an input asks for, as it is drawn."""
-    lines = [
-        (text.strip(), *line)  # a reader cannot see a space at an end, where a line was cut
-        for text, *line in zip(drawn.texts, drawn.polygons, drawn.colors.tolist(), drawn.in_glyph_map, strict=True)
-        if text.strip()
-    ]
+    texts = [text.strip() for text in drawn.texts]  # a reader cannot see a space at an end, where a line was cut
+    colors = [tuple(color) for color in drawn.colors.tolist()]
+    kept = [place for place, text in enumerate(texts) if text]
     return Item(
         input_id=content.input_id,
         name=image_stem(content.name),
         caption=content.caption,
-        texts=tuple(text for text, *_ in lines),
-        polygons=tuple(polygon for _, polygon, *_ in lines),
-        colors=tuple(None if tuple(color) == UNKNOWN_COLOR else _rgb(color) for _, _, color, _ in lines),
-        in_glyph_map=tuple(shown for *_, shown in lines),
+        texts=tuple(texts[place] for place in kept),
+        polygons=tuple(drawn.polygons[place] for place in kept),
+        colors=tuple(None if colors[place] == UNKNOWN_COLOR else _rgb(colors[place]) for place in kept),
+        in_glyph_map=tuple(drawn.in_glyph_map[place] for place in kept),
         size=drawn.size,
         ground_is_told=drawn.image is not None and drawn.mode == "generate",
     )

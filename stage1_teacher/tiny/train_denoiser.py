@@ -85,8 +85,8 @@ class Settings:
     probe_images: int = 24
     """A multiple of 4, as the log has quarters."""
     deaf_steps: int = 0
-    """For so many steps the networks do not hear of the probe's losses: its heads start at random, and the first
-    of them would undo what a trained WriteNet knows."""
+    """Before this step, in those with the UNet, the networks do not hear of the probe's losses: its heads start at
+    random, and the first of them would undo what a trained WriteNet knows."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:

@@ -59,32 +59,28 @@ def runs_table(runs: Sequence[Run]) -> Markup:
 
 def heights_table(runs: Sequence[Run]) -> Markup | None:
     """Lay out Sen. Acc by the height of the text; None if all lines are of one class."""
-    classes = sorted({(row["from"], row["to"]) for run in runs for row in run["by_height"]})
-    if len(classes) < 2:
-        return None
-    counts = {(row["from"], row["to"]): row["sen_acc"]["count"] for run in runs for row in run["by_height"]}
-    head = ["", *(f"{_height(low, high)}, {counts[low, high]} lines" for low, high in classes)]
-    rows = []
-    for run in runs:
-        found = {(row["from"], row["to"]): row["sen_acc"] for row in run["by_height"]}
-        rows.append((run["label"], [_bar(found.get(key), brief=True) for key in classes], _kind(run)))
-    return _table(head, rows, "dense")
+    found = [{(row["from"], row["to"]): row["sen_acc"] for row in run["by_height"]} for run in runs]
+    classes = sorted({key for of_run in found for key in of_run})
+    return _split_table(runs, found, {key: _height(*key) for key in classes}) if len(classes) > 1 else None
 
 
 def map_table(runs: Sequence[Run]) -> Markup | None:
     """Lay out Sen. Acc of the lines in the glyph map and of those out of it; None if it shows all."""
-    names = {True: "in the map", False: "out of it"}
     # Summaries of earlier versions do not say it.
     found = [{row["in_glyph_map"]: row["sen_acc"] for row in run.get("by_map", [])} for run in runs]
-    counts = {shown: accuracy["count"] for row in found for shown, accuracy in row.items()}
-    if False not in counts:
-        return None
-    shown = sorted(counts, reverse=True)
+    classes = {key for of_run in found for key in of_run}
+    names = {key: name for key, name in {True: "in the map", False: "out of it"}.items() if key in classes}
+    return _split_table(runs, found, names) if False in classes else None
+
+
+def _split_table(runs: Sequence[Run], found: Sequence[Mapping[Any, Any]], names: Mapping[Any, str]) -> Markup:
+    """Lay out an accuracy of each run's lines by their class: one column for each of `names`."""
+    counts = {key: accuracy["count"] for of_run in found for key, accuracy in of_run.items()}
     rows = [
-        (run["label"], [_bar(row.get(key), brief=True) for key in shown], _kind(run))
-        for run, row in zip(runs, found, strict=True)
+        (run["label"], [_bar(of_run.get(key), brief=True) for key in names], _kind(run))
+        for run, of_run in zip(runs, found, strict=True)
     ]
-    return _table(["", *(f"{names[key]}, {counts[key]} lines" for key in shown)], rows, "dense")
+    return _table(["", *(f"{name}, {counts[key]} lines" for key, name in names.items())], rows, "dense")
 
 
 def _kind(run: Run) -> str:
