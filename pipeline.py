@@ -27,8 +27,8 @@ from common.errors import AppError, DataError, UsageError, explain
 from common.signals import StopFlag
 
 if TYPE_CHECKING:
-    from stage1_teacher.held_out import Item
-    from stage1_teacher.teacher import Teacher, Uncond
+    from stage1_teacher.measuring.held_out import Item
+    from stage1_teacher.teacher.teacher import Teacher, Uncond
     from stage2_student.evaluation.layouts import Layout
     from stage2_student.evaluation.runs import Drawn, Job, Plan, Run
 
@@ -205,7 +205,7 @@ def finalize(shards: Path, quick: bool) -> None:
 
     Example: pipeline.py finalize --shards demo/shards
     """
-    from shards.finalize import finalize as run
+    from shards.looking.finalize import finalize as run
 
     summary = run(shards, quick=quick)
     click.echo(
@@ -225,7 +225,7 @@ def status(shards: Path) -> None:
 
     Example: pipeline.py status --shards demo/shards
     """
-    from shards.status import format_status, read_status
+    from shards.looking.status import format_status, read_status
 
     for line in format_status(read_status(shards)):
         click.echo(line)
@@ -241,17 +241,17 @@ def inspect(config: Config, shards: str, out: Path | None, records: int) -> None
 
     Example: pipeline.py inspect --config configs/tiny.toml --shards demo/shards --out demo/contact_sheet.png
     """
-    from shards.failures import count_by_reason, read_failures
-    from shards.inspect import describe_set
-    from shards.reader import ShardSet
+    from shards.files.failures import count_by_reason, read_failures
+    from shards.looking.inspect import describe_set
+    from shards.reading.reader import ShardSet
 
     found = ShardSet.open(shards, allow_incomplete=True)
     failures = {} if "://" in shards else count_by_reason(read_failures(Path(shards)))
     for line in describe_set(found, failures):
         click.echo(line)
     if out is not None:
-        from shards.contact_sheet import draw_contact_sheet
-        from stage2_student.sample import decode, load_decoder
+        from shards.looking.contact_sheet import draw_contact_sheet
+        from stage2_student.student.sample import decode, load_decoder
 
         step = max(len(found) // records, 1)
         rows = [found[index] for index in range(0, len(found), step)][:records]
@@ -269,7 +269,7 @@ def upload(shards: Path, url: str) -> None:
 
     Example: pipeline.py upload --shards demo/shards --to s3://bucket/set
     """
-    from shards.upload import upload_set
+    from shards.remote.upload import upload_set
 
     click.echo(f"{url}: {len(upload_set(shards, url))} shards uploaded")
 
@@ -287,7 +287,7 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
 
     Example: pipeline.py verify --shards demo/shards
     """
-    from shards.audit import audit
+    from shards.looking.verify import audit
 
     found, damages = audit(shards, num_threads=threads)
     for damage in damages:
@@ -298,7 +298,7 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
     click.echo(f"{shards}: sound, {len(found)} samples in {len(found.headers)} shards")
     if recompute is not None:
         from common.seeding import rng
-        from stage1_teacher.recompute import recompute as run_teacher
+        from stage1_teacher.recording.recompute import recompute as run_teacher
 
         chosen = rng("recompute", found.set_hash).sample(range(len(found)), min(recompute, len(found)))
         largest = 0.0
@@ -400,13 +400,13 @@ def sample(
         raise UsageError("--compare goes with --adapter: it adds the teacher's picture")
     import torch
 
-    from stage2_student.sample import Sampler, beside, decode, draw_noise, load_decoder, write_png
-    from stage2_student.student import Conditioning
+    from stage2_student.student.sample import Sampler, beside, decode, draw_noise, load_decoder, write_png
+    from stage2_student.student.student import Conditioning
 
     sampler = None if adapter is None else Sampler.load(config, adapter, steps)
     teacher, columns = None, []
     if prompt["prompt"] is not None or with_teacher:
-        from stage1_teacher.teacher import Teacher
+        from stage1_teacher.teacher.teacher import Teacher
 
         teacher = Teacher.load(config)
     found = _read_record(config, str(shards), record, seed, num_images) if record is not None else None
@@ -446,8 +446,8 @@ class _Found(NamedTuple):
 def _read_record(config: Config, location: str, index: int, seed: int | None, num_images: int) -> _Found:
     """Read a record to sample from; its own noise and solved latents unless a seed asks for others."""
     from common.anytext2.fingerprint import fingerprint
-    from shards.reader import ShardSet
-    from stage2_student.shard_facts import read_facts, require_base
+    from shards.reading.reader import ShardSet
+    from stage2_student.student.shard_facts import read_facts, require_base
 
     shards = ShardSet.open(location, allow_incomplete=True)
     if index >= len(shards):
@@ -469,8 +469,8 @@ def _encode_prompt(
     config: Config, teacher: Any, prompt: str, boxes: Any, colors: Any, font: Any, image: Any
 ) -> Any:
     """Draw and encode a prompt, as precompute does."""
-    from stage1_teacher.inputs import DrawSettings, draw_input
-    from stage1_teacher.prompt_text import prompt_from_text
+    from stage1_teacher.inputs.prompt_text import prompt_from_text
+    from stage1_teacher.rendering.rendered_input import DrawSettings, draw_input
 
     settings = DrawSettings.from_config(config)
     content = prompt_from_text(
@@ -482,8 +482,8 @@ def _encode_prompt(
 def _solve(config: Config, teacher: Any, item: Any, noise: Any, steps: int | None) -> Any:
     """Solve the teacher's ODE on the trailing grid with the configured guidance; returns latents."""
     from common.schedule import trailing_timesteps
-    from stage1_teacher.solver import solve
-    from stage1_teacher.teacher import Conditioning
+    from stage1_teacher.teacher.solver import solve
+    from stage1_teacher.teacher.teacher import Conditioning
 
     fields = ("image_context", "text_context", "glyphs", "positions", "masked_latents")
     conditioning = Conditioning(**{name: getattr(item, name).to(teacher.device).float() for name in fields})
@@ -515,9 +515,9 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
         indices = [int(part) for part in records.split(",")]
     except ValueError:
         raise UsageError(f"--records: received {records!r}, expected numbers such as 0,1,2") from None
-    from shards.reader import ShardSet
-    from stage2_student.compare import compare as draw
-    from stage2_student.sample import write_png
+    from shards.reading.reader import ShardSet
+    from stage2_student.student.compare import compare as draw
+    from stage2_student.student.sample import write_png
 
     write_png(out, draw(config, ShardSet.open(shards, allow_incomplete=True), adapter, indices))
     click.echo(f"{out}")
@@ -716,7 +716,7 @@ def _image_measure(config: Config, out: Path, plan: Plan, truth: bool) -> Callab
     if not evaluation.fid_weights and not evaluation.clip_score_model:
         return None
 
-    from stage1_teacher.annotations import caption_as_annotated
+    from stage1_teacher.inputs.annotations import caption_as_annotated
     from stage2_student.evaluation.image_quality import (
         Reference,
         find_reference,
@@ -796,9 +796,9 @@ def _images_to_score(
     config: Config, annotations: tuple[Path, ...], prompts: tuple[Path, ...], images: Path
 ) -> tuple[Plan, dict[str, Any], Iterable[Run]]:
     """Prepare the scoring of images that someone else drew: plan, settings, and the one run."""
-    from stage1_teacher.fonts import configured_fonts
-    from stage1_teacher.held_out import read_undrawn
-    from stage1_teacher.sources import open_inputs
+    from stage1_teacher.inputs.files import open_inputs
+    from stage1_teacher.inputs.fonts import configured_fonts
+    from stage1_teacher.measuring.held_out import read_undrawn
     from stage2_student.evaluation.image_folder import count_samples, folder_run
     from stage2_student.evaluation.runs import Plan
 
@@ -826,15 +826,15 @@ def _runs_to_evaluate(
 ) -> tuple[Plan, dict[str, Any], Iterable[Run]]:
     """Compose stage one's inputs and teacher with stage two's students and measurement: plan, settings, runs."""
     from common.anytext2.fingerprint import fingerprint
-    from stage1_teacher.held_out import HeldOut, describe_settings
-    from stage1_teacher.inputs import DrawSettings
-    from stage1_teacher.sources import open_inputs
-    from stage1_teacher.teacher import Teacher
-    from stage1_teacher.teacher_drawer import default_grids, teacher_drawers
+    from stage1_teacher.inputs.files import open_inputs
+    from stage1_teacher.measuring.held_out import HeldOut, describe_settings
+    from stage1_teacher.measuring.teacher_sampler import default_grids, teacher_drawers
+    from stage1_teacher.rendering.rendered_input import DrawSettings
+    from stage1_teacher.teacher.teacher import Teacher
     from stage2_student.evaluation.drawers import Drawer, StudentDrawer, drawer_run
     from stage2_student.evaluation.runs import Drawn, Plan, Run
-    from stage2_student.sample import decode
-    from stage2_student.student import Conditioning, network_of
+    from stage2_student.student.sample import decode
+    from stage2_student.student.student import Conditioning, network_of
 
     @functools.cache
     def load() -> tuple[Teacher, Uncond]:
@@ -908,8 +908,8 @@ def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
 
     Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
     """
-    from stage2_student import export as exporting
-    from stage2_student.adapter import find_adapter, read_card
+    from stage2_student.student import export as exporting
+    from stage2_student.student.adapter import find_adapter, read_card
 
     folder = find_adapter(adapter)
     if kind == "merged":

@@ -25,8 +25,8 @@ from bench.inputs import draw_inputs, finish, read_config
 from common.config import PROJECT_ROOT, Config
 from common.scripts import run_script
 from stage1_teacher.precompute import precompute
-from stage1_teacher.solver import make_predict
-from stage1_teacher.teacher import Teacher
+from stage1_teacher.teacher.solver import make_predict
+from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
 
 

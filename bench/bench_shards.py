@@ -27,16 +27,16 @@ import torch
 import webdataset as wds
 
 from common.scripts import run_script
-from shards.codec import encode_record
-from shards.layout import CONDITIONING, ROLLOUT
-from shards.manifest import create_or_check
-from shards.meta import SampleMeta
-from shards.order import EpochOrder
-from shards.reader import ShardSet
-from shards.record import Record, Uncond
-from shards.sidecar import Entry, Member, SidecarHeader, encode_sidecar
-from shards.verify import verify_set
-from shards.writer import ShardWriter
+from shards.files.manifest import create_or_check
+from shards.files.names import CONDITIONING, ROLLOUT
+from shards.files.sidecar import Entry, Member, SidecarHeader, encode_sidecar
+from shards.reading.damage import verify_set
+from shards.reading.order import EpochOrder
+from shards.reading.reader import ShardSet
+from shards.records.codec import encode_record
+from shards.records.meta import SampleMeta
+from shards.records.record import Record, Uncond
+from shards.writing.writer import ShardWriter
 
 WIDTH, CHANNELS, SIDE, LATENT, STEPS = 768, 4, 512, 64, 8
 PER_SHARD, SHARDS, ROUNDS = 32, 8, 5
@@ -223,12 +223,12 @@ def bench_opening(folder: Path, samples: int = 1_000_000, per_shard: int = 256) 
         (folder / sidecar_path(name)).write_bytes(encode_sidecar(header, entries))
     code = (
         "import sys, time; sys.path.insert(0, '.')\n"
-        "import shards.loader\n"  # what training has imported anyway
+        "import shards.reading.loader\n"  # what training has imported anyway
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) / 1024\n"
         "base = peak(); start = time.perf_counter()\n"
-        "from shards.reader import ShardSet\n"
+        "from shards.reading.reader import ShardSet\n"
         f"found = ShardSet.open({str(folder)!r}); opened = time.perf_counter() - start\n"
         "loader = shards.loader.ShardLoader(found, seed=0, batch_size=1)\n"
         "order = loader.order(3); index = int(order.indices(len(found) // 2, len(found) // 2 + 1)[0])\n"

@@ -28,17 +28,17 @@ from bench.inputs import draw_inputs, finish, read_config
 from common.config import PROJECT_ROOT
 from common.schedule import make_alphas_cumprod
 from common.scripts import run_script
-from shards.reader import ShardSet
-from stage1_teacher.inputs import DrawnInput
+from shards.reading.reader import ShardSet
 from stage1_teacher.precompute import precompute
-from stage1_teacher.solver import make_predict
-from stage1_teacher.teacher import Teacher
+from stage1_teacher.rendering.rendered_input import DrawnInput
+from stage1_teacher.teacher.solver import make_predict
+from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
-from stage2_student.objectives import alphas_at, consistency_value, guided_solver_step, pseudo_huber
-from stage2_student.prepare import make_loader, prepare
-from stage2_student.student import Conditioning
+from stage2_student.student.student import Conditioning
 from stage2_student.train import make_accelerator
-from stage2_student.trainer import Trainer
+from stage2_student.training.losses import alphas_at, consistency_value, guided_solver_step, pseudo_huber
+from stage2_student.training.prepare import make_loader, prepare
+from stage2_student.training.trainer import Trainer
 
 Step = Callable[[], None]
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from bench.inputs import draw_inputs, read_config
 from common.config import PROJECT_ROOT, Config
 from common.scripts import run_script
-from stage1_teacher.inputs import DrawnInput
-from stage1_teacher.teacher import Teacher, stack_hints
+from stage1_teacher.rendering.rendered_input import DrawnInput
+from stage1_teacher.teacher.teacher import Teacher, stack_hints
 from stage1_teacher.tiny.data import write_dataset
 
 TIMESTEP = 500

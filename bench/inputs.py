@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from common.config import Config, load_config
-from stage1_teacher.inputs import DrawnInput, DrawSettings, draw_input
-from stage1_teacher.sources import open_inputs
+from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
 from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from common.anytext2.checkpoint import schedule_buffers, write_checkpoint
 from common.config import PROJECT_ROOT, load_config
 from common.scripts import run_script
-from stage1_teacher.teacher_keys import teacher_shapes
-from stage2_student.student import network_of
+from stage1_teacher.teacher.keys import teacher_shapes
+from stage2_student.student.student import network_of
 
 LAST_LAYER = "model.diffusion_model.out.2.weight"
 """Made small, so that a solve from noise with guidance stays within float16."""

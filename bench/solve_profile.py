@@ -29,15 +29,15 @@ from common.progress import Progress
 from common.schedule import make_alphas_cumprod, predict_x0
 from common.scripts import run_script
 from common.seeding import generator
-from stage1_teacher.grids import parse_grid
-from stage1_teacher.held_out import HeldOut
-from stage1_teacher.inputs import DrawSettings
-from stage1_teacher.solver import Predict, integrate, make_predict
-from stage1_teacher.sources import open_inputs
-from stage1_teacher.teacher import Teacher
+from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.measuring.held_out import HeldOut
+from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.teacher.grids import parse_grid
+from stage1_teacher.teacher.solver import Predict, integrate, make_predict
+from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.evaluation.reading import read_images
 from stage2_student.evaluation.recognizers import load_recognizer
-from stage2_student.sample import decode
+from stage2_student.student.sample import decode
 
 
 def keep_x0(predict: Predict, scale: float, kept: list[Tensor]) -> Predict:

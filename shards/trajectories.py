@@ -20,7 +20,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.files import canonical_json, fsync_dir, sha256_file, write_bytes_atomic
-from shards.manifest import find_differences
+from shards.files.manifest import find_differences
 
 if TYPE_CHECKING:
     import torch

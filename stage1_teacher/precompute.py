@@ -19,18 +19,18 @@ from common.config import Config
 from common.device import resolve_device
 from common.errors import UsageError
 from common.signals import StopFlag
-from shards.leftovers import remove_leftovers
-from shards.manifest import create_or_check
-from shards.plan import Plan, extend_plan
-from shards.upload import Uploader
-from stage1_teacher.identity import build_identity, describe_machine, describe_run, load_network
-from stage1_teacher.inputs import DrawSettings
-from stage1_teacher.recording import Recorder, make_stored_uncond
-from stage1_teacher.shard_maker import ShardMaker
-from stage1_teacher.share import Share, choose_share
-from stage1_teacher.sources import open_inputs
-from stage1_teacher.teacher import Teacher
-from stage1_teacher.whole_rollouts import RolloutKeeper, check_has_rollouts
+from shards.files.locks import remove_leftovers
+from shards.files.manifest import create_or_check
+from shards.files.plan import Plan, extend_plan
+from shards.remote.upload import Uploader
+from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.recording.identity import build_identity, describe_machine, describe_run, load_network
+from stage1_teacher.recording.recorder import Recorder, make_stored_uncond
+from stage1_teacher.recording.shard_maker import ShardMaker
+from stage1_teacher.recording.share import Share, choose_share
+from stage1_teacher.recording.trajectories import RolloutKeeper, check_has_rollouts
+from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,12 +23,17 @@ from common.config import Config
 from common.errors import UsageError
 from common.files import canonical_json, claim, write_bytes_atomic
 from common.signals import StopFlag
-from shards.layout import FROZEN
-from shards.reader import ShardSet
-from stage2_student.checkpoint import CHECKPOINTS_DIR, list_checkpoints, newest_checkpoint, require_complete
-from stage2_student.lora import Adapted, summarise
-from stage2_student.prepare import prepare
-from stage2_student.trainer import Trainer
+from shards.files.names import FROZEN
+from shards.reading.reader import ShardSet
+from stage2_student.student.checkpoint_folders import (
+    CHECKPOINTS_DIR,
+    list_checkpoints,
+    newest_checkpoint,
+    require_complete,
+)
+from stage2_student.student.lora import Adapted, summarise
+from stage2_student.training.prepare import prepare
+from stage2_student.training.trainer import Trainer
 
 CONFIG_FILE, ADAPTED_FILE, LOCK_FILE = "config.json", "adapted.json", ".lock"
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

@@ -29,11 +29,11 @@ from common.anytext2.hints import Hints
 from common.anytext2.unet import Control, UNet
 from common.errors import AppError, DataError
 from common.schedule import make_alphas_cumprod, upstream_timesteps
-from stage1_teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
-from stage1_teacher.recognizer import Recognizer
-from stage1_teacher.solver import integrate
-from stage1_teacher.teacher_keys import teacher_shapes
-from stage1_teacher.text_encoder import CHUNK, chunk_tokens, encode_tokens, encode_with_lines, load_clip
+from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
+from stage1_teacher.teacher.keys import teacher_shapes
+from stage1_teacher.teacher.recognizer import Recognizer
+from stage1_teacher.teacher.solver import integrate
+from stage1_teacher.teacher.text_encoder import CHUNK, chunk_tokens, encode_tokens, encode_with_lines, load_clip
 from tests.golden_rule import RuleCheckpoint
 
 Results = Iterator[tuple[str, Tensor]]

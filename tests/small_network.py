@@ -49,6 +49,6 @@ def base_checkpoint(config: NetworkConfig = SMALL) -> RuleCheckpoint:
 @cache
 def teacher_checkpoint(config: NetworkConfig = SMALL) -> RuleCheckpoint:
     """Return a rule-made checkpoint of a whole teacher."""
-    from stage1_teacher.teacher_keys import teacher_shapes
+    from stage1_teacher.teacher.keys import teacher_shapes
 
     return RuleCheckpoint(teacher_shapes(config))

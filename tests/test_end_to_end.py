@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from common.config import load_config
 from pipeline import cli
-from shards.reader import ShardSet
-from stage2_student.compare import solve_guided
-from stage2_student.student import Conditioning, load_base
+from shards.reading.reader import ShardSet
+from stage2_student.student.compare import solve_guided
+from stage2_student.student.student import Conditioning, load_base
 from tests.stage1_teacher.small_teacher import write_prompts, write_teacher
 
 TRAINING = ("train.num_phases=2", "train.max_steps=2", "train.batch_size=2", "train.num_workers=0", "lora.rank=2")

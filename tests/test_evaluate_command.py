@@ -16,9 +16,9 @@ from PIL import Image
 from common.anytext2.fingerprint import fingerprint
 from common.schedule import trailing_timesteps
 from pipeline import cli
-from stage1_teacher.held_out import ABLATIONS
-from stage2_student.adapter import Card, save_adapter
-from stage2_student.student import add_adapters, load_base
+from stage1_teacher.measuring.held_out import ABLATIONS
+from stage2_student.student.adapter import Card, save_adapter
+from stage2_student.student.student import add_adapters, load_base
 from tests.stage1_teacher.small_teacher import annotation, load, write_annotations, write_teacher
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
 

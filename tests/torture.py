@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 from common.errors import DataError
-from shards.codec import encode_record
-from shards.leftovers import remove_leftovers
-from shards.reader import ShardSet
-from shards.verify import verify_set
+from shards.files.locks import remove_leftovers
+from shards.reading.damage import verify_set
+from shards.reading.reader import ShardSet
+from shards.records.codec import encode_record
 from tests.shards.builders import flip_bit, input_ids, make_record, write_set
 from tests.shards.faults import FaultyFiles
 

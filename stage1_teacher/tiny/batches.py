@@ -15,9 +15,9 @@ from common.anytext2.hints import Hints
 from common.errors import DataError
 from common.schedule import make_alphas_cumprod
 from common.seeding import generator, rng
-from stage1_teacher.captions import PLACEHOLDER, TEXT_PHRASES
-from stage1_teacher.glyph_embedding import UNKNOWN_COLOR, PositionEncoder
-from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
+from stage1_teacher.inputs.captions import PLACEHOLDER, TEXT_PHRASES
+from stage1_teacher.teacher.glyph_embedding import UNKNOWN_COLOR, PositionEncoder
+from stage1_teacher.teacher.text_encoder import chunk_tokens, load_tokenizer
 from stage1_teacher.tiny.ground import BAND
 from stage1_teacher.tiny.networks import MODEL_FOLDER
 from stage1_teacher.tiny.scene import FONTS

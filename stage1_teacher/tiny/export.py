@@ -25,8 +25,8 @@ from common.anytext2.checkpoint import (
 from common.anytext2.config import NetworkConfig
 from common.anytext2.vae import VAE
 from common.scripts import run_script
-from stage1_teacher.recognizer import Recognizer
-from stage1_teacher.text_encoder import load_tokenizer
+from stage1_teacher.teacher.recognizer import Recognizer
+from stage1_teacher.teacher.text_encoder import load_tokenizer
 from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground
 from stage1_teacher.tiny.networks import MODEL_FOLDER, Denoiser, build_denoiser, network_config
 from stage1_teacher.tiny.train_denoiser import load_start
@@ -90,7 +90,7 @@ def clear_unused_words(clip: Any, config: NetworkConfig) -> int:
         for second in PALETTE
         for vertical in (False, True)
     ]
-    from stage1_teacher.captions import TEXT_PHRASES
+    from stage1_teacher.inputs.captions import TEXT_PHRASES
 
     captions = [f"{ground.caption}. " for ground in grounds] + [f"{phrase}* , * . " for phrase in TEXT_PHRASES]
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id}

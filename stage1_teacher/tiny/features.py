@@ -22,11 +22,11 @@ from torch import Tensor
 from common.anytext2.checkpoint import CheckpointFile, load_part
 from common.files import atomic_write
 from common.scripts import run_script
-from stage1_teacher import drawing
-from stage1_teacher.captions import image_caption
-from stage1_teacher.glyph_embedding import font_lines, glyph_lines
-from stage1_teacher.recognizer import Recognizer
-from stage1_teacher.text_encoder import chunk_tokens, load_tokenizer
+from stage1_teacher.inputs.captions import image_caption
+from stage1_teacher.rendering import lines as drawing
+from stage1_teacher.teacher.glyph_embedding import font_lines, glyph_lines
+from stage1_teacher.teacher.recognizer import Recognizer
+from stage1_teacher.teacher.text_encoder import chunk_tokens, load_tokenizer
 from stage1_teacher.tiny.linear_vae import LinearEncoder
 from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
 from stage1_teacher.tiny.scene import (

@@ -16,8 +16,8 @@ from common.anytext2.config import NetworkConfig, load_network_config
 from common.anytext2.unet import UNet
 from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
-from stage1_teacher.glyph_embedding import GlyphEmbedding
-from stage1_teacher.text_encoder import build_clip
+from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding
+from stage1_teacher.teacher.text_encoder import build_clip
 
 MODEL_FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny"
 BRANCH_SCALE = 0.3

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL.Image import Resampling
 
 from common.seeding import rng
-from stage1_teacher import drawing
-from stage1_teacher.fonts import load_font
+from stage1_teacher.inputs.fonts import load_font
+from stage1_teacher.rendering import lines as drawing
 from stage1_teacher.tiny.ground import PALETTE, Ground, draw_ground, draw_ground_plan
 
 FONT_FOLDER = Path(__file__).resolve().parents[2] / "models" / "fonts"

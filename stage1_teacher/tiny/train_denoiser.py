@@ -33,8 +33,8 @@ from common.errors import DataError, UsageError
 from common.files import atomic_write
 from common.schedule import ddim_step, make_alphas_cumprod
 from common.scripts import run_script
-from stage1_teacher.glyph_embedding import PositionEncoder
-from stage1_teacher.text_encoder import encode_tokens, encode_with_lines
+from stage1_teacher.teacher.glyph_embedding import PositionEncoder
+from stage1_teacher.teacher.text_encoder import encode_tokens, encode_with_lines
 from stage1_teacher.tiny.batches import LOOKS, FeatureStore, TrainingBatch
 from stage1_teacher.tiny.features import FeatureMaker
 from stage1_teacher.tiny.muon import Muon

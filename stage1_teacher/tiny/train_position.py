@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.files import atomic_write
 from common.scripts import run_script
 from common.seeding import generator
-from stage1_teacher.glyph_embedding import PositionEncoder
+from stage1_teacher.teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.tiny.train_vae import learning_rate
 
 log = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.files import sha256_file
 from common.seeding import generator
-from stage2_student.adapter import find_adapter, read_card
 from stage2_student.evaluation.counting import EvaluationCounter
 from stage2_student.evaluation.runs import Drawn, Job, Run
-from stage2_student.sample import Sampler
-from stage2_student.student import Conditioning
+from stage2_student.student.adapter import find_adapter, read_card
+from stage2_student.student.sample import Sampler
+from stage2_student.student.student import Conditioning
 
 Picture = NDArray[np.uint8]
 """(H, W, 3), RGB."""

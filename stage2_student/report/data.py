@@ -13,13 +13,13 @@ from typing import Any
 from PIL import Image
 
 from common.errors import DataError
-from shards.frozen import FrozenSet, read_frozen
-from shards.layout import FROZEN
+from shards.files.frozen import FrozenSet, read_frozen
+from shards.files.names import FROZEN
 from stage2_student.evaluation.invocation import read_invocations
 from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.results import RESULTS_FILE, ImageResult, load_layouts, load_results
 from stage2_student.evaluation.summary import summarise
-from stage2_student.runlog import read_log
+from stage2_student.training.runlog import read_log
 
 MAX_SIDE = 256
 """Larger images are scaled down to this, pixels: a page with hundreds of them must still open."""

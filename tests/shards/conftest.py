@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.reader import ShardSet
+from shards.reading.reader import ShardSet
 from tests.shards.builders import write_set
 
 

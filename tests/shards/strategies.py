@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from shards.meta import MODES, SOURCES, SampleMeta
-from shards.record import CHUNK, NUM_TIMESTEPS, Record
+from shards.records.meta import MODES, SOURCES, SampleMeta
+from shards.records.record import CHUNK, NUM_TIMESTEPS, Record
 
 _TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 _HALF_BITS = st.integers(0, 0x7BFF) | st.integers(0x8000, 0xFBFF)  # every finite float16

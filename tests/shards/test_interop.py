@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from shards.reader import ShardSet
-from shards.record import Record
+from shards.reading.reader import ShardSet
+from shards.records.record import Record
 
 MEMBERS = {
     "conditioning.safetensors": ("image_context", "text_context", "masked_latents"),

@@ -9,7 +9,7 @@ from typing import Any
 from common.anytext2.checkpoint import write_checkpoint
 from common.anytext2.config import load_network_config
 from common.config import Config, load_config
-from stage1_teacher.teacher_keys import teacher_shapes
+from stage1_teacher.teacher.keys import teacher_shapes
 from tests.golden_rule import rule_tensor
 
 ROOT = Path(__file__).parents[2]

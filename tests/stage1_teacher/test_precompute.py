@@ -19,18 +19,18 @@ from common.anytext2.checkpoint import write_checkpoint
 from common.anytext2.checkpoint_file import CheckpointFile
 from common.errors import DataError, Stopped, UsageError
 from common.schedule import make_alphas_cumprod
-from shards.failures import read_failures
-from shards.finalize import finalize
-from shards.reader import ShardSet
-from stage1_teacher.content import InputFailure
-from stage1_teacher.inputs import DrawSettings, draw_input
+from shards.files.failures import read_failures
+from shards.looking.finalize import finalize
+from shards.reading.reader import ShardSet
+from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.inputs.input import InputFailure
+from stage1_teacher.inputs.prompts import Prompts
 from stage1_teacher.precompute import Done, precompute
-from stage1_teacher.prompts import Prompts
-from stage1_teacher.recording import Recorder, round_uncond
-from stage1_teacher.shard_maker import group_by_drawn
-from stage1_teacher.solver import solve
-from stage1_teacher.sources import open_inputs
-from stage1_teacher.teacher import Conditioning, Teacher
+from stage1_teacher.recording.recorder import Recorder, round_uncond
+from stage1_teacher.recording.shard_maker import group_by_drawn
+from stage1_teacher.rendering.rendered_input import DrawSettings, draw_input
+from stage1_teacher.teacher.solver import solve
+from stage1_teacher.teacher.teacher import Conditioning, Teacher
 from tests.stage1_teacher.small_teacher import (
     DATA,
     ROOT,

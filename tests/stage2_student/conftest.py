@@ -19,11 +19,11 @@ from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
 from common.config import Config, LoraConfig, ModelConfig, TrainConfig
 from common.schedule import trailing_timesteps
-from shards.manifest import create_or_check
-from shards.meta import SampleMeta
-from shards.record import Record, Uncond
-from shards.writer import ShardWriter
-from stage2_student.student import Student
+from shards.files.manifest import create_or_check
+from shards.records.meta import SampleMeta
+from shards.records.record import Record, Uncond
+from shards.writing.writer import ShardWriter
+from stage2_student.student.student import Student
 from tests.golden_rule import rule_tensor
 
 NETWORK = """

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from common.config import PROJECT_ROOT
-from stage2_student.adapter import load_tensors
-from stage2_student.checkpoint import newest_checkpoint
-from stage2_student.runlog import read_log
+from stage2_student.student.adapter import load_tensors
+from stage2_student.student.checkpoint_folders import newest_checkpoint
 from stage2_student.train import train
+from stage2_student.training.runlog import read_log
 from tests.stage2_student.conftest import Configure
 
 TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds"}

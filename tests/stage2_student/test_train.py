@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from common.errors import DataError, UsageError
-from stage2_student.adapter import load_tensors, read_card
-from stage2_student.runlog import read_log
+from stage2_student.student.adapter import load_tensors, read_card
 from stage2_student.train import TrainResult, hold_run, train
+from stage2_student.training.runlog import read_log
 from tests.stage2_student.conftest import Configure, write_shards
 
 TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds"}

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from common.config import PROJECT_ROOT, load_config
-from stage1_teacher.annotations import Annotations
-from stage1_teacher.inputs import DrawSettings
+from stage1_teacher.inputs.annotations import Annotations
+from stage1_teacher.rendering.rendered_input import DrawSettings
 from stage1_teacher.tiny.data import write_dataset
 from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, draw_scene, draw_scene_plan
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stage1_teacher import drawing
+from stage1_teacher.rendering import lines as drawing
 from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground, draw_ground
 from stage1_teacher.tiny.scene import (
     CAPITALS,

@@ -13,8 +13,8 @@ from common.anytext2.hints import Hints
 from common.anytext2.unet import Control
 from common.errors import DataError, UsageError
 from common.schedule import make_alphas_cumprod
-from stage1_teacher.teacher import Teacher
-from stage1_teacher.text_encoder import encode_tokens
+from stage1_teacher.teacher.teacher import Teacher
+from stage1_teacher.teacher.text_encoder import encode_tokens
 from stage1_teacher.tiny import features, train_position, train_vae
 from stage1_teacher.tiny.batches import (
     GRAIN,

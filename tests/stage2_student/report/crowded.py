@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from shards.frozen import FrozenSet, write_frozen
+from shards.files.frozen import FrozenSet, write_frozen
 from stage2_student.evaluation.invocation import note_invocation
 from stage2_student.evaluation.layouts import Layout, Line
 from stage2_student.evaluation.reading import LineResult

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from common.config import PROJECT_ROOT, load_config
 from pipeline import cli
-from shards.frozen import FrozenSet, write_frozen
+from shards.files.frozen import FrozenSet, write_frozen
 from stage2_student.report.commands import commands, from_root
 from stage2_student.report.data import ReportData, Training, gather
 from stage2_student.report.page import write_report

@@ -1,0 +1,193 @@
+"""The manifest: what a set is. Made once by whichever task comes first; every later task must agree with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import DataError
+from common.files import canonical_json, create_once
+from shards.files.names import MANIFEST, SCHEMA, UNCOND
+from shards.records.codec import decode_uncond, encode_uncond
+from shards.records.tensor_file import load_metadata
+
+if TYPE_CHECKING:
+    from shards.records.record import Uncond
+
+_MAX_DIFFERENCES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Identity and provenance of a set."""
+
+    identity: dict[str, Any]
+    """Everything that decides what the records are: hashed, and compared between tasks. No paths."""
+    provenance: dict[str, Any]
+    """Versions, host, time: where it came from; never compared."""
+
+    @property
+    def identity_sha256(self) -> str:
+        """SHA-256 of the identity's canonical JSON."""
+        return hash_identity(self.identity)
+
+
+def hash_identity(identity: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of an identity's canonical JSON."""
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def create_or_check(
+    folder: Path,
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    make_uncond: Callable[[], Uncond],
+) -> tuple[Manifest, Uncond]:
+    """Join a set: create its uncond and manifest, or check that this task would write the same set.
+
+    `schema` and `uncond_sha256` are added to the identity here. Tasks may race: one of them wins, the others read.
+
+    Args:
+        folder: the set's; created if missing.
+        identity: JSON values only.
+        provenance: JSON values only.
+        make_uncond: called only if the set has no unconditional contexts yet.
+
+    Returns:
+        The set's manifest and its stored unconditional contexts (not recomputed ones).
+
+    Raises:
+        DataError: the set was made with other settings; the message names up to eight differences.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = json.loads(canonical_json({**identity, "schema": SCHEMA}))
+    settings_sha256 = hash_identity(wanted)
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        _check_same(folder, wanted, manifest)
+        return manifest, read_uncond(folder, manifest)
+    if not (folder / UNCOND).exists():
+        create_once(folder / UNCOND, encode_uncond(make_uncond(), {"settings_sha256": settings_sha256}))
+    data = (folder / UNCOND).read_bytes()
+    if load_metadata(data, str(folder / UNCOND)).get("settings_sha256") != settings_sha256:
+        raise DataError(
+            f"{folder}: {UNCOND} was made with other settings by a run that stopped before its manifest; "
+            "use another folder, or delete that file if no other task is running"
+        )
+    wanted["uncond_sha256"] = hashlib.sha256(data).hexdigest()
+    create_once(folder / MANIFEST, _encode(Manifest(identity=wanted, provenance=dict(provenance))))
+    manifest = read_manifest(folder)
+    _check_same(folder, wanted, manifest)
+    return manifest, read_uncond(folder, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a set's manifest.
+
+    Raises:
+        DataError: no manifest, or a damaged one.
+    """
+    path = folder / MANIFEST
+    try:
+        return decode_manifest(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        kind = "an empty folder" if folder.is_dir() and not any(folder.iterdir()) else "not a set of shards"
+        kind = kind if folder.is_dir() else "no such folder"
+        raise DataError(f"{folder}: {kind}: there is no {MANIFEST}; make one with precompute") from None
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """Parse a manifest.
+
+    Raises:
+        DataError: damaged (its identity does not match its hash), or of another schema.
+    """
+    try:
+        values = json.loads(data)
+        identity, provenance = values["identity"], values["provenance"]
+        intact = hash_identity(identity) == values["identity_sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise DataError(f"{where}: the manifest is {'damaged' if data else 'empty'}; restore it from a copy")
+    if identity.get("schema") != SCHEMA:
+        raise DataError(f"{where}: shard format {identity.get('schema')!r}, this version reads {SCHEMA}")
+    return Manifest(identity=identity, provenance=provenance)
+
+
+def read_uncond(folder: Path, manifest: Manifest) -> Uncond:
+    """Read a set's unconditional contexts.
+
+    Raises:
+        DataError: missing, or not those that the manifest names.
+    """
+    path = folder / UNCOND
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; restore it from a copy: it is part of the set") from None
+    check_uncond_hash(data, manifest, str(path))
+    return decode_uncond(data, str(path))
+
+
+def check_uncond_hash(data: bytes, manifest: Manifest, where: str) -> None:
+    """Check the bytes of the unconditional contexts against the manifest.
+
+    Raises:
+        DataError: not those that the manifest names.
+    """
+    received, expected = hashlib.sha256(data).hexdigest(), manifest.identity.get("uncond_sha256")
+    if received != expected:
+        raise DataError(
+            f"{where}: SHA-256 is {received[:12]}..., the manifest says {str(expected)[:12]}...; "
+            "the file is damaged or from another set"
+        )
+
+
+def find_differences(ours: Any, theirs: Any, key: str = "") -> list[str]:
+    """Name the leaves in which two JSON values differ, as `key: received X, the set has Y`."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        found = []
+        for name in sorted(ours.keys() | theirs.keys()):
+            dotted = f"{key}.{name}" if key else name
+            if name not in theirs:
+                found.append(f"{dotted}: received {_short(ours[name])}, the set has none")
+            elif name not in ours:
+                found.append(f"{dotted}: received none, the set has {_short(theirs[name])}")
+            else:
+                found.extend(find_differences(ours[name], theirs[name], dotted))
+        return found
+    if canonical_json(ours) == canonical_json(theirs):
+        return []
+    return [f"{key}: received {_short(ours)}, the set has {_short(theirs)}"]
+
+
+def _check_same(folder: Path, wanted: dict[str, Any], manifest: Manifest) -> None:
+    theirs = {**manifest.identity}
+    theirs.pop("uncond_sha256", None)  # made by the set's first task, perhaps on another device; never compared
+    ours = {name: value for name, value in wanted.items() if name != "uncond_sha256"}
+    found = find_differences(ours, theirs)
+    if found:
+        more = f" and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
+        raise DataError(
+            f"{folder}: the set was made with other settings ({'; '.join(found[:_MAX_DIFFERENCES])}{more}); "
+            "use the same settings or another --out folder"
+        )
+
+
+def _encode(manifest: Manifest) -> bytes:
+    values = {
+        "identity": manifest.identity,
+        "identity_sha256": manifest.identity_sha256,
+        "provenance": manifest.provenance,
+    }
+    return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

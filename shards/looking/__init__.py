@@ -1,0 +1,1 @@
+"""Looking at a set: verify, status, inspect, finalize, contact sheet."""

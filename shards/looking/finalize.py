@@ -1,0 +1,146 @@
+"""Declare a set complete: everything planned is committed and sound; summary.json says what it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import DataError
+from common.files import write_bytes_atomic
+from common.progress import Progress
+from shards.files.failures import count_by_reason, read_failures
+from shards.files.names import JSON, ROLLOUT, SUMMARY
+from shards.files.plan import read_plan
+from shards.reading.damage import verify_set
+from shards.reading.reader import ShardSet
+from shards.records.meta import SampleMeta
+from shards.records.ranges import Ranges, merge_into, rms
+
+_MEASURED = 64
+"""Records, evenly spaced, on which the rounding error is measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a complete set holds."""
+
+    set_hash: str
+    """Of all its committed shards."""
+    identity_sha256: str
+    """The manifest's."""
+    shards: int
+    samples: int
+    failed: int
+    """Inputs that became no record."""
+    failures: dict[str, int]
+    """By reason."""
+    bytes: int
+    """Of all shards."""
+    ranges: dict[str, dict[str, float]]
+    """Of each tensor: min, max, rms."""
+    rounding_error: dict[str, float]
+    """rms error that float16 makes: of the recorded states, and of the target x0 of M phases ("phases_4")."""
+
+
+def finalize(folder: Path, *, quick: bool = False) -> Summary:
+    """Check that a set is complete and sound, and write summary.json.
+
+    Args:
+        folder: the set's.
+        quick: trust sizes, do not hash the shards.
+
+    Raises:
+        DataError: shards are missing or damaged; the message names them.
+    """
+    shards = ShardSet.open(folder)
+    if not quick:
+        _check_sound(shards)
+    summary = summarise(shards, folder)
+    write_bytes_atomic(folder / SUMMARY, json.dumps(dataclasses.asdict(summary), indent=1).encode() + b"\n")
+    return summary
+
+
+def summarise(shards: ShardSet, folder: Path) -> Summary:
+    """Sum up a set from its sidecars' headers, its failures and a few records."""
+    ranges: Ranges = {}
+    for header in shards.headers:
+        merge_into(ranges, header.ranges)
+    failures = count_by_reason(read_failures(folder))
+    planned = read_plan(folder).num_inputs
+    if planned and planned != len(shards) + sum(failures.values()):
+        raise DataError(
+            f"{folder}: {planned} inputs are planned, {len(shards)} are recorded and "
+            f"{sum(failures.values())} failed; "
+            f"the rest is missing: is a file of {folder / 'failures'} lost?"
+        )
+    return Summary(
+        set_hash=shards.set_hash,
+        identity_sha256=shards.manifest.identity_sha256,
+        shards=len(shards.headers),
+        samples=len(shards),
+        failed=sum(failures.values()),
+        failures=failures,
+        bytes=sum(header.bytes for header in shards.headers),
+        ranges={name: {"min": r[0], "max": r[1], "rms": rms(r)} for name, r in sorted(ranges.items())},
+        rounding_error=measure_rounding_error(shards),
+    )
+
+
+def measure_rounding_error(shards: ShardSet) -> dict[str, float]:
+    """Measure what float16 costs, on records evenly spaced over the set.
+
+    A value between two float16 numbers `spacing` apart is off by spacing / sqrt(12) rms. The solver goes on
+    from the rounded state, so a phase's start is exact and only its end carries an error, which the target x0*
+    = (z_e - (sigma_e / sigma_t) z_t) / (alpha_e - sigma_e alpha_t / sigma_t) divides by its denominator.
+
+    Returns:
+        "states", and "phases_M" for each M of 1, 2, 4, 8 whose phases are stored; only "states" of noised data.
+        All in units of latents.
+    """
+    sums: dict[str, list[float]] = {}
+    for index in np.linspace(0, len(shards) - 1, min(_MEASURED, len(shards))).astype(int):
+        arrays = shards.arrays(int(index), (ROLLOUT,))
+        states = np.abs(arrays["rollout_latents"])
+        variance = np.square(np.spacing(states), dtype=np.float64).mean(axis=(0, 2, 3, 4)) / 12  # (S + 1,)
+        sums.setdefault("states", []).append(float(variance.mean()))
+        meta = SampleMeta.from_json(shards.read_members(int(index), (JSON,))[JSON], JSON)
+        if meta.source == "rollout":
+            for name, value in _phase_errors(arrays["rollout_timesteps"], variance):
+                sums.setdefault(name, []).append(value)
+    return {name: math.sqrt(sum(values) / len(values)) for name, values in sums.items()}
+
+
+def _phase_errors(timesteps: Any, variance: Any) -> Iterator[tuple[str, float]]:
+    """Yield the mean variance of the target x0 over the phases, for each M that divides S."""
+    from common.schedule import make_alphas_cumprod
+
+    cumulative = np.append(make_alphas_cumprod().numpy()[timesteps].astype(np.float64), 1.0)  # (S + 1,)
+    alpha, sigma = np.sqrt(cumulative), np.sqrt(1 - cumulative)
+    steps = len(timesteps)
+    for phases in (1, 2, 4, 8):
+        if steps % phases == 0:
+            start = np.arange(0, steps, steps // phases)
+            end = start + steps // phases
+            denominator = alpha[end] - sigma[end] * alpha[start] / sigma[start]
+            yield f"phases_{phases}", float((variance[end] / denominator**2).mean())
+
+
+def _check_sound(shards: ShardSet) -> None:
+    found = []
+    with Progress(sum(header.bytes for header in shards.headers), "verify", "B") as progress:
+        for header, damages in verify_set(shards):
+            found += damages
+            progress.update(header.bytes)
+    if found:
+        more = f"; and {len(found) - 5} more: see `verify`" if len(found) > 5 else ""
+        raise DataError(
+            f"damaged: {'; '.join(damage.message for damage in found[:5])}{more}; "
+            "run precompute again to write damaged shards anew"
+        )

@@ -1,0 +1,48 @@
+"""`verify`: everything in a set is looked at, and everything that is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.errors import DataError
+from common.progress import Progress
+from shards.files.plan import read_plan
+from shards.reading.damage import verify_set
+from shards.reading.opening import PLANNED_ONLY, find_set
+from shards.reading.reader import ShardSet, open_store
+
+
+def audit(location: str | Path, num_threads: int = 0) -> tuple[ShardSet | None, list[str]]:
+    """Check a set's manifest, unconditional contexts, plan, sidecars and shards.
+
+    A set in work is no damage: shards that are planned and not there yet are not missed, one without its
+    sidecar is.
+
+    Args:
+        location: a folder or URL.
+        num_threads: that hash; 0 for one per core.
+
+    Returns:
+        The set (None if none of it can be used), and one line for each damage.
+    """
+    store = open_store(location)
+    try:
+        shards = ShardSet(store, find_set(store, allow_incomplete=True, damage="collect"))
+    except DataError as error:
+        return None, [str(error)]
+    found = [line for line in shards.left_out if not line.endswith(PLANNED_ONLY)]
+    if "://" not in str(location):
+        found += _check_plan(Path(location))
+    with Progress(sum(header.bytes for header in shards.headers), "verify", "B") as progress:
+        for header, damages in verify_set(shards, num_threads):
+            found += [damage.message for damage in damages]
+            progress.update(header.bytes)
+    return shards, found
+
+
+def _check_plan(folder: Path) -> list[str]:
+    try:
+        read_plan(folder)
+    except DataError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,150 @@
+"""Find every damage in a set, by name, in one pass over its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import google_crc32c
+
+from common.errors import DataError
+from shards.files.sidecar import Entry, Member, SidecarHeader
+from shards.files.tar import END, header_block, padding
+
+if TYPE_CHECKING:
+    from shards.reading.reader import ShardSet
+
+_CHUNK = 1 << 20
+_REMEDY = "run precompute again to write the shard anew, or train with --exclude-damaged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One thing that is wrong."""
+
+    shard: str
+    """File name of the shard, or of whatever file is damaged."""
+    sample: str | None
+    """Key of the sample that is lost; None if none is, or if all of the shard's are (`whole`)."""
+    whole: bool
+    """No sample of the shard can be used."""
+    message: str
+    """One line."""
+
+
+def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) -> list[Damage]:
+    """Compare a shard with its sidecar: SHA-256 of the file and crc32c of every member, in one pass.
+
+    If they differ, a second pass also compares every tar header and padding, to name what is damaged.
+
+    Returns:
+        Nothing, or every damage found, by sample and member.
+    """
+    shard = header.shard
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return [_whole(shard, "the file is missing")]
+    except OSError as error:
+        return [_whole(shard, f"cannot be read ({error.strerror or error})")]
+    try:
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            return [_whole(shard, f"the file is empty, expected {header.bytes} bytes")]
+        sha256, found = _scan(descriptor, size, shard, entries)
+        if sha256 != header.sha256 or found:
+            found += _find_unread_damage(descriptor, size, shard, entries)
+    except OSError as error:
+        return [_whole(shard, f"cannot be read ({error.strerror or error})")]
+    finally:
+        os.close(descriptor)
+    if size != header.bytes:
+        found.insert(0, _damage(shard, None, f"{size} bytes, expected {header.bytes}"))
+    if sha256 != header.sha256 and not found:
+        found.append(_damage(shard, None, "SHA-256 differs from the sidecar's, though every part of it is sound"))
+    return found
+
+
+def verify_set(shards: ShardSet, num_threads: int = 0) -> Iterator[tuple[SidecarHeader, list[Damage]]]:
+    """Verify every shard of a set, several at a time (hashing releases Python's lock), yielding results in order.
+
+    Args:
+        shards: an open set; its manifest, uncond and sidecar headers were checked when it was opened.
+        num_threads: 0 for one per core, at most 16.
+    """
+    workers = num_threads or min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        numbers = range(len(shards.headers))
+        yield from zip(
+            shards.headers, pool.map(lambda number: _verify_number(shards, number), numbers), strict=True
+        )
+
+
+def _verify_number(shards: ShardSet, number: int) -> list[Damage]:
+    header = shards.headers[number]
+    try:
+        return verify_shard(shards.shard_path(number), header, shards.table(number))
+    except FileNotFoundError:
+        return [_whole(header.shard, "the file is missing")]
+    except OSError as error:
+        return [_whole(header.shard, f"cannot be read ({error.strerror or error})")]
+    except DataError as error:
+        return [Damage(shard=header.shard, sample=None, whole=True, message=str(error))]
+
+
+def _scan(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> tuple[str, list[Damage]]:
+    digest = hashlib.sha256()
+    found = []
+    start = 0
+    for entry in entries:
+        end = max(member.offset + member.length for member in entry.members)
+        block = os.pread(descriptor, end - start, start)
+        digest.update(block)
+        for member in entry.members:
+            content = block[member.offset - start : member.offset - start + member.length]
+            if len(content) < member.length:
+                found.append(
+                    _lost(shard, entry, member, f"the file ends {member.length - len(content)} bytes early")
+                )
+            elif (crc := google_crc32c.value(content)) != member.crc32c:
+                found.append(_lost(shard, entry, member, f"crc32c is {crc:08x}, expected {member.crc32c:08x}"))
+        start = end
+    while start < size and (block := os.pread(descriptor, _CHUNK, start)):
+        digest.update(block)
+        start += len(block)
+    return digest.hexdigest(), found
+
+
+def _find_unread_damage(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> Iterator[Damage]:
+    """Compare what no record depends on: tar headers, padding, the end. Other tools read these."""
+    position = 0
+    for entry in entries:
+        for member in entry.members:
+            where = f"sample {entry.key}, {member.name}"
+            head = header_block(f"{entry.key}.{member.name}", member.length)
+            if os.pread(descriptor, len(head), position) != head:
+                yield _damage(shard, None, f"{where}: its tar header is damaged (training does not read it)")
+            position = member.offset + member.length
+            fill = padding(member.length)
+            if os.pread(descriptor, len(fill), position) != fill:
+                yield _damage(shard, None, f"{where}: the padding after it is damaged (training does not read it)")
+            position += len(fill)
+    if os.pread(descriptor, max(size - position, len(END)), position) != END:
+        yield _damage(shard, None, "the end of the archive is damaged (training does not read it)")
+
+
+def _lost(shard: str, entry: Entry, member: Member, what: str) -> Damage:
+    return _damage(shard, entry.key, f"sample {entry.key}, {member.name}: {what}")
+
+
+def _damage(shard: str, sample: str | None, message: str) -> Damage:
+    return Damage(shard=shard, sample=sample, whole=False, message=f"{shard}: {message}")
+
+
+def _whole(shard: str, message: str) -> Damage:
+    return Damage(shard=shard, sample=None, whole=True, message=f"{shard}: {message}; {_REMEDY}")

@@ -1,0 +1,1 @@
+"""What one record holds, and its bytes."""

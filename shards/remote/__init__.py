@@ -1,0 +1,1 @@
+"""Sets on s3://, gs://, hf:// ... : connection, cache, upload."""

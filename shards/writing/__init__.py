@@ -1,0 +1,1 @@
+"""Writing shards, committed whole or not at all."""

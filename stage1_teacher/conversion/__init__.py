@@ -1,0 +1,1 @@
+"""One-off conversions of other projects' files; their output is shipped."""

@@ -1,0 +1,1 @@
+"""Inputs as people write them: annotation and prompt files, captions, fonts."""

@@ -1,0 +1,231 @@
+"""AnyWord's annotation files, v1.1 and v1.2b, and AnyText-benchmark's test1k.json, which has the same format.
+
+{"data_root": "imgs", "data_list": [{"img_name": "a.png", "caption": "...", "wm_score"?: 0.1, "annotations": [
+    {"polygon": [[x, y], ...], "text": "...", "language": "Latin", "valid"?: true, "color"?: [r, g, b],
+     "font"?: "...", "glyph_map"?: true, "pos"?: ..., "rec_score"?: ...}]}]}
+
+Two fields are our additions. `font`, for data that knows its fonts: a name of [teacher.fonts], or a file.
+`glyph_map`: false leaves a line out of the glyph map, so that its embedding alone says what it reads.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from common.errors import DataError
+from stage1_teacher.inputs.captions import describe_watermark
+from stage1_teacher.inputs.fonts import find_font, line_identity
+from stage1_teacher.inputs.input import (
+    ID_DIGITS,
+    UNKNOWN_COLOR,
+    Content,
+    InputFailure,
+    Line,
+    Polygon,
+    check_caption,
+    check_color,
+    check_fields,
+    check_in_glyph_map,
+    check_polygon,
+    check_text,
+    content_id,
+    is_number,
+)
+from stage1_teacher.inputs.json_entries import JsonEntries
+
+ENTRY_FIELDS = ("img_name", "caption", "wm_score", "annotations")
+_ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "font", "glyph_map")
+LINE_FIELDS = (*_ID_LINE_FIELDS, "pos", "rec_score")
+
+FRAME_WITHOUT_IMAGE = 512.0
+"""AnyWord's images have this side, so its polygons can be placed without them."""
+
+
+class Annotations:
+    """The inputs of one annotation file, read one at a time.
+
+    The order is the file's; entries whose wm_score is above the threshold are left out and do not count.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fonts: Mapping[str, Path] | None = None,
+        use_images: bool = True,
+        watermark_threshold: float = 1.0,
+        ignored_fields: Collection[str] = (),
+    ) -> None:
+        """Scan a file.
+
+        Args:
+            path: the json file.
+            fonts: configured font files by name; other fonts are paths relative to the file's folder.
+            use_images: False leaves image files alone: generate mode, no looks as font hints, 512 x 512 assumed.
+            watermark_threshold: entries with a larger wm_score are left out.
+            ignored_fields: fields that may be there and are not read.
+
+        Raises:
+            DataError: no such file, no such JSON, an unknown field, or no data_root folder.
+        """
+        self._path, self._use_images, self._fonts = path, use_images, fonts or {}
+        self._threshold, self._ignored = watermark_threshold, frozenset(ignored_fields)
+        self._ids = bytearray()
+        self._entries = JsonEntries(
+            path,
+            list_field="data_list",
+            other_fields=("data_root",),
+            ignored=self._ignored,
+            keep=self._keep,
+        )
+        self._root = self._find_root(self._entries.header["data_root"]) if use_images else path.parent
+
+    def _find_root(self, data_root: Any) -> Path:
+        if not isinstance(data_root, str):
+            raise DataError(f"{self._path}: data_root is {data_root!r:.60}, expected a folder's path")
+        root = (self._path.parent / data_root).resolve()
+        if not root.is_dir():
+            raise DataError(f"{self._path}: data_root {data_root!r} is no folder; looked at {root}")
+        return root
+
+    def _keep(self, number: int, entry: Any) -> bool:
+        where = f"{self._path}: data_list[{number}]"
+        if isinstance(entry, dict):  # anything else is recorded as a failure when its turn comes
+            check_fields(entry, ENTRY_FIELDS, where, self._ignored)
+            lines = entry.get("annotations")
+            for place, line in enumerate(lines if isinstance(lines, list) else ()):
+                if isinstance(line, dict):
+                    check_fields(line, LINE_FIELDS, f"{where}.annotations[{place}]", self._ignored)
+            score = entry.get("wm_score")
+            if is_number(score) and score > self._threshold:
+                return False
+        self._ids += bytes.fromhex(self._id_of(entry))
+        return True
+
+    def _id_of(self, entry: Any) -> str:
+        """Hash the fields that matter to a record."""
+        if not isinstance(entry, dict):
+            return content_id("annotation", entry)
+        value = {name: entry[name] for name in ENTRY_FIELDS if name in entry}
+        if not self._use_images:
+            value.pop("img_name", None)
+        if isinstance(entry.get("annotations"), list):
+            value["annotations"] = [
+                line_identity(line, _ID_LINE_FIELDS, self._fonts, self._path.parent)
+                for line in entry["annotations"]
+            ]
+        return content_id("annotation" if self._use_images else "annotation without image", value)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def input_id(self, index: int) -> str:
+        """Return the index-th input's id, without reading the file."""
+        digest = ID_DIGITS // 2
+        return self._ids[index * digest : (index + 1) * digest].hex()
+
+    def where(self, index: int) -> str:
+        """Name the index-th input for messages."""
+        return f"{self._path.name}: data_list[{self._entries.number(index)}]"
+
+    def __getitem__(self, index: int) -> Content:
+        """Read the index-th input; its image is located but not opened.
+
+        Raises:
+            InputFailure: its values are wrong.
+        """
+        where = self.where(index)
+        entry = self._entries[index]
+        if self._id_of(entry) != self.input_id(index):
+            raise DataError(f"{self._path}: the file changed while it was in use")
+        if not isinstance(entry, dict):
+            raise InputFailure("bad entry", f"{where}: {entry!r:.40} is no object")
+        score = entry.get("wm_score")
+        if score is not None and not is_number(score):
+            raise InputFailure("bad entry", f"{where}: wm_score is {score!r:.40}, expected a number")
+        lines, ignored = self._lines(entry.get("annotations", []), where)
+        return Content(
+            where=where,
+            input_id=self.input_id(index),
+            caption=describe_watermark(check_caption(entry.get("caption", ""), where), score),
+            lines=lines,
+            image=locate_image(self._root, entry.get("img_name"), where) if self._use_images else None,
+            frame=None if self._use_images else FRAME_WITHOUT_IMAGE,
+            name=entry["img_name"] if isinstance(entry.get("img_name"), str) else "",
+            ignored_polygons=ignored,
+        )
+
+    def _lines(self, annotations: Any, where: str) -> tuple[tuple[Line, ...], tuple[Polygon, ...]]:
+        if not isinstance(annotations, list):
+            raise InputFailure("bad entry", f"{where}: annotations is {annotations!r:.40}, expected a list")
+        lines, ignored = [], []
+        for place, annotation in enumerate(annotations):
+            at = f"{where}.annotations[{place}]"
+            if not isinstance(annotation, dict) or "polygon" not in annotation:
+                raise InputFailure("bad entry", f"{at}: expected an object with a polygon and a text")
+            if annotation["polygon"] == []:
+                continue  # upstream's way of saying "no place known"
+            if annotation.get("valid") is False:
+                ignored.append(check_polygon(annotation["polygon"], at))
+                continue
+            language = annotation.get("language")
+            if language is not None and not isinstance(language, str):
+                raise InputFailure("bad entry", f"{at}: language is {language!r:.40}, expected a name")
+            color, font = annotation.get("color"), annotation.get("font")
+            lines.append(
+                Line(
+                    text=check_text(annotation.get("text"), at),
+                    polygon=check_polygon(annotation["polygon"], at),
+                    language=language,
+                    color=UNKNOWN_COLOR if color is None else check_color(color, at),
+                    font=None if font is None else find_font(font, self._fonts, self._path.parent, at),
+                    in_glyph_map=check_in_glyph_map(annotation.get("glyph_map"), at),
+                )
+            )
+        return tuple(lines), tuple(ignored)
+
+
+def caption_as_annotated(caption: str) -> str:
+    """Take off a caption again what its watermark score put there, where it did."""
+    for score in (0.0, 1.0):
+        if caption.endswith(phrase := describe_watermark("", score)):
+            return caption.removesuffix(phrase)
+    return caption
+
+
+def locate_image(root: Path, name: Any, where: str) -> Path:
+    """Find an image by its name inside a folder.
+
+    Args:
+        root: the folder, resolved.
+        name: relative path as written in the data.
+        where: for messages.
+
+    Returns:
+        The file's real path.
+
+    Raises:
+        InputFailure: the name leads out of the folder (absolute, "..", a link), or no regular file is there.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise InputFailure("bad entry", f"{where}: image name is {name!r:.60}, expected a file's name")
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise InputFailure("image outside its folder", f"{where}: image {name!r:.80} leads out of its folder")
+    try:
+        real = Path(os.path.realpath(root / name, strict=True))
+        regular = stat.S_ISREG(real.stat().st_mode)
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+        raise InputFailure("image missing", f"{where}: image {name!r:.80}: {problem}") from None
+    if not real.is_relative_to(root):
+        raise InputFailure(
+            "image outside its folder", f"{where}: image {name!r:.80} is a link that leads out of its folder"
+        )
+    if not regular:
+        raise InputFailure("image missing", f"{where}: image {name!r:.80} is no regular file")
+    return real

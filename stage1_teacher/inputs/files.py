@@ -1,0 +1,122 @@
+"""All inputs of a run: annotation files, then prompt files, each in the order given."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+from common.config import PrecomputeConfig
+from common.errors import DataError
+from stage1_teacher.inputs.annotations import Annotations
+from stage1_teacher.inputs.input import Content
+from stage1_teacher.inputs.prompts import Prompts
+
+
+class Source(Protocol):
+    """One file of inputs."""
+
+    def __len__(self) -> int: ...
+
+    def input_id(self, index: int) -> str:
+        """Return the index-th input's id, without reading the file."""
+
+    def where(self, index: int) -> str:
+        """Name the index-th input for messages."""
+
+    def __getitem__(self, index: int) -> Content:
+        """Read the index-th input.
+
+        Raises:
+            InputFailure: its values are wrong.
+        """
+
+
+class Inputs:
+    """The inputs of several files, one after the other; reading is safe from threads."""
+
+    def __init__(self, sources: Sequence[Source], limit: int | None = None) -> None:
+        """Join files.
+
+        Args:
+            sources: opened files.
+            limit: use the first this many inputs; None for all.
+        """
+        self._sources = list(sources)
+        self._ends = list(accumulate(map(len, sources)))
+        total = self._ends[-1] if self._ends else 0
+        self._count = total if limit is None else min(limit, total)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        number = bisect_right(self._ends, index)
+        source = self._sources[number]
+        return source, index - (self._ends[number] - len(source))
+
+    def ids(self) -> list[str]:
+        """Return all ids in order; inputs that say the same have the same one."""
+        found = [source.input_id(i) for source in self._sources for i in range(len(source))]
+        return found[: self._count]
+
+    def where(self, index: int) -> str:
+        """Name an input for messages."""
+        source, place = self._find(index)
+        return source.where(place)
+
+    def __getitem__(self, index: int) -> Content:
+        """Read an input.
+
+        Raises:
+            InputFailure: its values are wrong.
+        """
+        source, place = self._find(index)
+        return source[place]
+
+
+def open_inputs(
+    annotations: Sequence[Path],
+    prompts: Sequence[Path],
+    settings: PrecomputeConfig,
+    fonts: Mapping[str, Path],
+    limit: int | None = None,
+) -> Inputs:
+    """Scan the files.
+
+    Args:
+        annotations: AnyWord json files.
+        prompts: JSONL files.
+        settings: how they are read.
+        fonts: configured fonts by name.
+        limit: use the first this many inputs.
+
+    Raises:
+        DataError: a file is missing or its structure is wrong, or there is no input at all.
+    """
+    sources: list[Source] = [
+        Annotations(
+            path,
+            fonts=fonts,
+            use_images=settings.use_images,
+            watermark_threshold=settings.watermark_threshold,
+            ignored_fields=settings.ignore_fields,
+        )
+        for path in annotations
+    ]
+    sources += [
+        Prompts(
+            path,
+            size=settings.size,
+            fonts=fonts,
+            use_images=settings.use_images,
+            ignored_fields=settings.ignore_fields,
+        )
+        for path in prompts
+    ]
+    inputs = Inputs(sources, limit)
+    if len(inputs) == 0:
+        raise DataError(f"no inputs in {', '.join(str(path) for path in (*annotations, *prompts)) or 'no files'}")
+    return inputs

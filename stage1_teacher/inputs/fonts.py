@@ -1,0 +1,143 @@
+"""Font files: found by name, opened once, at any size, always laid out the same way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import ImageFont, features
+
+from common.config import Config
+from common.errors import DataError
+from common.files import sha256_file
+from stage1_teacher.inputs.input import InputFailure, nearest
+
+logger = logging.getLogger(__name__)
+
+_PROBE_SIZE = 32
+
+
+@lru_cache(maxsize=1)
+def text_layout() -> str:
+    """Return how Pillow places characters on this machine: "raqm" (kerned and shaped) or "basic".
+
+    Pillow has Raqm only where the system has libfribidi. Text drawn with the other layout differs, so the
+    choice is part of a shard set's identity.
+    """
+    if features.check("raqm"):
+        return "raqm"
+    logger.warning(
+        "text is drawn without kerning or shaping: Pillow finds no libfribidi (Debian: apt install libfribidi0)"
+    )
+    return "basic"
+
+
+@lru_cache(maxsize=512)
+def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    """Open a font at a pixel size.
+
+    Args:
+        path: a TrueType or OpenType file.
+        size: em size in pixels, at least 1.
+
+    Raises:
+        DataError: the file is missing or no font.
+    """
+    engine = ImageFont.Layout.RAQM if text_layout() == "raqm" else ImageFont.Layout.BASIC
+    try:
+        return ImageFont.truetype(str(path), size=size, layout_engine=engine)
+    except OSError as error:
+        raise DataError(f"font {path}: {error}; expected a TrueType or OpenType file") from None
+
+
+@lru_cache(maxsize=512)
+def font_sha256(path: Path) -> str:
+    """Return the SHA-256 of a font file, read once."""
+    return sha256_file(path)
+
+
+def configured_fonts(config: Config) -> dict[str, Path]:
+    """Return the files of [teacher.fonts] by name.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    return {name: config.resolve(path, f"teacher.fonts.{name}") for name, path in config.teacher.fonts.items()}
+
+
+def line_identity(line: Any, fields: Sequence[str], fonts: Mapping[str, Path], folder: Path) -> Any:
+    """Return what a line of an input counts as: a font by its file's bytes, not by its name or path.
+
+    Args:
+        line: as written in the input; what is no object is returned as it is.
+        fields: that matter.
+        fonts: configured font files by name.
+        folder: that other fonts' paths are relative to.
+    """
+    if not isinstance(line, dict):
+        return line
+    said = {name: line[name] for name in fields if name in line}
+    return said | {"font": _font_identity(said["font"], fonts, folder)} if "font" in said else said
+
+
+def _font_identity(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
+    path = _font_path(font, fonts, folder)
+    try:
+        return font if path is None else font_sha256(path)
+    except OSError:  # `find_font` says why, when the input's turn comes
+        return font
+
+
+def find_font(font: Any, fonts: Mapping[str, Path], folder: Path, where: str) -> Path:
+    """Find the font that an input asks for, as a name in `fonts` or a path in `folder`.
+
+    Raises:
+        InputFailure: there is none of this name, or it is no font.
+    """
+    if not isinstance(font, str) or not font:
+        raise InputFailure("bad font", f"{where}: font is {font!r:.40}, expected a name or a path")
+    path = _font_path(font, fonts, folder)
+    if path is None:
+        raise InputFailure(
+            "bad font",
+            f"{where}: font {font!r:.60} is no file and no font of [teacher.fonts];"
+            f" {nearest(font, fonts) if fonts else 'that table is empty: add NAME = FILE to it'}",
+        )
+    try:
+        load_font(path, _PROBE_SIZE)
+    except DataError as error:
+        raise InputFailure("bad font", f"{where}: {error}") from None
+    return path
+
+
+def _font_path(font: Any, fonts: Mapping[str, Path], folder: Path) -> Path | None:
+    if not isinstance(font, str):
+        return None
+    path = fonts[font] if font in fonts else folder / font
+    try:
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
+@lru_cache(maxsize=64)
+def _missing_glyph(path: Path) -> bytes:
+    return _ink(path, "\U0010ffff")  # a noncharacter: no font has it, so this is the "missing" box
+
+
+def _ink(path: Path, character: str) -> bytes:
+    mask = load_font(path, _PROBE_SIZE).getmask(character)
+    return bytes(mask) + repr(mask.size).encode()
+
+
+@lru_cache(maxsize=65536)
+def _has_character(path: Path, character: str) -> bool:
+    return character.isspace() or _ink(path, character) != _missing_glyph(path)
+
+
+def can_draw(path: Path, text: str) -> bool:
+    """Tell whether a font has a glyph of its own for every character of a text."""
+    return all(_has_character(path, character) for character in text)

@@ -1,0 +1,215 @@
+"""Prompts: inputs that need no image, one JSON object a line.
+
+    {"caption": "a shop front", "lines": [{"text": "OPEN", "box": [76, 75, 436, 165], "color": "#dc1e28"}]}
+
+| field | meaning |
+| --- | --- |
+| caption | what the image shows |
+| lines | each with text, and box [x0, y0, x1, y1] or polygon [[x, y], ...]; see below |
+| size | side in pixels of the square that boxes refer to; default `precompute.size` |
+| seed | keys this prompt's noise; default `precompute.seed` |
+| image | file beside the prompts file, for font hints and edit mode |
+| mode | "generate" or "edit"; default: `precompute.edit_fraction` decides where there is an image |
+
+A line may also have color, font, language, and glyph_map: false leaves it out of the glyph map, so that its
+embedding alone says what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from stage1_teacher.inputs.annotations import locate_image
+from stage1_teacher.inputs.fonts import find_font, line_identity
+from stage1_teacher.inputs.input import (
+    UNKNOWN_COLOR,
+    Content,
+    InputFailure,
+    Line,
+    box_corners,
+    check_caption,
+    check_color,
+    check_fields,
+    check_in_glyph_map,
+    check_polygon,
+    check_text,
+    content_id,
+    is_number,
+)
+
+PROMPT_FIELDS = ("caption", "lines", "size", "seed", "image", "mode")
+LINE_FIELDS = ("text", "box", "polygon", "color", "font", "language", "glyph_map")
+
+
+class Prompts:
+    """The inputs of one JSONL file; blank lines do not count."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        size: int,
+        fonts: Mapping[str, Path],
+        use_images: bool = True,
+        ignored_fields: Collection[str] = (),
+    ) -> None:
+        """Scan a file.
+
+        Args:
+            path: the JSONL file.
+            size: side in pixels that boxes refer to where a prompt does not say.
+            fonts: configured font files by name.
+            use_images: False leaves image files alone.
+            ignored_fields: fields that may be there and are not read.
+
+        Raises:
+            DataError: no such file, a line is no JSON object, or has an unknown field.
+        """
+        self._path, self._size, self._fonts, self._use_images = path, float(size), fonts, use_images
+        self._ignored = frozenset(ignored_fields)
+        self._ids: list[str] = []
+        self._offsets, self._lengths, self._numbers = array("Q"), array("I"), array("I")
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from None
+        offset = 0
+        for number, line in enumerate(self._file, start=1):
+            if line.strip():
+                prompt = self._parse(line, f"{path}:{number}")
+                self._ids.append(prompt_id(prompt, self._fonts, path.parent.resolve(), use_images))
+                self._offsets.append(offset)
+                self._lengths.append(len(line))
+                self._numbers.append(number)
+            offset += len(line)
+
+    def _parse(self, line: bytes, where: str) -> dict[str, Any]:
+        try:
+            prompt = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON ({error}); expected one object a line") from None
+        if not isinstance(prompt, dict):
+            raise DataError(f"{where}: {prompt!r:.40} is no object")
+        check_fields(prompt, PROMPT_FIELDS, where, self._ignored)
+        lines = prompt.get("lines")
+        for place, item in enumerate(lines if isinstance(lines, list) else ()):
+            if isinstance(item, dict):
+                check_fields(item, LINE_FIELDS, f"{where}: lines[{place}]", self._ignored)
+        return prompt
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def input_id(self, index: int) -> str:
+        """Return the index-th input's id, without reading the file."""
+        return self._ids[index]
+
+    def where(self, index: int) -> str:
+        """Name the index-th input for messages."""
+        return f"{self._path.name}:{self._numbers[index]}"
+
+    def __getitem__(self, index: int) -> Content:
+        """Read the index-th prompt.
+
+        Raises:
+            InputFailure: its values are wrong.
+        """
+        data = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])
+        try:
+            content = parse_prompt(
+                json.loads(data),
+                where=self.where(index),
+                size=self._size,
+                fonts=self._fonts,
+                folder=self._path.parent.resolve(),
+                use_images=self._use_images,
+            )
+        except (ValueError, AttributeError):
+            content = None
+        if content is None or content.input_id != self._ids[index]:
+            raise DataError(f"{self._path}: the file changed while it was in use")
+        return content
+
+
+def prompt_id(prompt: Mapping[str, Any], fonts: Mapping[str, Path], folder: Path, use_images: bool) -> str:
+    """Hash a prompt; a font counts by its file's bytes, not by its name or path."""
+    value = {name: prompt[name] for name in PROMPT_FIELDS if name in prompt}
+    if not use_images:
+        value.pop("image", None)
+    if isinstance(prompt.get("lines"), list):
+        value["lines"] = [line_identity(line, LINE_FIELDS, fonts, folder) for line in prompt["lines"]]
+    return content_id("prompt" if use_images else "prompt without image", value)
+
+
+def parse_prompt(
+    prompt: Mapping[str, Any],
+    *,
+    where: str,
+    size: float,
+    fonts: Mapping[str, Path],
+    folder: Path,
+    use_images: bool = True,
+) -> Content:
+    """Check a prompt's values.
+
+    Args:
+        prompt: the JSON object.
+        where: file and line, for messages.
+        size: side in pixels that boxes refer to where the prompt does not say.
+        fonts: configured font files by name.
+        folder: resolved; the prompt's image lies inside it, and paths of fonts are relative to it.
+        use_images: False leaves the image alone.
+
+    Raises:
+        InputFailure: a value is wrong.
+    """
+    lines = prompt.get("lines", [])
+    if not isinstance(lines, list):
+        raise InputFailure("bad prompt", f"{where}: lines is {lines!r:.40}, expected a list")
+    frame = prompt.get("size", size)
+    if not is_number(frame) or frame < 1:
+        raise InputFailure("bad prompt", f"{where}: size is {frame!r:.40}, expected pixels, at least 1")
+    seed = prompt.get("seed")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise InputFailure("bad prompt", f"{where}: seed is {seed!r:.40}, expected an integer")
+    image = prompt.get("image") if use_images else None
+    mode = prompt.get("mode")
+    if mode not in (None, "generate", "edit") or (mode == "edit" and image is None):
+        raise InputFailure(
+            "bad prompt", f'{where}: mode is {mode!r:.40}, expected "generate", or "edit" with an image'
+        )
+    return Content(
+        where=where,
+        input_id=prompt_id(prompt, fonts, folder, use_images),
+        caption=check_caption(prompt.get("caption"), where),
+        lines=tuple(_line(line, f"{where}: lines[{i}]", fonts, folder) for i, line in enumerate(lines)),
+        image=None if image is None else locate_image(folder, image, where),
+        frame=float(frame),
+        mode=mode,
+        seed=seed,
+    )
+
+
+def _line(line: Any, where: str, fonts: Mapping[str, Path], folder: Path) -> Line:
+    if not isinstance(line, dict):
+        raise InputFailure("bad prompt", f"{where}: {line!r:.40} is no object")
+    if ("box" in line) == ("polygon" in line):
+        raise InputFailure("bad polygon", f"{where}: expected either a box or a polygon")
+    language = line.get("language")
+    if language is not None and not isinstance(language, str):
+        raise InputFailure("bad prompt", f"{where}: language is {language!r:.40}, expected a name")
+    color, font = line.get("color"), line.get("font")
+    return Line(
+        text=check_text(line.get("text"), where),
+        polygon=box_corners(line["box"], where) if "box" in line else check_polygon(line["polygon"], where),
+        language=language,
+        color=UNKNOWN_COLOR if color is None else check_color(color, where),
+        font=None if font is None else find_font(font, fonts, folder, where),
+        in_glyph_map=check_in_glyph_map(line.get("glyph_map"), where),
+    )

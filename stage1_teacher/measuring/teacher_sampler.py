@@ -1,0 +1,177 @@
+"""The teacher as one who draws in an evaluation: on any grid, also with a part of it left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.anytext2.fingerprint import fingerprint
+from common.anytext2.unet import UNet, pad_contexts
+from common.anytext2.writenet import WriteNet
+from common.config import Config
+from common.errors import UsageError
+from stage1_teacher.measuring.held_out import ABLATIONS, HeldOut, split_parts
+from stage1_teacher.teacher.grids import Grid, parse_grid
+from stage1_teacher.teacher.solver import Predict, integrate, make_predict
+from stage1_teacher.teacher.teacher import Conditioning, Teacher, Uncond
+
+BASELINE_STEPS = (8, 4)
+"""Steps on the trailing grid: what a user gets who samples the undistilled teacher in a student's few steps."""
+ABLATION_GRID = "upstream:20"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TeacherDrawer:
+    """The teacher, set to draw in one way."""
+
+    label: str
+    """For the tables."""
+    held_out: HeldOut
+    load: Callable[[], tuple[Teacher, Uncond]]
+    """Loads the networks once, when they are needed."""
+    grid: Grid
+    guidance_scale: float
+    """s in eps_u + s (eps_c - eps_u)."""
+    settings: dict[str, Any]
+    """What the images depend on, besides the inputs."""
+    record_every: int = 0
+    """Round every this many-th state to float16, as a recorded solve does; 0 rounds none."""
+    without: str = ""
+    """What of AnyText2 to leave out, as `split_parts` takes it; empty for the whole network."""
+
+    @property
+    def kind(self) -> str:
+        """Say who draws."""
+        return "teacher"
+
+    @property
+    def steps(self) -> int:
+        """Steps of the grid."""
+        return self.grid.num_steps
+
+    @property
+    def noises(self) -> int:
+        """Noises needed per image."""
+        return 1
+
+    def modules(self) -> tuple[UNet, WriteNet]:
+        """Return the networks whose evaluations are counted."""
+        teacher, _ = self.load()
+        return teacher.unet, teacher.writenet
+
+    def prepare(self, input_ids: Sequence[str]) -> list[Conditioning]:
+        """Encode inputs."""
+        return self.held_out.encode(self.load()[0], input_ids, self.without)
+
+    @torch.no_grad()
+    def latents(self, conditionings: Sequence[Conditioning], noise: Tensor) -> Tensor:
+        """Solve from noise to image latents.
+
+        Args:
+            conditionings: B of one image size.
+            noise: (B, 1, C, h, w).
+
+        Returns:
+            (B, C, h, w) float32.
+
+        Raises:
+            DataError: the teacher produced NaN or Inf.
+        """
+        teacher, _ = self.load()
+        # As objects of their own: images that share an input must not share its WriteNet evaluations, or the cost
+        # of an image would depend on how many are drawn of it.
+        conditionings = [replace(item) for item in conditionings]
+        rounds = self.record_every > 0
+        rollout = integrate(
+            self._predict(conditionings),
+            noise[:, 0].to(teacher.device, torch.float32),
+            self.grid.timesteps,
+            guidance_scale=self.guidance_scale,
+            keep=range(0, self.grid.num_steps, self.record_every) if rounds else (),
+            alphas_cumprod_end=self.grid.alphas_cumprod_end,
+            round_states=rounds,
+        )
+        return rollout.states[:, -1].float()
+
+    def _predict(self, conditionings: Sequence[Conditioning]) -> Predict:
+        teacher, uncond_context = self.load()
+        uncond = None if self.guidance_scale == 1 else uncond_context
+        left_out = split_parts(self.without)
+        attnx_scale = 0.0 if "attnx" in left_out else 1.0
+        if "writenet" not in left_out:
+            return make_predict(teacher, conditionings, uncond, attnx_scale)
+        count = len(conditionings)
+        contexts = [item.image_context for item in conditionings]
+        context, mask = pad_contexts(contexts + ([] if uncond is None else [uncond.image_context] * count))
+
+        def predict(noisy_latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
+            if uncond is not None:
+                noisy_latents, timesteps = torch.cat([noisy_latents] * 2), torch.cat([timesteps] * 2)
+            eps = teacher.eps(noisy_latents, timesteps, context, None, context_mask=mask, attnx_scale=attnx_scale)
+            return (eps, None) if uncond is None else (eps[:count], eps[count:])
+
+        return predict
+
+
+def teacher_drawers(
+    config: Config,
+    held_out: HeldOut,
+    load: Callable[[], tuple[Teacher, Uncond]],
+    grids: Sequence[str],
+    without: Sequence[str],
+) -> list[TeacherDrawer]:
+    """Return the ways in which the teacher is to draw.
+
+    Args:
+        config: model and precompute are used.
+        held_out: the inputs.
+        load: loads the networks; called when the first image is drawn.
+        grids: like "upstream:20". The one that stage one records on draws as it does there, rounding included.
+        without: what to leave out, each as `split_parts` takes it, on `ABLATION_GRID`.
+
+    Raises:
+        UsageError: a grid or a part is unknown.
+    """
+    settings = {
+        "teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher"),
+        "dtype": config.model.dtype,
+        "guidance_scale": config.precompute.guidance_scale,
+    }
+
+    def make(name: str, part: str = "") -> TeacherDrawer:
+        grid = parse_grid(name)
+        recorded = name == recorded_grid(config) and not part
+        notes = "as recorded" if recorded else f"{grid.name} grid"
+        left_out = f" without {part.replace('-', ' ').replace('+', ' and ')}" if part else ""
+        return TeacherDrawer(
+            label=f"teacher, {grid.num_steps} step{'s' if grid.num_steps > 1 else ''} ({notes}){left_out}",
+            held_out=held_out,
+            load=load,
+            grid=grid,
+            guidance_scale=config.precompute.guidance_scale,
+            settings={**settings, "grid": name, "without": part, "rounds_states": recorded},
+            record_every=config.precompute.record_every if recorded else 0,
+            without=part,
+        )
+
+    if "" in without:
+        raise UsageError(f"--without: received nothing, expected one of {', '.join(sorted(ABLATIONS))}")
+    without = list(dict.fromkeys("+".join(split_parts(part)) for part in without))
+    if without:  # with what it is compared
+        grids = [*grids, ABLATION_GRID]
+    return [make(name) for name in dict.fromkeys(grids)] + [make(ABLATION_GRID, part) for part in without]
+
+
+def recorded_grid(config: Config) -> str:
+    """Return the grid that stage one records on: the ceiling of what its students can learn."""
+    return f"trailing:{config.precompute.solver_steps}"
+
+
+def default_grids(config: Config) -> tuple[str, ...]:
+    """Return the grids of the usual comparison, the upstream project's own first."""
+    few = (f"trailing:{steps}" for steps in BASELINE_STEPS)
+    return tuple(dict.fromkeys((ABLATION_GRID, recorded_grid(config), *few)))

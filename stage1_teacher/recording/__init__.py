@@ -1,0 +1,1 @@
+"""From rendered inputs to committed shards: recorder, shard maker, shares, identity."""

@@ -1,0 +1,125 @@
+"""What decides a set of records, and what it was made with.
+
+The identity holds everything that changes a record's values and nothing else: two runs with equal identities may
+write to one set. No paths: the same files in another place make the same set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import features
+
+from common.anytext2.config import NetworkConfig, load_network_config
+from common.anytext2.fingerprint import fingerprint
+from common.config import Config
+from common.schedule import make_alphas_cumprod, trailing_timesteps
+from stage1_teacher.inputs.fonts import font_sha256, text_layout
+from stage1_teacher.rendering.rendered_input import DrawSettings
+
+RECIPE = 1
+"""Version of how inputs are drawn, captioned and solved; raised with every change that alters a record."""
+
+_NOT_IDENTITY = ("max_failures", "ignore_fields", "draw_workers")
+"""Settings of `precompute` that change no record."""
+_PACKAGES = (
+    "diffusers",
+    "numpy",
+    "opencc-python-reimplemented",
+    "opencv-python-headless",
+    "pillow",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+_TOKENIZER_FILES = ("vocab.json", "merges.txt")
+
+
+def load_network(config: Config) -> NetworkConfig:
+    """Return the network's sizes that a configuration names."""
+    name = config.model.network
+    return load_network_config(name if name == "sd15" else config.resolve(name, "model.network"))
+
+
+def build_identity(config: Config, settings: DrawSettings) -> dict[str, Any]:
+    """Collect what decides the records.
+
+    Returns:
+        JSON values. `timesteps` are those of the stored called states, empty for noised data.
+
+    Raises:
+        UsageError: the configuration names no network, checkpoint or tokenizer.
+        DataError: one of them is missing or unreadable.
+    """
+    checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
+    precompute = {k: v for k, v in asdict(config.precompute).items() if k not in _NOT_IDENTITY}
+    teacher = {k: v for k, v in asdict(config.teacher).items() if k not in ("font", "fonts")}
+    grid = trailing_timesteps(config.precompute.solver_steps).tolist()
+    rollout = config.precompute.source == "rollout"
+    return {
+        "recipe": RECIPE,
+        "teacher_fingerprint": fingerprint(checkpoint, "teacher"),
+        "base_fingerprint": fingerprint(checkpoint, "base"),
+        "tokenizer_sha256": _hash_tokenizer(config.resolve(config.model.clip, "model.clip")),
+        "network": asdict(load_network(config)),
+        "config": {
+            "model": {"dtype": config.model.dtype},
+            "teacher": teacher,
+            "precompute": precompute,
+            "shards": {"samples_per_shard": config.shards.samples_per_shard},
+        },
+        "fonts": {
+            "default": font_sha256(settings.font),
+            "named": {name: font_sha256(path) for name, path in settings.fonts.items()},
+        },
+        "text_layout": text_layout(),
+        "dtype": "float16",
+        "solver": {"name": "ddim", "timesteps": grid, "alphas_cumprod_end": 1.0},
+        "timesteps": grid[:: config.precompute.record_every] if rollout else [],
+        "alphas_cumprod": make_alphas_cumprod().tolist(),
+    }
+
+
+def _hash_tokenizer(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"")  # loading it says what is wrong
+    return digest.hexdigest()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return device and library versions: what two runs must share to write the same bytes."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "freetype": features.version("freetype2") or "",
+    }
+
+
+def describe_run(device: torch.device) -> dict[str, Any]:
+    """Return `describe_machine` with host and time, for the manifest."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**describe_machine(device), "host": socket.gethostname(), "created": now}
+
+
+def _processor() -> str:
+    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,88 @@
+"""Running the teacher again on recorded inputs: do the shards still say what the teacher does?
+
+A record holds exactly what the solver was given (contexts and masked latents are rounded before the solve, and so
+is the noise, which is its first state), so no annotation or image is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from common.anytext2.fingerprint import fingerprint
+from common.config import Config
+from common.errors import DataError
+from shards.reading.reader import ShardSet
+from shards.records.record import Record
+from stage1_teacher.recording.recorder import round_uncond
+from stage1_teacher.teacher.solver import Rollout, solve
+from stage1_teacher.teacher.teacher import Conditioning, Teacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputed:
+    """How one record compares with a new solve."""
+
+    index: int
+    """In the set."""
+    input_id: str
+    largest: float
+    """Largest absolute difference of any recorded value (states, x0_cond, x0_uncond), in units of latents."""
+
+
+def recompute(config: Config, shards: ShardSet, indices: Sequence[int]) -> Iterator[Recomputed]:
+    """Solve recorded inputs again, one at a time, from their own recorded noise.
+
+    Args:
+        config: `model` says where the teacher lies; all other settings are the set's own.
+        shards: an open set of rollouts.
+        indices: which records.
+
+    Raises:
+        DataError: the teacher is not the one that made the set, or the set holds noised data.
+    """
+    identity = shards.manifest.identity
+    settings: dict[str, Any] = identity.get("config", {}).get("precompute", {})
+    if settings.get("source") != "rollout":
+        raise DataError(f"--recompute needs a set of rollouts, this one's source is {settings.get('source')!r}")
+    ours = fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher")
+    if ours != identity.get("teacher_fingerprint"):
+        raise DataError(
+            f"the configured teacher's fingerprint is {ours[:12]}..., the set was made by "
+            f"{str(identity.get('teacher_fingerprint'))[:12]}...; configure the teacher that made it"
+        )
+    teacher = Teacher.load(config)
+    for index in indices:
+        record = shards[index]
+        rollout = _solve_again(teacher, shards, record, settings, identity["solver"]["timesteps"])
+        pairs = [
+            (record.rollout_latents, rollout.states),
+            (record.x0_cond, rollout.x0_cond),
+            (record.x0_uncond, rollout.x0_uncond),
+        ]
+        differences = [
+            float((stored.double() - again.cpu().double()).abs().max())
+            for stored, again in pairs
+            if stored is not None and again is not None
+        ]
+        yield Recomputed(index=index, input_id=record.meta.input_id, largest=max(differences))
+
+
+def _solve_again(
+    teacher: Teacher, shards: ShardSet, record: Record, settings: dict[str, Any], timesteps: list[int]
+) -> Rollout:
+    fields = ("image_context", "text_context", "glyphs", "positions", "masked_latents")
+    conditioning = Conditioning(**{name: getattr(record, name).float().to(teacher.device) for name in fields})
+    return solve(
+        teacher,
+        [conditioning] * record.num_rollouts,
+        round_uncond(shards.uncond, teacher),
+        record.rollout_latents[:, 0].float(),  # (R, C, h, w)
+        torch.tensor(timesteps),
+        guidance_scale=record.meta.guidance_scale,
+        keep=range(0, len(timesteps), settings["record_every"]),
+        store_predictions=record.x0_cond is not None,
+    )

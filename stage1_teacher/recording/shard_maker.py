@@ -1,0 +1,187 @@
+"""Making a task's shards, one after the other.
+
+A shard is made from its own inputs alone and batches never cross its border: it holds the same bytes whoever makes
+it, and however often that was interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config import PrecomputeConfig
+from common.errors import DataError
+from common.progress import Progress
+from common.signals import StopFlag
+from shards.files.failures import Failure
+from shards.files.names import shard_name
+from shards.files.plan import PlannedShard
+from shards.remote.upload import Uploader
+from shards.writing.writer import ShardWriter
+from stage1_teacher.inputs.files import Inputs
+from stage1_teacher.inputs.input import InputFailure
+from stage1_teacher.recording.recorder import Recorder
+from stage1_teacher.recording.share import Share
+from stage1_teacher.recording.trajectories import RolloutKeeper
+from stage1_teacher.rendering.ahead import Outcome, draw_ahead
+from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings
+
+logger = logging.getLogger(__name__)
+
+
+class ShardMaker:
+    """Draws, records and commits."""
+
+    def __init__(
+        self,
+        folder: Path,
+        identity_sha256: str,
+        share: Share,
+        settings: PrecomputeConfig,
+        stop: StopFlag,
+        machine: Mapping[str, Any],
+        *,
+        rollouts: RolloutKeeper | None = None,
+        uploader: Uploader | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            folder: the set's.
+            identity_sha256: its manifest's.
+            share: what this task makes; its counts are kept up to date.
+            settings: batch size, threads and the budget of failures.
+            stop: asked between shards and batches.
+            machine: device and library versions, stored in every sidecar.
+            rollouts: keeps whole rollouts; the recorder must hand them to its `collect`.
+            uploader: sends every shard away after it was committed.
+        """
+        self._folder, self._identity_sha256 = folder, identity_sha256
+        self._share, self._settings, self._stop, self._machine = share, settings, stop, machine
+        self._rollouts, self._uploader = rollouts, uploader
+        self._reasons: Counter[str] = Counter()
+
+    def send_found(self) -> None:
+        """Upload the shards that earlier runs committed, where they are not there yet.
+
+        Raises:
+            DataError: the upload failed for good.
+            Stopped: a signal came.
+        """
+        self._send(self._share.found)
+
+    def make_all(self, inputs: Inputs, draw_settings: DrawSettings, recorder: Recorder) -> None:
+        """Make every shard that is left.
+
+        Raises:
+            DataError: too many inputs failed, or the teacher, the disk or the upload did.
+            Stopped: a signal came; the shard in work is dropped.
+        """
+        todo = self._share.todo
+        indices = (index for item in todo for index in item.indices)
+        ahead = 2 * self._settings.batch_size + self._settings.draw_workers
+        with (
+            Progress(sum(len(item.indices) for item in todo), "precompute", "input") as progress,
+            draw_ahead(inputs, indices, draw_settings, workers=self._settings.draw_workers, ahead=ahead) as drawn,
+        ):
+            for item in todo:
+                self.check_stop()
+                self._make(item.shard, drawn, recorder, progress)
+
+    def check_stop(self) -> None:
+        """Ask whether to go on; done between shards and, by the recorder, between batches.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        self._stop.raise_if_requested(self._share.standing)
+
+    def _make(self, shard: PlannedShard, drawn: Iterator[Outcome], recorder: Recorder, progress: Progress) -> None:
+        writer = ShardWriter(
+            self._folder, shard.shard_index, identity_sha256=self._identity_sha256, provenance=self._machine
+        )
+        if self._rollouts is not None:
+            self._rollouts.begin()
+        failed: list[int] = []
+        with writer:
+            first = shard.first_index
+            for group in group_by_drawn(drawn, len(shard.input_ids), self._settings.batch_size):
+                self._write_group(writer, shard, first, group, recorder)
+                places = range(first - shard.first_index, len(shard.input_ids))
+                failed += [p for p, item in zip(places, group, strict=False) if isinstance(item, InputFailure)]
+                first += len(group)
+                progress.update(len(group), failed=self._share.failed)
+            header = writer.commit()
+        if self._rollouts is not None:
+            if header.sha256 != writer.sha256:
+                logger.warning(
+                    "%s was committed with other values than it has now (another device or version?): its "
+                    "trajectories are not those of its records to the last bit",
+                    header.shard,
+                )
+            self._rollouts.write(shard, failed)
+        self._share.records += writer.count
+        self._share.written += 1
+        self._send([header.shard])
+
+    def _send(self, shards: Sequence[str]) -> None:
+        if self._uploader is None:
+            return
+        try:
+            for shard in shards:
+                self.check_stop()
+                self._share.uploaded += self._uploader.upload_shard(shard)
+        except DataError as error:
+            raise DataError(f"{error} ({self._share.standing} in {self._folder})") from None
+
+    def _write_group(
+        self, writer: ShardWriter, shard: PlannedShard, first: int, group: list[Outcome], recorder: Recorder
+    ) -> None:
+        try:
+            records = iter(recorder.record([item for item in group if isinstance(item, DrawnInput)]))
+        except DataError as error:
+            last = first + len(group) - 1
+            raise type(error)(f"{shard_name(shard.shard_index)}, inputs {first} to {last}: {error}") from None
+        for index, outcome in enumerate(group, start=first):
+            if isinstance(outcome, DrawnInput):
+                writer.add(index, next(records))
+            else:
+                writer.fail(self._note(shard, index, outcome))
+
+    def _note(self, shard: PlannedShard, index: int, failure: InputFailure) -> Failure:
+        """Count a failed input.
+
+        Raises:
+            DataError: it is one too many.
+        """
+        logger.warning("input %d failed: %s", index, failure)
+        self._share.failed += 1
+        self._reasons[failure.reason] += 1
+        allowed = self._settings.max_failures
+        if self._share.failed > allowed:
+            reason, count = self._reasons.most_common(1)[0]
+            raise DataError(
+                f"{self._share.failed} inputs of this task failed, precompute.max_failures is {allowed}; "
+                f'{count} of them now with "{reason}"; the last one: {failure}; mend the inputs or raise the limit'
+            )
+        return Failure(
+            input_id=shard.input_ids[index - shard.first_index],
+            sample_index=index,
+            reason=failure.reason,
+            message=str(failure),
+        )
+
+
+def group_by_drawn(drawn: Iterator[Outcome], count: int, batch_size: int) -> Iterator[list[Outcome]]:
+    """Cut the next `count` outcomes into groups with `batch_size` drawn inputs, failures where they fall."""
+    group: list[Outcome] = []
+    for _ in range(count):
+        group.append(next(drawn))
+        if sum(isinstance(item, DrawnInput) for item in group) == batch_size:
+            yield group
+            group = []
+    if group:
+        yield group

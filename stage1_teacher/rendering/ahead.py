@@ -1,0 +1,54 @@
+"""Drawing beside the teacher: threads read images and draw the inputs that come next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+
+from stage1_teacher.inputs.files import Inputs
+from stage1_teacher.inputs.input import InputFailure
+from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
+
+Outcome = DrawnInput | InputFailure
+
+
+@contextmanager
+def draw_ahead(
+    inputs: Inputs, indices: Iterable[int], settings: DrawSettings, *, workers: int, ahead: int
+) -> Iterator[Iterator[Outcome]]:
+    """Draw inputs in the given order, some before they are asked for.
+
+    Args:
+        inputs: all inputs of the run.
+        indices: which to draw.
+        settings: how.
+        workers: threads.
+        ahead: drawn inputs kept ready at most; at 512 pixels each holds about 10 MB.
+
+    Yields:
+        An iterator over the drawn inputs; one that cannot be drawn is its failure instead.
+    """
+
+    def draw(index: int) -> Outcome:
+        try:
+            return draw_input(inputs[index], settings)
+        except InputFailure as failure:
+            return failure
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="draw")
+    rest = iter(indices)
+    waiting: deque[Future[Outcome]] = deque(pool.submit(draw, index) for index in islice(rest, ahead))
+
+    def outcomes() -> Iterator[Outcome]:
+        while waiting:
+            outcome = waiting.popleft().result()
+            waiting.extend(pool.submit(draw, index) for index in islice(rest, 1))
+            yield outcome
+
+    try:
+        yield outcomes()
+    finally:
+        pool.shutdown(cancel_futures=True)

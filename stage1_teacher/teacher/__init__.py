@@ -1,0 +1,1 @@
+"""The teacher: AnyText2's networks, its encoders, and the solver of its ODE."""

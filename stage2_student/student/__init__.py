@@ -1,0 +1,1 @@
+"""The student: networks with LoRA, adapters on disk, sampling, export."""

@@ -1,0 +1,168 @@
+"""A trained student on disk: LoRA files and the card that says how to sample with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from common.errors import DataError, UsageError
+from common.files import canonical_json, write_bytes_atomic
+from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, LIST_FILE, newest_checkpoint
+from stage2_student.student.lora import attach, load_lora, save_lora
+from stage2_student.student.student import Student, split_parts
+
+CARD_FILE = "student.json"
+LORA_DIR, EMA_DIR = "lora", "ema"
+"""Adapters in a checkpoint: the trained one, and the average of its weights if the run keeps one."""
+FORMAT = 1
+SAMPLERS = ("ddim", "lcm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What sampling needs to know, and where the student comes from."""
+
+    objective: str
+    """Of the training, e.g. "phased"."""
+    sampler: str
+    """"ddim" (eta 0, ending at alphas_cumprod = 1) or "lcm" (noise is added between steps)."""
+    timesteps: tuple[int, ...]
+    """t at which the network is called, descending; as many as there are steps (M)."""
+    step: int
+    """Optimizer steps of training."""
+    rank: int
+    """Of the adapters."""
+    alpha: float
+    """Their output is scaled by alpha / rank."""
+    base_fingerprint: str
+    """Of the base (UNet and WriteNet) that was trained on."""
+    set_hash: str
+    """Of the shards that were trained on."""
+    config: Mapping[str, Any]
+    """The training's resolved configuration."""
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
+        if self.sampler not in SAMPLERS or not self.timesteps or not falling:
+            raise DataError(f"{CARD_FILE}: sampler {self.sampler!r} with timesteps {self.timesteps} is not known")
+
+    @property
+    def num_steps(self) -> int:
+        """M."""
+        return len(self.timesteps)
+
+    def at_step(self, step: int) -> Card:
+        """Return the card after so many optimizer steps."""
+        return dataclasses.replace(self, step=step)
+
+    def require_steps(self, steps: int | None) -> None:
+        """Refuse another number of steps than the student was trained for.
+
+        Args:
+            steps: what was asked for, or None for M.
+
+        Raises:
+            UsageError: it is not M.
+        """
+        if steps is not None and steps != self.num_steps:
+            raise UsageError(
+                f"this student was trained for {self.num_steps} steps (timesteps {list(self.timesteps)}), received"
+                f" {steps}; leave the number out, or train another with train.num_phases = {steps}"
+            )
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
+    """Write an adapter: a PEFT folder for each adapted network, then the card.
+
+    Args:
+        folder: made if missing.
+        tensors: by the names of `Student.trainable`.
+        card: written last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, of_part in split_parts(dict(tensors)).items():
+        save_lora(folder / part, of_part, rank=card.rank, alpha=card.alpha)
+    content = {"format": FORMAT, **dataclasses.asdict(card)}
+    write_bytes_atomic(folder / CARD_FILE, canonical_json(content))
+
+
+def read_card(folder: Path) -> Card:
+    """Read an adapter's card.
+
+    Raises:
+        DataError: it is missing, or not one that this version knows.
+    """
+    path = folder / CARD_FILE
+    try:
+        values = json.loads(path.read_bytes())
+        found = values.pop("format")
+        if found != FORMAT:
+            raise DataError(f"{path}: format is {found}, expected {FORMAT}; is it of another version?")
+        return Card(**{**values, "timesteps": tuple(int(t) for t in values["timesteps"])})
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no {CARD_FILE}; expected a run folder or an adapter's folder") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not an adapter's card ({error})") from None
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read an adapter's tensors, by the names of `Student.trainable`.
+
+    Raises:
+        DataError: a file is missing or unreadable.
+    """
+    parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return {f"{part}.{name}": tensor for part in parts for name, tensor in load_lora(folder / part)[0].items()}
+
+
+def attach_adapter(student: Student, folder: Path, base_fingerprint: str) -> Card:
+    """Give the base a stored adapter.
+
+    Args:
+        student: without adapters.
+        folder: holds the card.
+        base_fingerprint: of the student's checkpoint.
+
+    Raises:
+        DataError: the adapter is unreadable, or was trained on another base.
+    """
+    card = read_card(folder)
+    if card.base_fingerprint != base_fingerprint:
+        raise DataError(
+            f"adapter {folder}: trained on the base {card.base_fingerprint[:12]}, received the base"
+            f" {base_fingerprint[:12]}; set model.checkpoint to the one that it was trained on"
+        )
+    models: dict[str, nn.Module] = {"unet": student.unet, "writenet": student.writenet}
+    for part, tensors in split_parts(load_tensors(folder)).items():
+        if part not in models:
+            raise DataError(f"adapter {folder}: unknown part {part!r}, expected unet or writenet")
+        attach(models[part], part, tensors, rank=card.rank, alpha=card.alpha)
+    return card
+
+
+def find_adapter(path: Path) -> Path:
+    """Find the adapter to sample with.
+
+    Args:
+        path: a run's folder (its newest complete checkpoint is taken), a checkpoint, or an adapter's folder. Of a
+            checkpoint that keeps an average of the weights, the average is taken.
+
+    Raises:
+        DataError: there is none.
+    """
+    if (path / CARD_FILE).exists():
+        return path
+    checkpoint = path if (path / LIST_FILE).exists() else newest_checkpoint(path / CHECKPOINTS_DIR)
+    if checkpoint is not None:
+        for kind in (EMA_DIR, LORA_DIR):
+            if (checkpoint / kind / CARD_FILE).exists():
+                return checkpoint / kind
+    raise DataError(
+        f"{path}: no adapter there; expected the folder of a run with a checkpoint, or an adapter's folder"
+    )

@@ -1,0 +1,161 @@
+"""Sampling a student: its M steps at its own timesteps, one UNet call a step and no guidance."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from common.anytext2.checkpoint import load_vae
+from common.anytext2.fingerprint import fingerprint
+from common.anytext2.vae import VAE
+from common.config import Config
+from common.device import resolve_device
+from common.files import write_bytes_atomic
+from common.schedule import ddim_step, make_alphas_cumprod
+from common.seeding import generator
+from stage2_student.student.adapter import Card, attach_adapter, find_adapter, read_card
+from stage2_student.student.lora import merge
+from stage2_student.student.student import DTYPES, Conditioning, Student, load_base, network_of
+from stage2_student.training.losses import alphas_at, consistency_value
+
+Picture = NDArray[np.uint8]
+"""(H, W, 3), RGB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sampler:
+    """A student ready to draw."""
+
+    student: Student
+    """With its adapter merged into the weights."""
+    card: Card
+    """How it is to be sampled."""
+    device: torch.device
+    """Where it computes."""
+
+    @staticmethod
+    def load(config: Config, adapter: Path, steps: int | None = None) -> Sampler:
+        """Load the base and a run's adapter.
+
+        Args:
+            config: its [model] section.
+            adapter: a run's folder, a checkpoint, or an adapter's folder.
+            steps: the number of steps that was asked for, or None for the student's own.
+
+        Raises:
+            UsageError: the student was trained for another number of steps.
+            DataError: no adapter there, or it belongs to another base.
+        """
+        folder = find_adapter(adapter)
+        read_card(folder).require_steps(steps)  # before the base is loaded
+        device = resolve_device(config.model.device)
+        student, checkpoint = load_base(config, DTYPES[config.model.dtype], device)
+        card = attach_adapter(student, folder, fingerprint(checkpoint, "base"))
+        for model in (student.unet, student.writenet):
+            merge(model)  # sampling changes no adapter: what it adds to every layer's work can be spared
+        return Sampler(student=student.requires_grad_(False), card=card, device=device)
+
+    def noise(self, seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """Draw the noise of numbered images; an image's depends on (seed, number) alone.
+
+        Args:
+            seed: chosen by the user.
+            numbers: B of them.
+            shape: of the latents, (C, h, w).
+
+        Returns:
+            (B, K, C, h, w): z at the first timestep, then, for sampler "lcm", the noise added before each later
+            step.
+        """
+        return torch.stack([draw_noise(seed, number, shape, self.noises_needed) for number in numbers])
+
+    @property
+    def noises_needed(self) -> int:
+        """K: noises per image."""
+        return self.card.num_steps if self.card.sampler == "lcm" else 1
+
+    @torch.no_grad()
+    def latents(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        """Sample B images.
+
+        Args:
+            conditioning: of B images.
+            noise: see `noise`, (B, K, C, h, w).
+
+        Returns:
+            Latents, (B, C, h, w) float32.
+
+        Source: Song et al. 2021 (DDIM), equation 12, eta = 0; Luo et al. 2023 (LCM), algorithm 3, for "lcm".
+        """
+        conditioning = conditioning.to(self.device, self.student.dtype)
+        noise = noise.to(self.device, torch.float32)
+        control = self.student.control(conditioning)  # depends on neither z_t nor t: once
+        table = make_alphas_cumprod().to(self.device)
+        z = noise[:, 0]
+        ends = [*self.card.timesteps[1:], -1]
+        for step, (t, t_end) in enumerate(zip(self.card.timesteps, ends, strict=True)):
+            now, later = (torch.full((len(z),), when, device=self.device) for when in (t, t_end))
+            eps = self.student(z, now, conditioning, control).float()
+            a, a_end = alphas_at(table, now), alphas_at(table, later)
+            if self.card.sampler == "ddim":
+                z = ddim_step(z, eps, a, a_end)
+            else:
+                z = consistency_value(z, eps, now, a)
+                if t_end >= 0:
+                    z = a_end.sqrt() * z + (1 - a_end).sqrt() * noise[:, step + 1]
+        return z
+
+
+def draw_noise(seed: int, number: int, shape: tuple[int, ...], count: int = 1) -> Tensor:
+    """Draw the noise of one numbered image, (count, C, h, w); more of it leaves the first unchanged."""
+    return torch.randn((count, *shape), generator=generator(seed, "sample", number))
+
+
+def load_decoder(config: Config) -> VAE:
+    """Load the autoencoder that turns latents into images.
+
+    Raises:
+        DataError: the checkpoint lacks it, or is of another network.
+    """
+    checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
+    device = resolve_device(config.model.device)
+    return load_vae(network_of(config), checkpoint, DTYPES[config.model.dtype], device)
+
+
+@torch.no_grad()
+def decode(vae: VAE, latents: Tensor) -> list[Picture]:
+    """Decode latents one by one.
+
+    Args:
+        vae: on any device, in any float type.
+        latents: (B, C, h, w), any float type and device.
+    """
+    parameter = next(vae.parameters())
+    pictures = []
+    for one in latents.to(parameter.device, parameter.dtype).split(1):
+        image = vae.decode(one)[0].float().clamp(-1, 1)  # (3, H, W)
+        pictures.append(((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    return pictures
+
+
+def beside(pictures: Sequence[Picture], gap: int = 4) -> Picture:
+    """Put pictures of one height side by side, white between them."""
+    white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
+    parts = [part for picture in pictures for part in (white, picture)][1:]
+    return np.concatenate(parts, axis=1)
+
+
+def write_png(path: Path, picture: Picture) -> None:
+    """Write a picture as PNG, complete or not at all."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(path, buffer.getvalue())

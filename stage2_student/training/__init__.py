@@ -1,0 +1,1 @@
+"""Training: objectives, losses, phases, trainer, checkpoints."""

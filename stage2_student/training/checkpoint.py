@@ -1,0 +1,117 @@
+"""What a checkpoint holds, and how a run takes it up again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.errors import DataError
+from common.files import canonical_json, write_bytes_atomic
+from stage2_student.student.adapter import EMA_DIR, LORA_DIR, Card, load_tensors, save_adapter
+from stage2_student.student.lora import load_parameters
+from stage2_student.training.ema import Ema
+
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+
+
+@dataclass(kw_only=True, slots=True)
+class Progression:
+    """Where a run stands, as plain JSON values; changes as it goes."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    loader: dict[str, Any] = field(default_factory=dict)
+    """The loader's whole state."""
+    loss_sum: float = 0.0
+    """Of the steps since the last log line."""
+    loss_count: int = 0
+    """Steps since the last log line."""
+    scaler: dict[str, Any] | None = None
+    """Of the gradient scaler, with fp16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner:
+    """Everything with weights or moments."""
+
+    parameters: dict[str, nn.Parameter]
+    """The adapters', by the names of `Student.trainable`."""
+    optimizer: torch.optim.Optimizer
+    """AdamW over the parameters, in their order."""
+    ema: Ema | None
+    """Their average, if the run keeps one."""
+
+
+def write_state(
+    folder: Path, learner: Learner, progression: Progression, card: Card, identity: Mapping[str, Any]
+) -> None:
+    """Fill a checkpoint's folder: the LoRA and its EMA as adapters, the optimizer's moments, the rest as JSON.
+
+    Args:
+        folder: empty.
+        learner: what has weights.
+        progression: where the run stands.
+        card: of the adapters.
+        identity: settings that a resumed run must share (see `settings`).
+    """
+    save_adapter(folder / LORA_DIR, learner.parameters, card)
+    if learner.ema is not None:
+        save_adapter(folder / EMA_DIR, learner.ema.values, card)
+    save_file(_moments(learner), str(folder / OPTIMIZER_FILE))
+    with (folder / OPTIMIZER_FILE).open("rb") as file:
+        os.fsync(file.fileno())
+    content = {"progression": asdict(progression), "identity": dict(identity)}
+    write_bytes_atomic(folder / STATE_FILE, canonical_json(content))
+
+
+def _moments(learner: Learner) -> dict[str, Tensor]:
+    state = learner.optimizer.state
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in learner.parameters.items()
+        for key, value in state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def read_state(folder: Path) -> tuple[Progression, dict[str, Any]]:
+    """Read where a checkpoint's run stood, and its identity.
+
+    Raises:
+        DataError: the file is not what it should be.
+    """
+    try:
+        content = json.loads((folder / STATE_FILE).read_bytes())
+        return Progression(**content["progression"]), dict(content["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"checkpoint {folder}: {STATE_FILE} is unreadable ({error})") from None
+
+
+def restore(folder: Path, learner: Learner) -> None:
+    """Give weights, average and moments their stored values, in place.
+
+    Raises:
+        DataError: the checkpoint is of another network or another version.
+    """
+    load_parameters(learner.parameters, load_tensors(folder / LORA_DIR), f"checkpoint {folder}")
+    if learner.ema is not None:
+        learner.ema.load(load_tensors(folder / EMA_DIR))
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(str(folder / OPTIMIZER_FILE)).items():
+        name, _, moment = key.rpartition("/")
+        moments.setdefault(name, {})[moment] = tensor
+    for name, parameter in learner.parameters.items():
+        if name not in moments:
+            raise DataError(f"checkpoint {folder}: {OPTIMIZER_FILE} has nothing for {name}")
+        learner.optimizer.state[parameter] = {
+            moment: tensor if moment == "step" else tensor.to(parameter.device)  # AdamW counts on the CPU
+            for moment, tensor in moments[name].items()
+        }

@@ -1,0 +1,223 @@
+"""The objectives: from a batch's recorded solves and the student's calls to one loss a sample.
+
+Each takes the solves, the drawn states and `predict`, the student's eps. The arithmetic is in `objectives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.config import TrainConfig
+from common.errors import UsageError
+from common.schedule import NUM_TRAIN_TIMESTEPS, ddim_step, predict_x0
+from stage2_student.training.losses import (
+    alphas_at,
+    consistency_value,
+    crossing_loss,
+    elementwise_loss,
+    guided,
+    guided_solver_step,
+    interpolated_state,
+    phase_target_eps,
+    phase_target_x0,
+)
+from stage2_student.training.phases import Draws, Phases
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(z_t (B, C, h, w) float32, t (B,) int64) -> eps, same shape."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solves:
+    """One recorded solve a sample."""
+
+    states: Tensor
+    """z at every stored state and the end, (B, S + 1, C, h, w); read as float32."""
+    timesteps: Tensor
+    """t of the called states, (B, S) int64."""
+    x0_cond: Tensor | None = None
+    """The teacher's one-step conditional x0 at each called state, (B, S, C, h, w), if recorded."""
+    x0_uncond: Tensor | None = None
+    """Likewise, unconditional."""
+
+    def to(self, device: torch.device) -> Solves:
+        """Move to a device."""
+        return Solves(
+            states=self.states.to(device),
+            timesteps=self.timesteps.to(device),
+            x0_cond=None if self.x0_cond is None else self.x0_cond.to(device),
+            x0_uncond=None if self.x0_uncond is None else self.x0_uncond.to(device),
+        )
+
+    def at(self, state: Tensor) -> Tensor:
+        """Return z at a state of each sample, (B, C, h, w) float32."""
+        return self.states[torch.arange(len(state), device=state.device), state].float()
+
+    def timestep(self, state: Tensor) -> Tensor:
+        """Return t of a state of each sample, (B,) int64, -1 for the end."""
+        padded = torch.nn.functional.pad(self.timesteps, (0, 1), value=-1)  # (B, S + 1)
+        return padded.gather(1, state[:, None])[:, 0]
+
+    def guided_x0(self, state: Tensor, guidance_scale: float) -> Tensor:
+        """Return the teacher's guided one-step x0 at a called state of each sample, (B, C, h, w) float32."""
+        if self.x0_cond is None or self.x0_uncond is None:
+            raise UsageError(
+                "this objective needs the teacher's one-step predictions, which these shards do not hold;"
+                " precompute with precompute.store_predictions = true"
+            )
+        rows = torch.arange(len(state), device=state.device)
+        return guided(self.x0_cond[rows, state].float(), self.x0_uncond[rows, state].float(), guidance_scale)
+
+
+def select_rollout(
+    states: Tensor, timesteps: Tensor, x0_cond: Tensor | None, x0_uncond: Tensor | None, rollout: Tensor
+) -> Solves:
+    """Pick one of each record's solves.
+
+    Args:
+        states: (B, R, S + 1, C, h, w) float16.
+        timesteps: (B, R, S) or (B, S) int64.
+        x0_cond: (B, R, S, C, h, w) float16, or None.
+        x0_uncond: likewise.
+        rollout: which of the R, (B,) int64.
+    """
+    rows = torch.arange(len(rollout), device=rollout.device)
+
+    def pick(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows, rollout]
+
+    return Solves(
+        states=states[rows, rollout],
+        timesteps=timesteps[rows, rollout] if timesteps.dim() == 3 else timesteps,
+        x0_cond=pick(x0_cond),
+        x0_uncond=pick(x0_uncond),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSettings:
+    """What an objective needs to know besides the data."""
+
+    train: TrainConfig
+    phases: Phases
+    alphas_cumprod: Tensor
+    """The noise schedule, (1000,) float32, on the training device."""
+
+
+def phased_loss(
+    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+) -> Tensor:
+    """Cross to the end of the phase in one step, from its start or any stored state; (B, C, h, w) float32.
+
+    The target is the teacher's own z_e.
+
+    Source: Salimans & Ho 2022, appendix G, over a phase instead of two solver steps.
+    """
+    end = phases_end(solves, draws, settings)
+    t = solves.timestep(draws.state)
+    return _cross(solves.at(draws.state), t, solves.at(end), solves.timestep(end), predict, settings)
+
+
+def interpolated_loss(
+    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+) -> Tensor:
+    """Cross to the end of the phase from any t on the straight first-order path through it.
+
+    (x0*, eps*) join the phase's stored start and end; t is uniform over the phase, and the state there is
+    alpha_t x0* + sigma_t eps*. With loss "landing" an error counts by where it lands.
+
+    Source: Wang et al. 2024 (Rectified Diffusion, arXiv 2410.07303), its phased form.
+    """
+    end = phases_end(solves, draws, settings)
+    t_start, t_end = solves.timestep(draws.state), solves.timestep(end)
+    z_start, z_end = solves.at(draws.state), solves.at(end)
+    a_start, a_end = alphas_at(settings.alphas_cumprod, t_start), alphas_at(settings.alphas_cumprod, t_end)
+    x0 = phase_target_x0(z_start, z_end, a_start, a_end)
+    target = phase_target_eps(z_start, z_end, a_start, a_end)
+    t = t_start - (draws.position * (t_start - t_end)).long()  # t_end < t <= t_start
+    a = alphas_at(settings.alphas_cumprod, t)
+    eps = predict(interpolated_state(x0, target, a), t)
+    return crossing_loss(eps, target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
+
+
+def pcm_loss(
+    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+) -> Tensor:
+    """Agree, at the end of the phase, with the student's own value one stored state on.
+
+    The target is f^-(z_{n+1}, t_{n+1} -> e), by `predict_target` without gradient; z_e itself where n + 1 ends it.
+
+    Source: Wang et al. 2024 (Phased Consistency Models, arXiv 2405.18407), equation 7, with the teacher's stored
+    state in place of its solver step.
+    """
+    end, following = phases_end(solves, draws, settings), draws.state + 1
+    t_next, t_end = solves.timestep(following), solves.timestep(end)
+    z_next, a_end = solves.at(following), alphas_at(settings.alphas_cumprod, t_end)
+    with torch.no_grad():
+        # A sample already at the end is called too, its result unused: the batch stays whole.
+        eps_next = predict_target(z_next, t_next.clamp(min=0)).float()
+        landed = ddim_step(z_next, eps_next, alphas_at(settings.alphas_cumprod, t_next), a_end)
+        z_end = torch.where((following == end).view(-1, 1, 1, 1), z_next, landed)
+    return _cross(solves.at(draws.state), solves.timestep(draws.state), z_end, t_end, predict, settings)
+
+
+def lcm_loss(
+    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+) -> Tensor:
+    """Latent consistency: f(z_t, t) agrees with f^- one guided solver step on, on noised data.
+
+    Source: Luo et al. 2023 (LCM), algorithm 1, with the teacher's recorded x0_cond and x0_uncond.
+    """
+    t, z = solves.timestep(draws.state), solves.at(draws.state)
+    a = alphas_at(settings.alphas_cumprod, t)
+    t_next = (t - NUM_TRAIN_TIMESTEPS // settings.train.lcm_solver_steps).clamp(min=-1)
+    a_next = alphas_at(settings.alphas_cumprod, t_next)
+    with torch.no_grad():
+        x0 = solves.guided_x0(draws.state, settings.train.guidance_scale)
+        z_next = guided_solver_step(z, x0, a, a_next)
+        eps_next = predict_target(z_next, t_next.clamp(min=0)).float()
+        value = consistency_value(z_next, eps_next, t_next.clamp(min=0), a_next)
+        target = torch.where((t_next < 0).view(-1, 1, 1, 1), z_next, value)  # the boundary condition
+    error = consistency_value(z, predict(z, t).float(), t, a) - target
+    return elementwise_loss(error, settings.train.loss, settings.train.huber_c)
+
+
+def x0_loss(
+    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+) -> Tensor:
+    """Regress the teacher's guided one-step x0 at a stored state: the baseline to measure others against."""
+    t, z = solves.timestep(draws.state), solves.at(draws.state)
+    target = solves.guided_x0(draws.state, settings.train.guidance_scale)
+    x0 = predict_x0(z, predict(z, t).float(), alphas_at(settings.alphas_cumprod, t))
+    return elementwise_loss(x0 - target, settings.train.loss, settings.train.huber_c)
+
+
+def phases_end(solves: Solves, draws: Draws, settings: LossSettings) -> Tensor:
+    """Return the index of the state that ends each sample's phase, (B,) int64."""
+    return settings.phases.end(draws.state)
+
+
+def _cross(z: Tensor, t: Tensor, z_end: Tensor, t_end: Tensor, predict: Predict, settings: LossSettings) -> Tensor:
+    a, a_end = alphas_at(settings.alphas_cumprod, t), alphas_at(settings.alphas_cumprod, t_end)
+    target = phase_target_eps(z, z_end, a, a_end)
+    return crossing_loss(predict(z, t), target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
+
+
+Loss = Callable[[Solves, Draws, Predict, Predict, LossSettings], Tensor]
+"""(solves, draws, predict, predict_target, settings) -> elementwise loss, (B, C, h, w) float32."""
+
+
+def loss_of(train: TrainConfig) -> Loss:
+    """Return the configured objective."""
+    if train.objective == "phased":
+        return interpolated_loss if train.states == "interpolated" else phased_loss
+    return {"pcm": pcm_loss, "lcm": lcm_loss, "x0": x0_loss}[train.objective]
+
+
+def trains_at_starts(train: TrainConfig) -> bool:
+    """Whether only the phases' first states are drawn; consistency objectives need every state."""
+    return train.objective in ("phased", "x0") and train.states != "all"

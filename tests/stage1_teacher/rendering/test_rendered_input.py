@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import load_config
+from common.errors import DataError
+from stage1_teacher.inputs.captions import text_caption
+from stage1_teacher.inputs.files import Inputs
+from stage1_teacher.inputs.input import Content, InputFailure, Line
+from stage1_teacher.inputs.prompts import Prompts
+from stage1_teacher.rendering.ahead import draw_ahead
+from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
+from tests.stage1_teacher.small_teacher import DATA, FONT, ROOT, write_prompts
+
+BOLD = ROOT / "models" / "fonts" / "DejaVuSans-Bold.ttf"
+SETTINGS = DrawSettings(
+    seed=0,
+    size=128,
+    font=FONT,
+    fonts={"bold": BOLD},
+    random_fonts=False,
+    font_hint_prob=1.0,
+    edit_fraction=0.0,
+    max_lines=5,
+    max_chars=20,
+    prompt_suffix="",
+    needs_image=False,
+)
+
+
+def corners(x0: float, y0: float, x1: float, y1: float) -> tuple[tuple[float, float], ...]:
+    return ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
+
+
+def line(text: str = "OPEN", **changes: Any) -> Line:
+    return Line(**({"text": text, "polygon": corners(10, 10, 118, 40)} | changes))
+
+
+def content(*lines: Line, **changes: Any) -> Content:
+    base: dict[str, Any] = {"where": "here", "input_id": "id", "caption": "a sign", "lines": lines, "frame": 128}
+    return Content(**(base | changes))
+
+
+def with_image(*lines: Line, **changes: Any) -> Content:
+    return content(*lines, **({"image": DATA / "imgs" / "a.png", "frame": None} | changes))
+
+
+def draw(value: Content, **changes: Any) -> DrawnInput:
+    return draw_input(value, replace(SETTINGS, **changes))
+
+
+def same(first: DrawnInput, second: DrawnInput) -> bool:
+    for name in DrawnInput.__dataclass_fields__:
+        ours, theirs = getattr(first, name), getattr(second, name)
+        if not (torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs):
+            return False
+    return True
+
+
+def test_shapes_and_types_are_as_documented() -> None:
+    lines = line(polygon=corners(10, 10, 300, 90)), line("24H", polygon=corners(100, 300, 400, 420))
+    drawn = draw(with_image(*lines))
+    shapes = {
+        "colors": ((2, 3), torch.float32),
+        "glyphs": ((1, 128, 128), torch.uint8),
+        "positions": ((2, 128, 128), torch.uint8),
+        "glyph_lines": ((2, 1, 80, 512), torch.float32),
+        "font_hint": ((1, 128, 128), torch.float32),
+        "masked_image": ((3, 128, 128), torch.float32),
+        "image": ((3, 128, 128), torch.float32),
+    }
+    for name, expected in shapes.items():
+        tensor = getattr(drawn, name)
+        assert (tuple(tensor.shape), tensor.dtype) == expected
+    assert drawn.polygons[0][2] == (75, 22.5)  # 512 to 128
+
+
+def test_nothing_depends_on_when_or_beside_what_an_input_is_drawn() -> None:
+    values = [with_image(line(), input_id=str(number)) for number in range(4)]
+    options = {"edit_fraction": 0.5, "font_hint_prob": 0.5, "random_fonts": True}
+    forwards = [draw(value, **options) for value in values]
+    backwards = [draw(value, **options) for value in reversed(values)][::-1]
+    assert all(same(a, b) for a, b in zip(forwards, backwards, strict=True))
+
+
+def test_an_input_without_text_gets_upstreams_blank_line_at_any_size() -> None:
+    for size in (512, 128):
+        drawn = draw(content(frame=300), size=size)
+        assert drawn.texts == (" ",)
+        assert drawn.polygons[0] == corners(*[value * size / 512 for value in (10, 10, 100, 100)])
+        assert not drawn.glyphs.any() and drawn.positions.any()
+        assert drawn.colors.tolist() == [[500, 500, 500]]
+
+
+def test_of_many_lines_some_are_chosen_by_seed_and_input() -> None:
+    lines = [
+        line(f"line {number}", polygon=corners(5, 5 + 12 * number, 120, 15 + 12 * number)) for number in range(9)
+    ]
+    chosen = {draw(content(*lines, input_id=str(number))).texts for number in range(12)}
+    assert len(chosen) > 6
+    for texts in chosen:
+        assert len(texts) == 5 and sorted(texts) == list(texts)  # in the order of the annotation
+    assert draw(content(*lines), max_lines=9).texts == tuple(f"line {number}" for number in range(9))
+
+
+def test_a_long_line_is_cut() -> None:
+    assert draw(content(line("x" * 50))).texts == ("x" * 20,)
+    assert draw(content(line("x" * 50)), max_chars=3).texts == ("xxx",)
+
+
+def test_edit_mode_takes_its_share_of_inputs_that_have_an_image() -> None:
+    values = [with_image(line(), input_id=str(number)) for number in range(60)]
+    modes = Counter(draw(value, edit_fraction=0.5, size=64).mode for value in values)
+    assert 18 <= modes["edit"] <= 42
+    assert {draw(value, edit_fraction=1.0, size=64).mode for value in values[:5]} == {"edit"}
+    assert draw(content(line()), edit_fraction=1.0).mode == "generate"
+    assert draw(with_image(line(), mode="generate"), edit_fraction=1.0).mode == "generate"
+    assert draw(with_image(line(), mode="edit")).mode == "edit"
+
+
+def test_font_hints_are_given_for_their_share_of_lines() -> None:
+    values = [with_image(line(polygon=corners(76, 75, 436, 165)), input_id=str(number)) for number in range(60)]
+    given = sum(bool(draw(value, font_hint_prob=0.5).font_hint.any()) for value in values)
+    assert 18 <= given <= 42
+    assert not draw(values[0], font_hint_prob=0.0).font_hint.any()
+    assert draw(values[0]).font_hint.any()
+    assert not draw(content(line())).font_hint.any()  # nothing is known about how it looks
+
+
+def test_a_font_that_is_asked_for_draws_the_line_and_shows_its_look() -> None:
+    plain, bold = draw(content(line())), draw(content(line(font=BOLD)))
+    assert bold.glyph_lines.sum() > 1.05 * plain.glyph_lines.sum()
+    assert torch.equal(bold.font_hint, bold.glyphs.float())
+
+
+def test_a_line_that_is_not_to_be_in_the_glyph_map_is_everything_else_as_before() -> None:
+    hidden, shown = line(in_glyph_map=False, font=BOLD), line("SHUT", polygon=corners(10, 60, 118, 90))
+    both, one = draw(content(hidden, shown)), draw(content(shown))
+    whole = draw(content(replace(hidden, in_glyph_map=True), shown))
+    assert torch.equal(both.glyphs, one.glyphs) and bool(both.glyphs.any())
+    assert both.in_glyph_map == (False, True) and whole.in_glyph_map == (True, True)
+    assert not same(both, whole)
+    assert same(replace(both, glyphs=whole.glyphs, in_glyph_map=whole.in_glyph_map), whole)
+
+
+def test_random_fonts_are_chosen_among_those_that_have_the_characters() -> None:
+    def used(text: str, **changes: Any) -> int:
+        drawn = [draw(content(line(text), input_id=str(n)), random_fonts=True, **changes) for n in range(12)]
+        return len({tuple(item.glyph_lines.flatten().tolist()) for item in drawn})
+
+    assert used("OPEN") == 2
+    plain_only = "\u16a0"  # a rune: DejaVu Sans has it, its bold face does not
+    assert used(plain_only) == 1
+    assert draw(content(line(plain_only)), random_fonts=True).glyphs.any()
+    once, twice = (
+        [draw(content(line(), input_id=str(n)), random_fonts=True, fonts=fonts).glyphs for n in range(12)]
+        for fonts in ({"bold": BOLD}, {"bold": BOLD, "the default again": FONT})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_an_inputs_own_seed_replaces_the_runs() -> None:
+    assert draw(content(line(), seed=9)).seed == 9
+    phrases = {draw(content(line(), seed=seed), size=64).text_caption for seed in range(20)}
+    assert len(phrases) > 3
+    assert draw(content(line(), seed=9)).text_caption == text_caption(1, seed=9, input_id="id")
+    assert draw(content(line()), seed=9).text_caption == text_caption(1, seed=9, input_id="id")
+
+
+def test_overlapping_lines_are_counted_in_positions_and_united_in_glyphs() -> None:
+    drawn = draw(content(line(), line("24H", polygon=corners(10, 20, 118, 60))))
+    assert drawn.positions.sum(0).max() == 2
+    assert drawn.glyphs.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("polygon", "message"),
+    [
+        (corners(200, 200, 300, 300), "outside the image"),
+        (corners(-90, -90, -10, -10), "outside the image"),
+        (((10, 10), (50, 50), (90, 90)), "less than a pixel wide"),
+        (corners(-1e6, -1e6, 1e6, 1e6), "far out of the image"),
+        (corners(10, 10, 100, 10.5), "less than a pixel wide"),
+    ],
+)
+def test_a_polygon_without_place_or_area_is_a_failure(polygon: Any, message: str) -> None:
+    with pytest.raises(InputFailure, match=message) as caught:
+        draw(content(line(), line("bad", polygon=polygon)))
+    assert caught.value.reason == "bad polygon"
+    assert str(caught.value).startswith("here: line 'bad': ")
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        corners(-30, 10, 500, 40),
+        ((10, 10), (118, 40), (118, 10), (10, 40)),
+        ((10, 10), (60, 10), (118, 12), (118, 40), (60, 44), (10, 40)),
+        ((64, 5), (120, 120), (8, 120)),
+        corners(-1000, -1000, 1000, 1000),
+    ],
+    ids=["beyond the edge", "bow tie", "six corners", "triangle", "enormous"],
+)
+def test_odd_polygons_that_touch_the_image_are_drawn(polygon: Any) -> None:
+    drawn = draw(with_image(line(polygon=polygon), frame=128))
+    assert drawn.positions.any()
+    assert np.isfinite(drawn.font_hint.numpy()).all()
+
+
+def test_noised_records_need_an_image(tmp_path: Path) -> None:
+    with pytest.raises(InputFailure, match="needs an image"):
+        draw(content(line()), needs_image=True)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((DATA / "imgs" / "a.png").read_bytes()[:500])
+    with pytest.raises(InputFailure, match="cannot be decoded"):
+        draw(with_image(line(), image=broken))
+
+
+def test_settings_check_their_fonts(tmp_path: Path) -> None:
+    shutil.copy(FONT, tmp_path / "copy.ttf")
+    (tmp_path / "config.toml").write_text('[teacher]\nfont = "copy.ttf"\n[teacher.fonts]\nbold = "bold.ttf"\n')
+    with pytest.raises(DataError, match=r"teacher\.fonts\.bold: no file or folder 'bold\.ttf'"):
+        DrawSettings.from_config(load_config(tmp_path / "config.toml"))
+    shutil.copy(BOLD, tmp_path / "bold.ttf")
+    settings = DrawSettings.from_config(load_config(tmp_path / "config.toml"))
+    assert settings.fonts == {"bold": tmp_path / "bold.ttf"}
+
+
+def test_inputs_are_drawn_ahead_in_order_and_failures_keep_their_place(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "prompts.jsonl", 12)
+    text = path.read_text().replace('"P5"', '""')
+    path.write_text(text)
+    inputs = Inputs([Prompts(path, size=64, fonts={})])
+    indices = [3, 5, 0, 11, 7]
+    for workers, ahead in ((1, 1), (3, 2), (4, 50)):
+        with draw_ahead(inputs, indices, SETTINGS, workers=workers, ahead=ahead) as drawn:
+            outcomes = list(drawn)
+        assert [getattr(item, "texts", item.__class__) for item in outcomes] == [
+            ("P3",),
+            InputFailure,
+            ("P0",),
+            ("P11",),
+            ("P7",),
+        ]
+
+
+def test_a_bug_in_drawing_is_not_taken_for_a_failed_input() -> None:
+    class Broken(Inputs):
+        def __getitem__(self, index: int) -> Content:
+            raise TypeError("a bug")
+
+    with (
+        draw_ahead(Broken([]), [0], SETTINGS, workers=1, ahead=1) as drawn,
+        pytest.raises(TypeError, match="a bug"),
+    ):
+        next(drawn)
