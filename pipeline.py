@@ -27,8 +27,9 @@ from common.errors import AppError, DataError, UsageError, explain
 from common.signals import StopFlag
 
 if TYPE_CHECKING:
+    from common.anytext2.conditioning import Uncond
     from stage1_teacher.measuring.held_out import Item
-    from stage1_teacher.teacher.teacher import Teacher, Uncond
+    from stage1_teacher.teacher.teacher import Teacher
     from stage2_student.evaluation.layouts import Layout
     from stage2_student.evaluation.runs import Drawn, Job, Plan, Run
 
@@ -400,8 +401,8 @@ def sample(
         raise UsageError("--compare goes with --adapter: it adds the teacher's picture")
     import torch
 
+    from common.anytext2.conditioning import ConditioningBatch
     from stage2_student.student.sample import Sampler, beside, decode, draw_noise, load_decoder, write_png
-    from stage2_student.student.student import Conditioning
 
     sampler = None if adapter is None else Sampler.load(config, adapter, steps)
     teacher, columns = None, []
@@ -410,7 +411,7 @@ def sample(
 
         teacher = Teacher.load(config)
     found = _read_record(config, str(shards), record, seed, num_images) if record is not None else None
-    item = _encode_prompt(config, teacher, **prompt) if found is None else found.record
+    item = _encode_prompt(config, teacher, **prompt) if found is None else found.record.conditioning
     shape = tuple(item.masked_latents.shape)
     count = 1 if sampler is None else sampler.noises_needed
     noise = torch.stack([draw_noise(seed or 0, number, shape, count) for number in range(num_images)])
@@ -428,7 +429,7 @@ def sample(
             "--compare with --record shows what was recorded: leave --seed out, or draw with --teacher"
         )
     if sampler is not None:
-        columns.append(decode(decoder, sampler.latents(Conditioning.stack([item] * num_images), noise)))
+        columns.append(decode(decoder, sampler.latents(ConditioningBatch.stack([item] * num_images), noise)))
     for number, row in enumerate(zip(*columns, strict=True)):
         path = out if num_images == 1 else out.with_stem(f"{out.stem}_{number}")
         write_png(path, beside(row))
@@ -481,20 +482,17 @@ def _encode_prompt(
 
 def _solve(config: Config, teacher: Any, item: Any, noise: Any, steps: int | None) -> Any:
     """Solve the teacher's ODE on the trailing grid with the configured guidance; returns latents."""
-    from common.schedule import trailing_timesteps
+    from common.ddim import trailing_grid
     from stage1_teacher.teacher.solver import solve
-    from stage1_teacher.teacher.teacher import Conditioning
 
-    fields = ("image_context", "text_context", "glyphs", "positions", "masked_latents")
-    conditioning = Conditioning(**{name: getattr(item, name).to(teacher.device).float() for name in fields})
     rollout = solve(
         teacher,
-        [conditioning] * len(noise),
+        [item] * len(noise),
         teacher.unconditional(),
         noise,
-        trailing_timesteps(steps or config.precompute.solver_steps),
+        trailing_grid(steps or config.precompute.solver_steps),
         guidance_scale=config.precompute.guidance_scale,
-        keep=[0],
+        keep=(),
         round_states=False,
     )
     return rollout.states[:, -1]
@@ -825,6 +823,7 @@ def _runs_to_evaluate(
     without: tuple[str, ...],
 ) -> tuple[Plan, dict[str, Any], Iterable[Run]]:
     """Compose stage one's inputs and teacher with stage two's students and measurement: plan, settings, runs."""
+    from common.anytext2.conditioning import ConditioningBatch
     from common.anytext2.fingerprint import fingerprint
     from stage1_teacher.inputs.files import open_inputs
     from stage1_teacher.measuring.held_out import HeldOut, describe_settings
@@ -834,7 +833,7 @@ def _runs_to_evaluate(
     from stage2_student.evaluation.drawers import Drawer, StudentDrawer, drawer_run
     from stage2_student.evaluation.runs import Drawn, Plan, Run
     from stage2_student.student.sample import decode
-    from stage2_student.student.student import Conditioning, network_of
+    from stage2_student.student.student import network_of
 
     @functools.cache
     def load() -> tuple[Teacher, Uncond]:
@@ -847,7 +846,7 @@ def _runs_to_evaluate(
     held_out = HeldOut(inputs, settings, config.evaluate.num_samples)
     drawers: list[Drawer] = [*teacher_drawers(config, held_out, load, grids, without)]
     for name, path in adapters:
-        condition = lambda ids: Conditioning.stack(held_out.encode(load()[0], ids))  # noqa: E731
+        condition = lambda ids: ConditioningBatch.stack(held_out.encode(load()[0], ids))  # noqa: E731
         drawers.append(StudentDrawer(config, path, name, condition))
     network = network_of(config)
     side = config.precompute.size // network.stride

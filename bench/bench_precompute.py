@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench.inputs import draw_inputs, finish, read_config
+from common.anytext2.denoiser import Denoiser, predict_branches
 from common.config import PROJECT_ROOT, Config
 from common.scripts import run_script
 from stage1_teacher.precompute import precompute
-from stage1_teacher.teacher.solver import make_predict
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
 
@@ -36,12 +36,12 @@ def time_precompute(config: Config, annotations: Path) -> tuple[float, float, fl
     The teacher's loading is not counted: it happens once in a run of days.
     """
     rows, inside, loading = 0, 0.0, 0.0
-    eps, load = Teacher.eps, Teacher.load
+    forward, load = Denoiser.forward, Teacher.load
 
-    def counted_eps(self, noisy_latents, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def counted_forward(self, noisy_latents, *args, **kwargs):  # type: ignore[no-untyped-def]
         nonlocal rows, inside
         started = time.perf_counter()
-        result = eps(self, noisy_latents, *args, **kwargs)
+        result = forward(self, noisy_latents, *args, **kwargs)
         inside += time.perf_counter() - started
         rows += len(noisy_latents)
         return result
@@ -53,14 +53,14 @@ def time_precompute(config: Config, annotations: Path) -> tuple[float, float, fl
         loading += time.perf_counter() - started
         return teacher
 
-    Teacher.eps, Teacher.load = counted_eps, staticmethod(counted_load)  # type: ignore[method-assign, assignment]
+    Denoiser.forward, Teacher.load = counted_forward, staticmethod(counted_load)  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             precompute(config, Path(folder), annotations=[annotations])
             seconds = time.perf_counter() - started - loading
     finally:
-        Teacher.eps, Teacher.load = eps, load  # type: ignore[method-assign]
+        Denoiser.forward, Teacher.load = forward, load  # type: ignore[method-assign]
     return seconds, inside, rows
 
 
@@ -68,7 +68,7 @@ def time_bare_loop(config: Config, annotations: Path, teacher: Teacher) -> float
     """Return the rows per second of UNet calls alone, at the same batch and the same number of steps."""
     drawn = draw_inputs(config, annotations, config.precompute.batch_size)
     with torch.no_grad():
-        predict = make_predict(teacher, teacher.encode(drawn), teacher.unconditional())
+        predict = predict_branches(teacher.denoiser, teacher.encode(drawn), teacher.unconditional())
         side = config.precompute.size // teacher.network.stride
         z = torch.randn(len(drawn), teacher.network.latent_channels, side, side).to(teacher.device)
         t = torch.full((len(drawn),), 500, device=teacher.device)

@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 import webdataset as wds
 
+from common.anytext2.conditioning import Uncond
 from common.scripts import run_script
 from shards.files.manifest import create_or_check
 from shards.files.names import CONDITIONING, ROLLOUT
@@ -35,7 +36,7 @@ from shards.reading.order import EpochOrder
 from shards.reading.reader import ShardSet
 from shards.records.codec import encode_record
 from shards.records.meta import SampleMeta
-from shards.records.record import Record, Uncond
+from shards.records.record import Record
 from shards.writing.writer import ShardWriter
 
 WIDTH, CHANNELS, SIDE, LATENT, STEPS = 768, 4, 512, 64, 8

@@ -25,18 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench.inputs import draw_inputs, finish, read_config
+from common.anytext2.conditioning import ConditioningBatch
+from common.anytext2.denoiser import guide, predict_branches
 from common.config import PROJECT_ROOT
-from common.schedule import make_alphas_cumprod
+from common.ddim import consistency_value
+from common.schedule import alphas_at, diffuse, make_alphas_cumprod, predict_x0
 from common.scripts import run_script
 from shards.reading.reader import ShardSet
 from stage1_teacher.precompute import precompute
 from stage1_teacher.rendering.rendered_input import DrawnInput
-from stage1_teacher.teacher.solver import make_predict
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
-from stage2_student.student.student import Conditioning
 from stage2_student.train import make_accelerator
-from stage2_student.training.losses import alphas_at, consistency_value, guided_solver_step, pseudo_huber
+from stage2_student.training.losses import guided_solver_step, pseudo_huber
 from stage2_student.training.prepare import make_loader, prepare
 from stage2_student.training.trainer import Trainer
 
@@ -56,13 +57,11 @@ def make_online_step(trainer: Trainer, teacher: Teacher, inputs: list[DrawnInput
         with torch.no_grad():
             latents = teacher.vae.encode(images.to(teacher.device, teacher.dtype)).float()
             conditionings = teacher.encode(inputs)
-            z = a.sqrt() * latents + (1 - a).sqrt() * torch.randn_like(latents)
-            eps_cond, eps_uncond = make_predict(teacher, conditionings, uncond)(z, t)
-            assert eps_uncond is not None
-            eps = eps_uncond + scale * (eps_cond - eps_uncond)
-            x0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
+            z = diffuse(latents, torch.randn_like(latents), a)
+            eps = guide(predict_branches(teacher.denoiser, conditionings, uncond), scale)(z, t)
+            x0 = predict_x0(z, eps, a)
             z_next = guided_solver_step(z, x0, a, a_next)
-            conditioning = Conditioning.stack(conditionings).to(teacher.device, trainer.student.dtype)
+            conditioning = ConditioningBatch.stack(conditionings).to(teacher.device, trainer.student.dtype)
             control = trainer.student.control(conditioning)
             target_eps = trainer.student(z_next, t - 20, conditioning, control).float()
             target = consistency_value(z_next, target_eps, t - 20, a_next)

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from bench.inputs import draw_inputs, read_config
+from common.anytext2.conditioning import ConditioningBatch
 from common.config import PROJECT_ROOT, Config
+from common.schedule import diffuse
 from common.scripts import run_script
 from stage1_teacher.rendering.rendered_input import DrawnInput
-from stage1_teacher.teacher.teacher import Teacher, stack_hints
+from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
 
 TIMESTEP = 500
@@ -76,16 +78,21 @@ def compute(teacher: Teacher, drawn: DrawnInput, reference: dict[str, Tensor]) -
         return reference.get(name, found[name])
 
     own = teacher.encode([drawn])[0]
-    image_context = keep("caption's context", own.image_context)
-    text_context = keep("text's context", own.text_context)
-    masked = keep("VAE encoder, masked image", own.masked_latents)
+    given = replace(
+        own,
+        image_context=keep("caption's context", own.image_context),
+        text_context=keep("text's context", own.text_context),
+        masked_latents=keep("VAE encoder, masked image", own.masked_latents),
+    )
     latents = keep("VAE encoder, image", teacher.vae.encode(drawn.image[None].to(teacher.device, teacher.dtype)))
-    hints = stack_hints([replace(own, masked_latents=masked.to(teacher.device))])
-    control = teacher.control(hints, text_context[None])
+    batch = ConditioningBatch.stack([given.to(teacher.device, teacher.dtype)])
+    control = teacher.denoiser.control(batch)
     keep("WriteNet's first residual", control[0])
     keep("WriteNet's last residual", control[-1])
-    noisy = 0.5 * latents + 0.75**0.5 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    keep("UNet, with WriteNet", teacher.eps(noisy, torch.tensor([TIMESTEP]), image_context[None], control))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noisy = diffuse(latents, noise, torch.tensor(0.25)).to(teacher.device)
+    timestep = torch.tensor([TIMESTEP], device=teacher.device)
+    keep("UNet, with WriteNet", teacher.denoiser(noisy, timestep, batch, control))
     keep("VAE decoder", teacher.decode(latents))
     return found
 

@@ -24,30 +24,29 @@ from torch import Tensor
 from torch.nn import functional
 
 import pipeline
+from common.anytext2.denoiser import guide, predict_branches
 from common.config import PROJECT_ROOT, load_config
+from common.ddim import Predict, integrate, parse_grid
 from common.progress import Progress
-from common.schedule import make_alphas_cumprod, predict_x0
+from common.schedule import diffuse, make_alphas_cumprod, predict_x0
 from common.scripts import run_script
 from common.seeding import generator
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.measuring.held_out import HeldOut
 from stage1_teacher.rendering.rendered_input import DrawSettings
-from stage1_teacher.teacher.grids import parse_grid
-from stage1_teacher.teacher.solver import Predict, integrate, make_predict
 from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.evaluation.reading import read_images
 from stage2_student.evaluation.recognizers import load_recognizer
 from stage2_student.student.sample import decode
 
 
-def keep_x0(predict: Predict, scale: float, kept: list[Tensor]) -> Predict:
-    """Make a predictor that also keeps x0 as it predicts it, guidance included, (B, C, h, w) each call."""
+def keep_x0(predict: Predict, kept: list[Tensor]) -> Predict:
+    """Make a predictor that also keeps x0 as it predicts it, (B, C, h, w) each call."""
 
-    def predict_and_keep(z: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
-        cond, uncond = predict(z, timesteps)
-        eps = cond if uncond is None else uncond + scale * (cond - uncond)
+    def predict_and_keep(z: Tensor, timesteps: Tensor) -> Tensor:
+        eps = predict(z, timesteps)
         kept.append(predict_x0(z, eps, make_alphas_cumprod()[int(timesteps[0])].to(z.device)))
-        return cond, uncond
+        return eps
 
     return predict_and_keep
 
@@ -80,26 +79,17 @@ def main() -> None:
         for start in range(0, len(ids), options.batch):
             chunk = ids[start : start + options.batch]
             conditionings = held.encode(teacher, chunk)
-            predict = make_predict(teacher, conditionings, uncond)
+            predict = guide(predict_branches(teacher.denoiser, conditionings, uncond), scale)
             true = held.reconstruct(teacher, chunk)
             noises = [
                 torch.randn(true.shape[1:], generator=generator("profile", options.seed, name)) for name in chunk
             ]
             noise = torch.stack(noises).to(true.device)
             solved, single = list[Tensor](), list[Tensor]()
-            integrate(
-                keep_x0(predict, scale, solved),
-                noise,
-                grid.timesteps,
-                guidance_scale=scale,
-                keep=[],
-                alphas_cumprod_end=grid.alphas_cumprod_end,
-                round_states=False,
-            )
+            integrate(keep_x0(predict, solved), noise, grid)
             for t in grid.timesteps:
-                alpha = make_alphas_cumprod()[t].to(true.device)
-                noisy = alpha.sqrt() * true + (1 - alpha).sqrt() * noise
-                keep_x0(predict, scale, single)(noisy, torch.full((len(chunk),), int(t), device=true.device))
+                noisy = diffuse(true, noise, make_alphas_cumprod()[t].to(true.device))
+                keep_x0(predict, single)(noisy, torch.full((len(chunk),), int(t), device=true.device))
             on_the_way.append(torch.stack(solved))
             from_truth.append(torch.stack(single))
             positions = torch.stack([item.positions for item in conditionings]).to(true.device)

@@ -25,7 +25,7 @@ from shards.files.plan import Plan, extend_plan
 from shards.remote.upload import Uploader
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.recording.identity import build_identity, describe_machine, describe_run, load_network
-from stage1_teacher.recording.recorder import Recorder, make_stored_uncond
+from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import ShardMaker
 from stage1_teacher.recording.share import Share, choose_share
 from stage1_teacher.recording.trajectories import RolloutKeeper, check_has_rollouts
@@ -95,7 +95,10 @@ def precompute(
         settings = DrawSettings.from_config(config)
         inputs = open_inputs(annotations, prompts, config.precompute, settings.fonts, limit)
         manifest, uncond = create_or_check(
-            out, build_identity(config, settings), describe_run(device), lambda: make_stored_uncond(load_teacher())
+            out,
+            build_identity(config, settings),
+            describe_run(device),
+            lambda: load_teacher().unconditional().to("cpu", torch.float16),
         )
         identity = manifest.identity_sha256
         remove_leftovers(out)
@@ -119,13 +122,7 @@ def precompute(
         maker.send_found()
         if share.todo:
             stop.raise_if_requested(share.standing)
-            recorder = Recorder(
-                load_teacher(),
-                uncond,
-                config.precompute,
-                between_batches=maker.check_stop,
-                keep_rollouts=keeper.collect if keeper else None,
-            )
+            recorder = Recorder(load_teacher(), uncond, config.precompute, whole_rollouts=keeper is not None)
             maker.make_all(inputs, settings, recorder)
     return _count(plan, share)
 

@@ -27,12 +27,12 @@ from common.anytext2.checkpoint import load_part, load_unet, load_vae, load_writ
 from common.anytext2.config import NetworkConfig
 from common.anytext2.hints import Hints
 from common.anytext2.unet import Control, UNet
+from common.ddim import upstream_grid
 from common.errors import AppError, DataError
-from common.schedule import make_alphas_cumprod, upstream_timesteps
 from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
 from stage1_teacher.teacher.keys import teacher_shapes
 from stage1_teacher.teacher.recognizer import Recognizer
-from stage1_teacher.teacher.solver import integrate
+from stage1_teacher.teacher.solver import record_rollout
 from stage1_teacher.teacher.text_encoder import CHUNK, chunk_tokens, encode_tokens, encode_with_lines, load_clip
 from tests.golden_rule import RuleCheckpoint
 
@@ -161,18 +161,17 @@ def unet_and_solver(golden: Golden) -> Results:
 def _solve(golden: Golden, steps: int, unet: UNet, control: Control, control_uncond: Control) -> Results:
     """Run upstream's DDIM: its grid, its end, contexts padded as it pads them."""
     scale = float(golden.meta["guidance_scale"])
-    grid = upstream_timesteps(steps)
+    grid = upstream_grid(steps)
 
     def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return unet(z, t, golden["cond.img"], control), unet(z, t, golden["uncond.img"], control_uncond)
 
-    rollout = integrate(
+    rollout = record_rollout(
         predict,
         golden["in.noise"],
         grid,
         guidance_scale=scale,
         keep=range(steps),
-        alphas_cumprod_end=float(make_alphas_cumprod()[0]),
         round_states=False,
         store_predictions=True,
     )
@@ -182,7 +181,7 @@ def _solve(golden: Golden, steps: int, unet: UNet, control: Control, control_unc
     x0 = rollout.x0_uncond + scale * (rollout.x0_cond - rollout.x0_uncond)  # (B, S, C, h, w)
     noise = golden["in.noise"][None]  # upstream starts both lists with it
     name = f"ddim{steps}"
-    yield f"{name}.timesteps", grid.flip(0)  # upstream lists them ascending
+    yield f"{name}.timesteps", grid.timesteps.flip(0)  # upstream lists them ascending
     yield f"{name}.x_inter", rollout.states.transpose(0, 1)
     yield f"{name}.pred_x0", torch.cat([noise, x0.transpose(0, 1)])
     yield f"{name}.samples", rollout.states[:, -1]

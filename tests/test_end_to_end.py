@@ -13,11 +13,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors import safe_open
 
+from common.anytext2.denoiser import guide, predict_branches
 from common.config import load_config
+from common.ddim import integrate, trailing_grid
 from pipeline import cli
 from shards.reading.reader import ShardSet
-from stage2_student.student.compare import solve_guided
-from stage2_student.student.student import Conditioning, load_base
+from stage2_student.student.student import load_base
 from tests.stage1_teacher.small_teacher import write_prompts, write_teacher
 
 TRAINING = ("train.num_phases=2", "train.max_steps=2", "train.batch_size=2", "train.num_workers=0", "lora.rank=2")
@@ -164,14 +165,9 @@ def test_the_teacher_solves_the_same_from_shards_alone_as_in_stage_one(place: Pl
     records = [shards[index] for index in range(len(shards))]
     base, _ = load_base(config, torch.float32, "cpu")
     recorded = torch.stack([record.rollout_latents[0].float() for record in records])
-    solved = solve_guided(
-        base,
-        Conditioning.stack(records),
-        shards.uncond,
-        recorded[:, 0],
-        steps=config.precompute.solver_steps,
-        guidance_scale=config.precompute.guidance_scale,
-    )
+    predict = predict_branches(base, [record.conditioning for record in records], shards.uncond)
+    grid = trailing_grid(config.precompute.solver_steps)
+    solved = integrate(guide(predict, config.precompute.guidance_scale), recorded[:, 0], grid)
     # The recorded solve went on from float16 states; that is all of the difference.
     error = (solved - recorded[:, -1]).norm() / recorded[:, -1].norm()
     assert error < 0.01

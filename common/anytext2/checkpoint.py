@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common.anytext2.checkpoint_file import CheckpointFile, read_checkpoint
 from common.anytext2.config import NetworkConfig
+from common.anytext2.denoiser import Denoiser
 from common.anytext2.keys import POSITION_IDS_KEY, SCHEDULE_KEYS, Entry, key_table, part_of
 from common.anytext2.unet import UNet
 from common.anytext2.vae import VAE
@@ -27,6 +28,7 @@ __all__ = [
     "check_keys",
     "check_schedule",
     "export_state",
+    "load_denoiser",
     "load_part",
     "load_unet",
     "load_vae",
@@ -62,6 +64,17 @@ def load_writenet(
 ) -> WriteNet:
     """Load WriteNet like `load_unet`."""
     return load_part(lambda: WriteNet(config), "writenet", config, checkpoint, dtype, device)
+
+
+def load_denoiser(
+    config: NetworkConfig,
+    checkpoint: Source,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Denoiser:
+    """Load UNet and WriteNet like `load_unet`."""
+    unet = load_unet(config, checkpoint, dtype, device)
+    return Denoiser(unet, load_writenet(config, checkpoint, dtype, device)).eval()
 
 
 def load_vae(

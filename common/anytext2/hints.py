@@ -27,6 +27,14 @@ class Hints:
             masked_latents=self.masked_latents.to(device=device, dtype=dtype),
         )
 
+    def pin_memory(self) -> Hints:
+        """Copy to page-locked memory."""
+        return Hints(
+            glyphs=self.glyphs.pin_memory(),
+            positions=self.positions.pin_memory(),
+            masked_latents=self.masked_latents.pin_memory(),
+        )
+
     def __len__(self) -> int:
         return int(self.masked_latents.shape[0])
 

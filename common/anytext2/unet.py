@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -127,21 +126,3 @@ def _replace_blocks(module: nn.Module | None, *, attnx: bool) -> None:
         blocks = attention.transformer_blocks
         for index, block in enumerate(blocks):
             blocks[index] = AttnXBlock(block, attnx=attnx)
-
-
-def pad_contexts(contexts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stack image contexts of different lengths into a batch.
-
-    Args:
-        contexts: B tensors (L_i, c).
-
-    Returns:
-        The contexts with zeros after each, (B, max L, c), and the bool mask (B, max L) that hides the zeros;
-        None in its place if all lengths are equal.
-    """
-    lengths = torch.tensor([context.shape[0] for context in contexts])
-    padded = nn.utils.rnn.pad_sequence(contexts, batch_first=True)  # (B, max L, c)
-    if bool((lengths == padded.shape[1]).all()):
-        return padded, None
-    mask = torch.arange(padded.shape[1])[None] < lengths[:, None]  # (B, max L)
-    return padded, mask.to(padded.device)

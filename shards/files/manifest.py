@@ -16,7 +16,7 @@ from shards.records.codec import decode_uncond, encode_uncond
 from shards.records.tensor_file import load_metadata
 
 if TYPE_CHECKING:
-    from shards.records.record import Uncond
+    from common.anytext2.conditioning import Uncond
 
 _MAX_DIFFERENCES = 8
 

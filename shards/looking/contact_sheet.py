@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.schedule import make_alphas_cumprod
+from common.ddim import CLEAN
+from common.schedule import alphas_at, make_alphas_cumprod, phase_target_x0
 from shards.records.record import Record
 
 Picture = NDArray[np.uint8]
@@ -25,8 +26,7 @@ _MARGIN, _LINE = 4, 14
 def implied_x0(states: Tensor, timesteps: Tensor) -> Tensor:
     """Return the clean latents at which a rollout aims from each of its states.
 
-    It is the x0 for which one DDIM step from a state lands on the next one:
-    x0 = (z_e - (sigma_e / sigma_t) z_t) / (alpha_e - sigma_e alpha_t / sigma_t).
+    It is the x0 for which one DDIM step from a state lands on the next one, `phase_target_x0`.
 
     Args:
         states: (S + 1, C, h, w) float32, the last being the solved x0.
@@ -34,15 +34,10 @@ def implied_x0(states: Tensor, timesteps: Tensor) -> Tensor:
 
     Returns:
         (S, C, h, w).
-
-    Source: Salimans & Ho 2022, appendix G.
     """
-    cumulative = torch.cat([make_alphas_cumprod()[timesteps], torch.ones(1)]).reshape(
-        -1, 1, 1, 1
-    )  # (S + 1, 1, 1, 1)
-    alpha, sigma = cumulative.sqrt(), (1 - cumulative).sqrt()
-    ratio = sigma[1:] / sigma[:-1]
-    return (states[1:] - ratio * states[:-1]) / (alpha[1:] - ratio * alpha[:-1])
+    ends = torch.nn.functional.pad(timesteps[1:], (0, 1), value=CLEAN)  # (S,)
+    table = make_alphas_cumprod()
+    return phase_target_x0(states[:-1], states[1:], alphas_at(table, timesteps), alphas_at(table, ends))
 
 
 def draw_contact_sheet(records: Sequence[Record], decode: Decode) -> Image.Image:

@@ -98,7 +98,7 @@ def measure_rounding_error(shards: ShardSet) -> dict[str, float]:
 
     A value between two float16 numbers `spacing` apart is off by spacing / sqrt(12) rms. The solver goes on
     from the rounded state, so a phase's start is exact and only its end carries an error, which the target x0*
-    = (z_e - (sigma_e / sigma_t) z_t) / (alpha_e - sigma_e alpha_t / sigma_t) divides by its denominator.
+    multiplies: it is linear in the end.
 
     Returns:
         "states", and "phases_M" for each M of 1, 2, 4, 8 whose phases are stored; only "states" of noised data.
@@ -119,17 +119,20 @@ def measure_rounding_error(shards: ShardSet) -> dict[str, float]:
 
 def _phase_errors(timesteps: Any, variance: Any) -> Iterator[tuple[str, float]]:
     """Yield the mean variance of the target x0 over the phases, for each M that divides S."""
-    from common.schedule import make_alphas_cumprod
+    import torch
 
-    cumulative = np.append(make_alphas_cumprod().numpy()[timesteps].astype(np.float64), 1.0)  # (S + 1,)
-    alpha, sigma = np.sqrt(cumulative), np.sqrt(1 - cumulative)
+    from common.schedule import make_alphas_cumprod, phase_target_x0
+
+    cumulative = torch.ones(len(timesteps) + 1, dtype=torch.float64)  # (S + 1,)
+    cumulative[:-1] = make_alphas_cumprod()[torch.tensor(timesteps)]
+    errors = torch.from_numpy(variance).sqrt()  # (S + 1,)
     steps = len(timesteps)
     for phases in (1, 2, 4, 8):
         if steps % phases == 0:
-            start = np.arange(0, steps, steps // phases)
+            start = torch.arange(0, steps, steps // phases)
             end = start + steps // phases
-            denominator = alpha[end] - sigma[end] * alpha[start] / sigma[start]
-            yield f"phases_{phases}", float((variance[end] / denominator**2).mean())
+            moved = phase_target_x0(torch.zeros(phases), errors[end], cumulative[start], cumulative[end])  # (M,)
+            yield f"phases_{phases}", float(moved.square().mean())
 
 
 def _check_sound(shards: ShardSet) -> None:

@@ -23,7 +23,8 @@ from shards.records.codec import decode_arrays, decode_record, decode_uncond
 from shards.records.tensor_file import Array
 
 if TYPE_CHECKING:
-    from shards.records.record import Record, Uncond
+    from common.anytext2.conditioning import Uncond
+    from shards.records.record import Record
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.hints import Hints
 from common.errors import DataError
 from shards.records.record import Record
@@ -28,14 +29,8 @@ class Batch:
     Floating-point tensors are float16 as stored until `to` makes them something else.
     """
 
-    image_context: Tensor
-    """(B, 77 k, c), zeros where `context_mask` is False."""
-    context_mask: Tensor
-    """(B, 77 k) bool: True where a record has context, False where it was padded."""
-    text_context: Tensor
-    """(B, 77, c)."""
-    hints: Hints
-    """glyphs and positions (B, 1, H, W), uint8 until `to`; masked_latents (B, C, h, w)."""
+    conditioning: ConditioningBatch
+    """Of the B records; glyphs and positions are uint8 until `to`."""
     rollout_latents: Tensor
     """(B, R, S + 1, C, h, w): states at which the network was called, then the solved x0."""
     rollout_timesteps: Tensor
@@ -61,9 +56,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy everything to page-locked memory, from which copies to a GPU run beside its work."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        hints = Hints(**{name: getattr(self.hints, name).pin_memory() for name in _HINTS})
-        pinned = {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
-        return Batch(**{**values, **pinned, "hints": hints})
+        pinned: dict[str, Any] = {
+            name: None if value is None else value.pin_memory() for name, value in values.items()
+        }
+        return Batch(**pinned)
 
 
 def collate(
@@ -97,9 +93,12 @@ def collate_arrays(rows: Sequence[Mapping[str, Array]], indices: Sequence[int], 
         name: _stack(name, rows, indices) if any(name in row for row in rows) else None for name in _PREDICTIONS
     }
     return Batch(
-        image_context=image_context,
-        context_mask=mask,
-        hints=Hints(**{name: stacked.pop(name) for name in _HINTS}),
+        conditioning=ConditioningBatch(
+            image_context=image_context,
+            context_mask=mask,
+            text_context=stacked.pop("text_context"),
+            hints=Hints(**{name: stacked.pop(name) for name in _HINTS}),
+        ),
         **stacked,
         **predicted,
         indices=torch.tensor(list(indices), dtype=torch.int64),
@@ -107,7 +106,8 @@ def collate_arrays(rows: Sequence[Mapping[str, Array]], indices: Sequence[int], 
     )
 
 
-def _pad(contexts: Sequence[Array], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _pad(contexts: Sequence[Array], indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Do what `pad_contexts` does, straight from the arrays that were read."""
     width = contexts[0].shape[1]
     padded = torch.zeros(len(contexts), max(len(c) for c in contexts), width, dtype=torch.float16)
     mask = torch.zeros(padded.shape[:2], dtype=torch.bool)
@@ -120,7 +120,7 @@ def _pad(contexts: Sequence[Array], indices: Sequence[int]) -> tuple[Tensor, Ten
             )
         view[row, : len(context)] = context
         mask[row, : len(context)] = True
-    return padded, mask
+    return padded, None if bool(mask.all()) else mask
 
 
 def _stack(name: str, rows: Sequence[Mapping[str, Array]], indices: Sequence[int]) -> Tensor:
@@ -135,7 +135,7 @@ def _stack(name: str, rows: Sequence[Mapping[str, Array]], indices: Sequence[int
     return torch.from_numpy(np.stack([row[name] for row in rows]))
 
 
-def _move(value: Tensor | Hints | None, device: torch.device | str, dtype: torch.dtype) -> Tensor | Hints | None:
+def _move(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
     return None if value is None else value.to(device, dtype)

@@ -18,7 +18,8 @@ from shards.records.png import decode_mask, encode_mask
 from shards.records.tensor_file import Array, dump_tensors, load_tensors
 
 if TYPE_CHECKING:
-    from shards.records.record import Record, Uncond
+    from common.anytext2.conditioning import Uncond
+    from shards.records.record import Record
 
 _HALF, _LONG = np.dtype("<f2"), np.dtype("<i8")
 
@@ -102,7 +103,13 @@ def encode_uncond(uncond: Uncond, metadata: Mapping[str, str]) -> bytes:
     Args:
         uncond: the contexts.
         metadata: free text kept in the file's header.
+
+    Raises:
+        DataError: they break the schema.
     """
+    from shards.records.record import check_uncond
+
+    check_uncond(uncond)
     return dump_tensors({name: getattr(uncond, name).detach().numpy() for name in _UNCOND}, metadata)
 
 
@@ -114,10 +121,11 @@ def decode_uncond(data: bytes, where: str) -> Uncond:
     """
     import torch
 
-    from shards.records.record import Uncond
+    from common.anytext2.conditioning import Uncond
+    from shards.records.record import check_uncond
 
     arrays = _load_checked(data, _UNCOND, where)
-    return Uncond(**{name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+    return check_uncond(Uncond(**{name: torch.from_numpy(array.copy()) for name, array in arrays.items()}))
 
 
 def _load_checked(

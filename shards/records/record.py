@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.anytext2.conditioning import Conditioning, Uncond
 from common.errors import DataError
+from common.schedule import NUM_TRAIN_TIMESTEPS
 from shards.records.meta import SampleMeta
 from shards.records.png import MAX_SIDE
 
 CHUNK = 77
 """Tokens of one CLIP chunk; an image context has one or more."""
-NUM_TIMESTEPS = 1000
 
 
 class NonFiniteError(DataError):
@@ -67,28 +68,33 @@ class Record:
 
     @property
     def num_rollouts(self) -> int:
-        """R."""
+        """Solves of the input, R."""
         return int(self.rollout_latents.shape[0])
 
+    @property
+    def conditioning(self) -> Conditioning:
+        """What the teacher was given, as it is stored."""
+        return Conditioning(
+            image_context=self.image_context,
+            text_context=self.text_context,
+            glyphs=self.glyphs,
+            positions=self.positions,
+            masked_latents=self.masked_latents,
+        )
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Uncond:
-    """The unconditional contexts, one pair for a whole set.
+
+def check_uncond(uncond: Uncond) -> Uncond:
+    """Return unconditional contexts, one float16 pair for a whole set, if they can be stored.
 
     Raises:
         DataError: a field's type, shape or value breaks the schema.
+        NonFiniteError: a field holds NaN or infinity.
     """
-
-    image_context: Tensor
-    """(77 k, c) float16."""
-    text_context: Tensor
-    """(77, c) float16."""
-
-    def __post_init__(self) -> None:
-        _check_contexts(self, "unconditional contexts")
-        for name in ("image_context", "text_context"):
-            if not _is_finite(getattr(self, name)):
-                raise NonFiniteError(f"unconditional contexts: {name} holds NaN or infinity in float16")
+    _check_contexts(uncond, "unconditional contexts")
+    for name in ("image_context", "text_context"):
+        if not _is_finite(getattr(uncond, name)):
+            raise NonFiniteError(f"unconditional contexts: {name} holds NaN or infinity in float16")
+    return uncond
 
 
 _FLOATS = ("image_context", "text_context", "masked_latents", "rollout_latents", "x0_cond", "x0_uncond")
@@ -126,7 +132,7 @@ def _check_latents(record: Record, where: str) -> None:
     timesteps = record.rollout_timesteps
     steps = timesteps.shape[0] if _has_rank(timesteps, 1) else 0
     _check(timesteps, "rollout_timesteps", torch.int64, (max(steps, 1),), where, "(S,)")
-    if int(timesteps.min()) < 0 or int(timesteps.max()) >= NUM_TIMESTEPS:
+    if int(timesteps.min()) < 0 or int(timesteps.max()) >= NUM_TRAIN_TIMESTEPS:
         raise DataError(f"{where}: rollout_timesteps is {timesteps.tolist()}, expected values in 0..999")
     if record.meta.source == "rollout" and bool((timesteps.diff() >= 0).any()):
         raise DataError(f"{where}: rollout_timesteps is {timesteps.tolist()}, expected falling values")

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.anytext2.conditioning import Conditioning
 from common.config import Config
 from common.errors import DataError, UsageError
 from common.progress import Progress
@@ -20,7 +21,7 @@ from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.fonts import font_sha256
 from stage1_teacher.inputs.input import UNKNOWN_COLOR, Content, InputFailure, Polygon
 from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
-from stage1_teacher.teacher.teacher import Conditioning, Teacher
+from stage1_teacher.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.anytext2.conditioning import Conditioning, Uncond
+from common.anytext2.denoiser import predict_branches
 from common.anytext2.fingerprint import fingerprint
-from common.anytext2.unet import UNet, pad_contexts
+from common.anytext2.unet import UNet
 from common.anytext2.writenet import WriteNet
 from common.config import Config
+from common.ddim import Grid, parse_grid
 from common.errors import UsageError
 from stage1_teacher.measuring.held_out import ABLATIONS, HeldOut, split_parts
-from stage1_teacher.teacher.grids import Grid, parse_grid
-from stage1_teacher.teacher.solver import Predict, integrate, make_predict
-from stage1_teacher.teacher.teacher import Conditioning, Teacher, Uncond
+from stage1_teacher.teacher.solver import record_rollout
+from stage1_teacher.teacher.teacher import Teacher
 
 BASELINE_STEPS = (8, 4)
 """Steps on the trailing grid: what a user gets who samples the undistilled teacher in a student's few steps."""
@@ -61,7 +63,7 @@ class TeacherDrawer:
     def modules(self) -> tuple[UNet, WriteNet]:
         """Return the networks whose evaluations are counted."""
         teacher, _ = self.load()
-        return teacher.unet, teacher.writenet
+        return teacher.denoiser.unet, teacher.denoiser.writenet
 
     def prepare(self, input_ids: Sequence[str]) -> list[Conditioning]:
         """Encode inputs."""
@@ -81,40 +83,26 @@ class TeacherDrawer:
         Raises:
             DataError: the teacher produced NaN or Inf.
         """
-        teacher, _ = self.load()
+        teacher, uncond = self.load()
+        rounds, left_out = self.record_every > 0, split_parts(self.without)
         # As objects of their own: images that share an input must not share its WriteNet evaluations, or the cost
         # of an image would depend on how many are drawn of it.
-        conditionings = [replace(item) for item in conditionings]
-        rounds = self.record_every > 0
-        rollout = integrate(
-            self._predict(conditionings),
+        predict = predict_branches(
+            teacher.denoiser,
+            [replace(item) for item in conditionings],
+            None if self.guidance_scale == 1 else uncond,
+            attnx_scale=0.0 if "attnx" in left_out else 1.0,
+            with_writenet="writenet" not in left_out,
+        )
+        rollout = record_rollout(
+            predict,
             noise[:, 0].to(teacher.device, torch.float32),
-            self.grid.timesteps,
+            self.grid,
             guidance_scale=self.guidance_scale,
             keep=range(0, self.grid.num_steps, self.record_every) if rounds else (),
-            alphas_cumprod_end=self.grid.alphas_cumprod_end,
             round_states=rounds,
         )
         return rollout.states[:, -1].float()
-
-    def _predict(self, conditionings: Sequence[Conditioning]) -> Predict:
-        teacher, uncond_context = self.load()
-        uncond = None if self.guidance_scale == 1 else uncond_context
-        left_out = split_parts(self.without)
-        attnx_scale = 0.0 if "attnx" in left_out else 1.0
-        if "writenet" not in left_out:
-            return make_predict(teacher, conditionings, uncond, attnx_scale)
-        count = len(conditionings)
-        contexts = [item.image_context for item in conditionings]
-        context, mask = pad_contexts(contexts + ([] if uncond is None else [uncond.image_context] * count))
-
-        def predict(noisy_latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
-            if uncond is not None:
-                noisy_latents, timesteps = torch.cat([noisy_latents] * 2), torch.cat([timesteps] * 2)
-            eps = teacher.eps(noisy_latents, timesteps, context, None, context_mask=mask, attnx_scale=attnx_scale)
-            return (eps, None) if uncond is None else (eps[:count], eps[count:])
-
-        return predict
 
 
 def teacher_drawers(
@@ -145,7 +133,7 @@ def teacher_drawers(
     def make(name: str, part: str = "") -> TeacherDrawer:
         grid = parse_grid(name)
         recorded = name == recorded_grid(config) and not part
-        notes = "as recorded" if recorded else f"{grid.name} grid"
+        notes = "as recorded" if recorded else f"{name.partition(':')[0]} grid"
         left_out = f" without {part.replace('-', ' ').replace('+', ' and ')}" if part else ""
         return TeacherDrawer(
             label=f"teacher, {grid.num_steps} step{'s' if grid.num_steps > 1 else ''} ({notes}){left_out}",

@@ -14,12 +14,12 @@ import torch
 
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
+from common.ddim import CLEAN, Grid
 from common.errors import DataError
 from shards.reading.reader import ShardSet
 from shards.records.record import Record
-from stage1_teacher.recording.recorder import round_uncond
 from stage1_teacher.teacher.solver import Rollout, solve
-from stage1_teacher.teacher.teacher import Conditioning, Teacher
+from stage1_teacher.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +74,12 @@ def recompute(config: Config, shards: ShardSet, indices: Sequence[int]) -> Itera
 def _solve_again(
     teacher: Teacher, shards: ShardSet, record: Record, settings: dict[str, Any], timesteps: list[int]
 ) -> Rollout:
-    fields = ("image_context", "text_context", "glyphs", "positions", "masked_latents")
-    conditioning = Conditioning(**{name: getattr(record, name).float().to(teacher.device) for name in fields})
     return solve(
         teacher,
-        [conditioning] * record.num_rollouts,
-        round_uncond(shards.uncond, teacher),
-        record.rollout_latents[:, 0].float(),  # (R, C, h, w)
-        torch.tensor(timesteps),
+        [record.conditioning] * record.num_rollouts,
+        shards.uncond,
+        record.rollout_latents[:, 0],  # (R, C, h, w)
+        Grid(timesteps=torch.tensor(timesteps), end=torch.tensor(CLEAN)),
         guidance_scale=record.meta.guidance_scale,
         keep=range(0, len(timesteps), settings["record_every"]),
         store_predictions=record.x0_cond is not None,

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from common.anytext2.conditioning import Conditioning, Uncond
+from common.anytext2.denoiser import predict_branches
 from common.config import PrecomputeConfig
-from common.schedule import make_alphas_cumprod, predict_x0, trailing_timesteps
+from common.ddim import trailing_grid
+from common.schedule import diffuse, make_alphas_cumprod, predict_x0
 from common.seeding import derive_seed, rng
-from shards.records import record as shard_record
 from shards.records.meta import SampleMeta
 from shards.records.record import Record
 from stage1_teacher.rendering.rendered_input import DrawnInput
-from stage1_teacher.teacher.solver import make_predict, solve
-from stage1_teacher.teacher.teacher import Conditioning, Teacher, Uncond
+from stage1_teacher.teacher.solver import solve
+from stage1_teacher.teacher.teacher import Teacher
 
 
 def round_half(values: Tensor) -> Tensor:
     """Round to what float16 can hold and go on in float32: the teacher sees exactly what is stored."""
     return values.half().float()
-
-
-def round_uncond(uncond: shard_record.Uncond, teacher: Teacher) -> Uncond:
-    """Take the unconditional contexts as a set stores them."""
-    return Uncond(
-        image_context=uncond.image_context.float().to(teacher.device),
-        text_context=uncond.text_context.float().to(teacher.device),
-    )
-
-
-def make_stored_uncond(teacher: Teacher) -> shard_record.Uncond:
-    """Encode the unconditional contexts as a set stores them."""
-    uncond = teacher.unconditional()
-    return shard_record.Uncond(
-        image_context=uncond.image_context.half().cpu(), text_context=uncond.text_context.half().cpu()
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,49 +39,73 @@ class _Item:
         return derive_seed(self.drawn.seed, self.drawn.input_id, "noise", self.rollout)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Solved:
-    """What came of one item: S called states and the end, on the teacher's device."""
+    """What came of a batch of items, in their order: S called states and the end of each, on one device."""
 
-    states: Tensor  # (S + 1, C, h, w) float16
-    timesteps: Tensor  # (S,)
-    x0_cond: Tensor | None  # (S, C, h, w) float16
+    states: Tensor
+    """(B, S + 1, C, h, w) float16."""
+    timesteps: Tensor
+    """(B, S) int64."""
+    x0_cond: Tensor | None
+    """(B, S, C, h, w) float16."""
     x0_uncond: Tensor | None
+    """Likewise."""
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: slice) -> _Solved:
+        return self._map(lambda _name, values: values[rows])
+
+    def then(self, later: _Solved) -> _Solved:
+        """Put a later batch's items behind these."""
+        return self._map(lambda name, values: torch.cat([values, getattr(later, name)]))
+
+    def cpu(self) -> _Solved:
+        """Move to the CPU, where records are."""
+        return self._map(lambda _name, values: values.cpu())
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> _Solved:
+        present = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **{name: change(name, value) for name, value in present.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Recorded:
+    """What a batch of solves gave."""
+
+    records: list[Record]
+    """Of the inputs whose last rollout was in the batch, in order."""
+    rollouts: Tensor | None
+    """Every state of the batch's solves, (B, N + 1, C, h, w) float16 on the CPU, if they are wanted: inputs in
+    order, of each its rollouts in order."""
 
 
 class Recorder:
-    """Makes records of drawn inputs, `batch_size` solves side by side."""
+    """Makes records of rendered inputs, `batch_size` solves side by side."""
 
     def __init__(
-        self,
-        teacher: Teacher,
-        uncond: shard_record.Uncond,
-        settings: PrecomputeConfig,
-        *,
-        between_batches: Callable[[], None] = lambda: None,
-        keep_rollouts: Callable[[Tensor], None] | None = None,
+        self, teacher: Teacher, uncond: Uncond, settings: PrecomputeConfig, *, whole_rollouts: bool = False
     ) -> None:
-        """Prepare.
+        """Take what stays the same.
 
         Args:
             teacher: the networks.
-            uncond: the set's unconditional contexts.
+            uncond: the set's unconditional contexts, as it stores them.
             settings: how inputs are solved.
-            between_batches: called before every batch of solves; may raise to stop.
-            keep_rollouts: given whole rollouts, (B, N + 1, C, h, w) float16 on the CPU, of every batch of solves:
-                inputs in order, of each its rollouts in order. Records are the same with and without it.
+            whole_rollouts: give every state of the solves too; records are the same with and without them.
         """
         self._teacher, self._settings = teacher, settings
-        self._uncond = round_uncond(uncond, teacher)
-        self._between_batches, self._keep_rollouts = between_batches, keep_rollouts
+        self._uncond, self._whole_rollouts = uncond.to(teacher.device, torch.float32), whole_rollouts
         network = teacher.network
         side = settings.size // network.stride
         self._latent_shape = (network.latent_channels, side, side)
-        self._grid = trailing_timesteps(settings.solver_steps)
+        self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
 
-    def record(self, inputs: Sequence[DrawnInput]) -> list[Record]:
-        """Encode and solve inputs.
+    def record(self, inputs: Sequence[DrawnInput]) -> Iterator[Recorded]:
+        """Encode and solve inputs; yields after every batch of solves, so that the caller may stop in between.
 
         What a record holds depends on which inputs are given together, to about 1e-6 of its values.
 
@@ -106,28 +116,30 @@ class Recorder:
             DataError: the teacher produced NaN or Inf.
         """
         if not inputs:
-            return []
-        conditionings = [_round_conditioning(item) for item in self._teacher.encode(inputs)]
-        items = [
-            _Item(drawn, conditioning, rollout)
-            for drawn, conditioning in zip(inputs, conditionings, strict=True)
-            for rollout in range(self._settings.num_rollouts)
-        ]
-        run = self._solve if self._settings.source == "rollout" else self._noise
-        solved: list[_Solved] = []
-        for start in range(0, len(items), self._settings.batch_size):
-            self._between_batches()
-            solved += run(items[start : start + self._settings.batch_size])
+            return
+        encoded = [_round_conditioning(item) for item in self._teacher.encode(inputs)]
         count = self._settings.num_rollouts
-        starts = range(0, len(items), count)
-        return [self._assemble(items[start : start + count], solved[start : start + count]) for start in starts]
+        items = [_Item(*pair, rollout) for pair in zip(inputs, encoded, strict=True) for rollout in range(count)]
+        done, waiting = 0, None  # items in records; solves of an input that is not whole yet
+        for start in range(0, len(items), self._settings.batch_size):
+            batch = items[start : start + self._settings.batch_size]
+            solved, rollouts = self._run(batch)
+            waiting = solved.cpu() if waiting is None else waiting.then(solved.cpu())
+            records = []
+            while len(waiting) >= count:
+                records.append(self._assemble(items[done : done + count], waiting[:count]))
+                done, waiting = done + count, waiting[count:]
+            yield Recorded(records=records, rollouts=rollouts)
+
+    def _run(self, batch: Sequence[_Item]) -> tuple[_Solved, Tensor | None]:
+        return self._solve(batch) if self._settings.source == "rollout" else (self._noise(batch), None)
 
     def _draw_noise(self, item: _Item, count: int = 1) -> Tensor:
         """Draw on the CPU, so that devices agree, (count, C, h, w)."""
         generator = torch.Generator().manual_seed(item.seed)
         return torch.randn((count, *self._latent_shape), generator=generator)
 
-    def _solve(self, batch: Sequence[_Item]) -> list[_Solved]:
+    def _solve(self, batch: Sequence[_Item]) -> tuple[_Solved, Tensor | None]:
         rollout = solve(
             self._teacher,
             [item.conditioning for item in batch],
@@ -137,19 +149,18 @@ class Recorder:
             guidance_scale=self._settings.guidance_scale,
             keep=self._keep,
             store_predictions=self._settings.store_predictions,
-            keep_all=self._keep_rollouts is not None,
+            keep_all=self._whole_rollouts,
         )
-        if self._keep_rollouts is not None and rollout.all_states is not None:
-            self._keep_rollouts(rollout.all_states.cpu())
-        return [
-            _Solved(states, rollout.timesteps, *predictions)
-            for states, predictions in zip(
-                rollout.states, _rows(len(batch), rollout.x0_cond, rollout.x0_uncond), strict=True
-            )
-        ]
+        solved = _Solved(
+            states=rollout.states,
+            timesteps=rollout.timesteps.expand(len(batch), -1),
+            x0_cond=rollout.x0_cond,
+            x0_uncond=rollout.x0_uncond,
+        )
+        return solved, None if rollout.all_states is None else rollout.all_states.cpu()
 
     @torch.no_grad()
-    def _noise(self, batch: Sequence[_Item]) -> list[_Solved]:
+    def _noise(self, batch: Sequence[_Item]) -> _Solved:
         """Noise data latents at timesteps drawn from the whole grid: z_t = alpha_t x0 + sigma_t eps.
 
         Source: Luo et al. 2023 (LCM), algorithm 1.
@@ -160,26 +171,24 @@ class Recorder:
         noise = torch.stack([self._draw_noise(item, steps) for item in batch]).to(x0.device)  # (B, S, C, h, w)
         timesteps = torch.stack([self._draw_timesteps(item) for item in batch])  # (B, S)
         alphas = make_alphas_cumprod()[timesteps].to(x0.device)[..., None, None, None]  # (B, S, 1, 1, 1)
-        states = round_half(alphas.sqrt() * x0[:, None] + (1 - alphas).sqrt() * noise)  # (B, S, C, h, w)
+        states = round_half(diffuse(x0[:, None], noise, alphas))  # (B, S, C, h, w)
         predicted = (
             self._predict(batch, states, timesteps, alphas) if self._settings.store_predictions else (None,) * 2
         )
         whole = torch.cat([states, x0[:, None]], dim=1).half()  # (B, S + 1, C, h, w)
-        return [
-            _Solved(rows, t, *predictions)
-            for rows, t, predictions in zip(whole, timesteps, _rows(len(batch), *predicted), strict=True)
-        ]
+        return _Solved(states=whole, timesteps=timesteps, x0_cond=predicted[0], x0_uncond=predicted[1])
 
     def _draw_timesteps(self, item: _Item) -> Tensor:
         """Draw S different timesteps of the solver's grid, the same for all rollouts, descending, (S,)."""
-        drawn = rng(item.drawn.seed, item.drawn.input_id, "timesteps").sample(self._grid.tolist(), len(self._keep))
-        return torch.tensor(sorted(drawn, reverse=True))
+        random, grid = rng(item.drawn.seed, item.drawn.input_id, "timesteps"), self._grid.timesteps.tolist()
+        return torch.tensor(sorted(random.sample(grid, len(self._keep)), reverse=True))
 
     def _predict(
         self, batch: Sequence[_Item], states: Tensor, timesteps: Tensor, alphas: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Predict x0 with and without the condition at every state, (B, S, C, h, w) float16 each."""
-        predict = make_predict(self._teacher, [item.conditioning for item in batch], self._uncond)
+        conditionings = [item.conditioning for item in batch]
+        predict = predict_branches(self._teacher.denoiser, conditionings, self._uncond)
         cond, uncond = [], []
         for step in range(states.shape[1]):
             z, alpha = states[:, step], alphas[:, step]
@@ -189,16 +198,9 @@ class Recorder:
             uncond.append(predict_x0(z, eps_uncond, alpha).half())
         return torch.stack(cond, dim=1), torch.stack(uncond, dim=1)
 
-    def _assemble(self, items: Sequence[_Item], solved: Sequence[_Solved]) -> Record:
-        """Join an input's rollouts into its record, on the CPU."""
+    def _assemble(self, items: Sequence[_Item], solved: _Solved) -> Record:
+        """Join an input and its R rollouts to its record."""
         drawn, conditioning = items[0].drawn, items[0].conditioning
-
-        def stack(values: Sequence[Tensor | None]) -> Tensor | None:
-            present = [value for value in values if value is not None]
-            return torch.stack(present).cpu() if present else None  # (R, ...)
-
-        states = stack([rollout.states for rollout in solved])
-        assert states is not None
         return Record(
             meta=SampleMeta(
                 input_id=drawn.input_id,
@@ -216,10 +218,10 @@ class Recorder:
             image_context=conditioning.image_context.half().cpu(),
             text_context=conditioning.text_context.half().cpu(),
             masked_latents=conditioning.masked_latents.half().cpu(),
-            rollout_latents=states,
-            rollout_timesteps=solved[0].timesteps.cpu(),
-            x0_cond=stack([rollout.x0_cond for rollout in solved]),
-            x0_uncond=stack([rollout.x0_uncond for rollout in solved]),
+            rollout_latents=solved.states,
+            rollout_timesteps=solved.timesteps[0],
+            x0_cond=solved.x0_cond,
+            x0_uncond=solved.x0_uncond,
             glyphs=drawn.glyphs,
             positions=drawn.positions.sum(0, keepdim=True, dtype=torch.uint8),
         )
@@ -232,10 +234,3 @@ def _round_conditioning(conditioning: Conditioning) -> Conditioning:
         text_context=round_half(conditioning.text_context),
         masked_latents=round_half(conditioning.masked_latents),
     )
-
-
-def _rows(count: int, cond: Tensor | None, uncond: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Take predictions (B, S, C, h, w) apart by sample; both None if there are none."""
-    if cond is None or uncond is None:
-        return [(None, None)] * count
-    return list(zip(cond, uncond, strict=True))

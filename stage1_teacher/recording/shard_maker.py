@@ -7,10 +7,12 @@ it, and however often that was interrupted.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from common.config import PrecomputeConfig
 from common.errors import DataError
@@ -19,6 +21,7 @@ from common.signals import StopFlag
 from shards.files.failures import Failure
 from shards.files.names import shard_name
 from shards.files.plan import PlannedShard
+from shards.records.record import Record
 from shards.remote.upload import Uploader
 from shards.writing.writer import ShardWriter
 from stage1_teacher.inputs.files import Inputs
@@ -56,7 +59,7 @@ class ShardMaker:
             settings: batch size, threads and the budget of failures.
             stop: asked between shards and batches.
             machine: device and library versions, stored in every sidecar.
-            rollouts: keeps whole rollouts; the recorder must hand them to its `collect`.
+            rollouts: keeps whole rollouts, which the recorder must give.
             uploader: sends every shard away after it was committed.
         """
         self._folder, self._identity_sha256 = folder, identity_sha256
@@ -92,7 +95,7 @@ class ShardMaker:
                 self._make(item.shard, drawn, recorder, progress)
 
     def check_stop(self) -> None:
-        """Ask whether to go on; done between shards and, by the recorder, between batches.
+        """Ask whether to go on; done between shards and between batches.
 
         Raises:
             Stopped: a signal came.
@@ -103,15 +106,19 @@ class ShardMaker:
         writer = ShardWriter(
             self._folder, shard.shard_index, identity_sha256=self._identity_sha256, provenance=self._machine
         )
-        if self._rollouts is not None:
-            self._rollouts.begin()
+        rollouts: list[Tensor] = []
         failed: list[int] = []
+        first = 0  # place within the shard
         with writer:
-            first = shard.first_index
             for group in group_by_drawn(drawn, len(shard.input_ids), self._settings.batch_size):
-                self._write_group(writer, shard, first, group, recorder)
-                places = range(first - shard.first_index, len(shard.input_ids))
-                failed += [p for p, item in zip(places, group, strict=False) if isinstance(item, InputFailure)]
+                records, states = self._record_group(shard, first, group, recorder)
+                rollouts += states
+                for place, outcome in enumerate(group, start=first):
+                    if isinstance(outcome, DrawnInput):
+                        writer.add(shard.first_index + place, records.popleft())
+                    else:
+                        writer.fail(self._note(shard, place, outcome))
+                        failed.append(place)
                 first += len(group)
                 progress.update(len(group), failed=self._share.failed)
             header = writer.commit()
@@ -122,7 +129,7 @@ class ShardMaker:
                     "trajectories are not those of its records to the last bit",
                     header.shard,
                 )
-            self._rollouts.write(shard, failed)
+            self._rollouts.write(shard, rollouts, failed)
         self._share.records += writer.count
         self._share.written += 1
         self._send([header.shard])
@@ -137,26 +144,29 @@ class ShardMaker:
         except DataError as error:
             raise DataError(f"{error} ({self._share.standing} in {self._folder})") from None
 
-    def _write_group(
-        self, writer: ShardWriter, shard: PlannedShard, first: int, group: list[Outcome], recorder: Recorder
-    ) -> None:
+    def _record_group(
+        self, shard: PlannedShard, first: int, group: list[Outcome], recorder: Recorder
+    ) -> tuple[deque[Record], list[Tensor]]:
+        """Return the records of a group that starts at a place of its shard, and what whole rollouts there are."""
+        records: deque[Record] = deque()
+        rollouts: list[Tensor] = []
         try:
-            records = iter(recorder.record([item for item in group if isinstance(item, DrawnInput)]))
+            for recorded in recorder.record([item for item in group if isinstance(item, DrawnInput)]):
+                self.check_stop()
+                records += recorded.records
+                rollouts += [] if recorded.rollouts is None else [recorded.rollouts]
         except DataError as error:
-            last = first + len(group) - 1
-            raise type(error)(f"{shard_name(shard.shard_index)}, inputs {first} to {last}: {error}") from None
-        for index, outcome in enumerate(group, start=first):
-            if isinstance(outcome, DrawnInput):
-                writer.add(index, next(records))
-            else:
-                writer.fail(self._note(shard, index, outcome))
+            begin, end = shard.first_index + first, shard.first_index + first + len(group) - 1
+            raise type(error)(f"{shard_name(shard.shard_index)}, inputs {begin} to {end}: {error}") from None
+        return records, rollouts
 
-    def _note(self, shard: PlannedShard, index: int, failure: InputFailure) -> Failure:
+    def _note(self, shard: PlannedShard, place: int, failure: InputFailure) -> Failure:
         """Count a failed input.
 
         Raises:
             DataError: it is one too many.
         """
+        index = shard.first_index + place
         logger.warning("input %d failed: %s", index, failure)
         self._share.failed += 1
         self._reasons[failure.reason] += 1
@@ -168,7 +178,7 @@ class ShardMaker:
                 f'{count} of them now with "{reason}"; the last one: {failure}; mend the inputs or raise the limit'
             )
         return Failure(
-            input_id=shard.input_ids[index - shard.first_index],
+            input_id=shard.input_ids[place],
             sample_index=index,
             reason=failure.reason,
             message=str(failure),

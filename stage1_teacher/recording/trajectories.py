@@ -33,12 +33,11 @@ def check_has_rollouts(settings: PrecomputeConfig) -> None:
 
 
 class RolloutKeeper:
-    """Collects the rollouts of the shard in work and writes them once the shard is committed."""
+    """Writes the whole rollouts of a shard once the shard is committed."""
 
     def __init__(self, store: TrajectoryStore, num_rollouts: int) -> None:
         """Prepare; see `open`."""
         self._store, self._num_rollouts = store, num_rollouts
-        self._collected: list[Tensor] = []
 
     @staticmethod
     def open(
@@ -81,20 +80,13 @@ class RolloutKeeper:
         """Tell whether a shard's rollouts are yet to be written, or damaged."""
         return not self._store.is_done(shard_index)
 
-    def begin(self) -> None:
-        """Forget what was collected of another shard."""
-        self._collected = []
-
-    def collect(self, states: Tensor) -> None:
-        """Take the next rollouts of the shard in work, (B, N + 1, C, h, w) float16."""
-        self._collected.append(states)
-
-    def write(self, shard: PlannedShard, failed: Sequence[int]) -> None:
-        """Write the collected rollouts as the shard's block.
+    def write(self, shard: PlannedShard, rollouts: Sequence[Tensor], failed: Sequence[int]) -> None:
+        """Write a shard's rollouts as its block.
 
         Args:
-            shard: which one; all of its other inputs were solved.
-            failed: places within it of inputs that failed.
+            shard: which one.
+            rollouts: of its inputs, in order, (B, N + 1, C, h, w) float16 of each batch of solves.
+            failed: places within it of inputs that failed and have none.
 
         Raises:
             DataError: the disk refused.
@@ -103,9 +95,8 @@ class RolloutKeeper:
         gone = [place * rows + number for place in failed for number in range(rows)]
         count = len(shard.input_ids) * rows
         states = torch.full((count, *self._store.rollout_shape), float("nan"), dtype=torch.float16)
-        if self._collected:
-            states[sorted(set(range(count)) - set(gone))] = torch.cat(self._collected)
-        self._collected = []
+        if rollouts:
+            states[sorted(set(range(count)) - set(gone))] = torch.cat(list(rollouts))
         try:
             self._store.write_block(shard.shard_index, states, failed=gone)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The teacher: all of AnyText2 behind four pure calls (encode, unconditional, control, eps)."""
+"""The teacher: the denoiser, and the encoders that make its conditioning of a rendered input."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from torch import Tensor
 from common.anytext2.checkpoint import (
     CheckpointFile,
     check_schedule,
+    load_denoiser,
     load_part,
-    load_unet,
     load_vae,
-    load_writenet,
 )
+from common.anytext2.conditioning import Conditioning, Uncond
 from common.anytext2.config import NetworkConfig, load_network_config
-from common.anytext2.hints import Hints
-from common.anytext2.unet import Control, UNet
+from common.anytext2.denoiser import Denoiser
 from common.anytext2.vae import VAE
-from common.anytext2.writenet import WriteNet
 from common.config import Config
 from common.device import resolve_device
 from stage1_teacher.rendering.rendered_input import DrawnInput
@@ -31,47 +29,12 @@ from stage1_teacher.teacher.text_encoder import TextEncoder, load_clip, load_tok
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Conditioning:
-    """All that the networks need of one input; tensors are float32 on the teacher's device."""
-
-    image_context: Tensor
-    """(77 k, c), never padded."""
-    text_context: Tensor
-    """(77, c)."""
-    glyphs: Tensor
-    """(1, H, W), 0 or 1."""
-    positions: Tensor
-    """(1, H, W): sum of the lines' masks."""
-    masked_latents: Tensor
-    """(C, h, w)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Uncond:
-    """The contexts of the unconditional branch of guidance, the same for every input."""
-
-    image_context: Tensor
-    """The negative prompt's, (77 k, c)."""
-    text_context: Tensor
-    """An empty text caption's, (77, c)."""
-
-
-def stack_hints(conditionings: Sequence[Conditioning]) -> Hints:
-    """Make WriteNet's hints of inputs of one size."""
-    return Hints(
-        glyphs=torch.stack([item.glyphs for item in conditionings]),  # (B, 1, H, W)
-        positions=torch.stack([item.positions for item in conditionings]),  # (B, 1, H, W)
-        masked_latents=torch.stack([item.masked_latents for item in conditionings]),  # (B, C, h, w)
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Teacher:
     """The frozen networks. No call changes anything: equal arguments give equal results, in any order."""
 
     network: NetworkConfig
-    unet: UNet
-    writenet: WriteNet
+    denoiser: Denoiser
+    """UNet and WriteNet."""
     vae: VAE
     text_encoder: TextEncoder
     glyph_embedding: GlyphEmbedding
@@ -124,8 +87,7 @@ class Teacher:
         clip = load_clip(network, checkpoint, *where)
         return cls(
             network=network,
-            unet=load_unet(network, checkpoint, *where),
-            writenet=load_writenet(network, checkpoint, *where),
+            denoiser=load_denoiser(network, checkpoint, *where),
             vae=load_vae(network, checkpoint, *where),
             text_encoder=TextEncoder(clip, tokenizer, network.placeholder_token_id),
             glyph_embedding=load_part(
@@ -139,7 +101,7 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, inputs: Sequence[DrawnInput]) -> list[Conditioning]:
-        """Encode captions, lines and masked images of inputs of one size."""
+        """Encode captions, lines and masked images of inputs of one size; float32, on the teacher's device."""
         image_contexts = self.text_encoder.encode_image_captions([item.caption for item in inputs])
         text_contexts = self.text_encoder.encode_text_captions(
             [item.text_caption for item in inputs], self._embed_lines(inputs)
@@ -192,38 +154,11 @@ class Teacher:
 
     @torch.no_grad()
     def unconditional(self) -> Uncond:
-        """Encode the negative prompt and an empty text caption."""
+        """Encode the negative prompt and an empty text caption; float32, on the teacher's device."""
         nothing = torch.empty(0, self.network.context_dim, device=self.device)
         image_context = self.text_encoder.encode_image_captions([self.negative_prompt])[0]
         text_context = self.text_encoder.encode_text_captions([""], [nothing])[0]
         return Uncond(image_context=image_context.float(), text_context=text_context.float())
-
-    @torch.no_grad()
-    def control(self, hints: Hints, text_context: Tensor) -> Control:
-        """Run WriteNet on B hints with text contexts (B, 77, c); keep the result, it holds for all timesteps."""
-        return self.writenet(hints.to(self.device, self.dtype), self._place(text_context))
-
-    @torch.no_grad()
-    def eps(
-        self,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        image_context: Tensor,
-        control: Control | None,
-        *,
-        context_mask: Tensor | None = None,
-        attnx_scale: float = 1.0,
-    ) -> Tensor:
-        """Predict noise as `UNet.forward` does, in the teacher's type; returns float32 (B, C, h, w)."""
-        eps: Tensor = self.unet(
-            self._place(noisy_latents),
-            timesteps.to(self.device),
-            self._place(image_context),
-            control,
-            context_mask=context_mask,
-            attnx_scale=attnx_scale,
-        )
-        return eps.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -28,10 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from common.anytext2.checkpoint import CheckpointFile, load_part
 from common.anytext2.config import NetworkConfig
 from common.anytext2.unet import Control, UNet
+from common.ddim import Grid, integrate
 from common.device import resolve_device
 from common.errors import DataError, UsageError
 from common.files import atomic_write
-from common.schedule import ddim_step, make_alphas_cumprod
+from common.schedule import diffuse, make_alphas_cumprod
 from common.scripts import run_script
 from stage1_teacher.teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.teacher.text_encoder import encode_tokens, encode_with_lines
@@ -207,13 +208,13 @@ def compute_losses(
     clean = batch.latents.repeat_interleave(noises, dim=0)
     levels = cumulative[:, None, None, None]  # (1000, 1, 1, 1)
     level = levels[batch.timesteps]
-    noisy = level.sqrt() * (clean + batch.grain) + (1 - level).sqrt() * batch.noise
+    noisy = diffuse(clean + batch.grain, batch.noise, level)
     if bool((jumping := batch.jumps > 0).any()):
         end = batch.timesteps[jumping]
         start = end + batch.jumps[jumping]
-        z = levels[start].sqrt() * clean[jumping] + (1 - levels[start]).sqrt() * batch.noise[jumping]
+        z = diffuse(clean[jumping], batch.noise[jumping], levels[start])
         given = context_of_each[jumping], tuple(part[jumping] for part in control_of_each)
-        noisy[jumping] = take_own_steps(denoiser.unet, z, start, end, batch.own_steps, *given, cumulative)
+        noisy[jumping] = take_own_steps(denoiser.unet, z, start, end, batch.own_steps, *given)
     noisy = noisy.contiguous(memory_format=_image_layout(noisy.device))
     eps = denoiser.unet(noisy, batch.timesteps, context_of_each, control_of_each)
     everything_else = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
@@ -239,7 +240,6 @@ def take_own_steps(
     steps: int,
     context: Tensor,
     control: Control,
-    cumulative: Tensor,
 ) -> Tensor:
     """Go on from z by the network's own DDIM steps, without guidance.
 
@@ -251,18 +251,16 @@ def take_own_steps(
         steps: how many, of about the same length.
         context: image contexts, (N, 77, c).
         control: WriteNet's residuals for each.
-        cumulative: alphas_cumprod, (1000,).
 
     Returns:
         Noisy latents at `end`, (N, C, h, w).
     """
-    levels = cumulative[:, None, None, None]
-    now = start
-    for left in reversed(range(steps)):
-        after = end + (start - end) * left // steps
-        eps = unet(z.contiguous(memory_format=_image_layout(z.device)), now, context, control)
-        z, now = ddim_step(z, eps, levels[now], levels[after]), after
-    return z
+    stops = [end + (start - end) * left // steps for left in range(steps, 0, -1)]
+
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return unet(noisy.contiguous(memory_format=_image_layout(noisy.device)), timesteps, context, control)
+
+    return integrate(predict, z, Grid(timesteps=torch.stack(stops), end=end))
 
 
 def _image_layout(device: torch.device) -> torch.memory_format:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.files import sha256_file
@@ -21,7 +22,6 @@ from stage2_student.evaluation.counting import EvaluationCounter
 from stage2_student.evaluation.runs import Drawn, Job, Run
 from stage2_student.student.adapter import find_adapter, read_card
 from stage2_student.student.sample import Sampler
-from stage2_student.student.student import Conditioning
 
 Picture = NDArray[np.uint8]
 """(H, W, 3), RGB."""
@@ -129,7 +129,7 @@ class StudentDrawer:
     kind = "student"
 
     def __init__(
-        self, config: Config, adapter: Path, name: str, condition: Callable[[Sequence[str]], Conditioning]
+        self, config: Config, adapter: Path, name: str, condition: Callable[[Sequence[str]], ConditioningBatch]
     ) -> None:
         """Find the adapter.
 
@@ -170,7 +170,7 @@ class StudentDrawer:
         student = self._load().student
         return student.unet, student.writenet
 
-    def latents(self, prepared: Conditioning, noise: Tensor) -> Tensor:
+    def latents(self, prepared: ConditioningBatch, noise: Tensor) -> Tensor:
         """Sample latents, (B, C, h, w), from noise (B, K, C, h, w)."""
         return self._load().latents(prepared, noise)
 

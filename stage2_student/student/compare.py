@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
+from common.anytext2.conditioning import ConditioningBatch
+from common.anytext2.denoiser import guide, predict_branches
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
+from common.ddim import integrate, trailing_grid
 from common.device import resolve_device
 from common.errors import UsageError
-from common.schedule import ddim_step, make_alphas_cumprod, trailing_timesteps
 from shards.reading.reader import ShardSet
-from shards.records.record import Record, Uncond
+from shards.records.record import Record
 from stage2_student.student.sample import Picture, Sampler, decode, load_decoder
 from stage2_student.student.shard_facts import read_facts, require_base
-from stage2_student.student.student import DTYPES, Conditioning, Student, load_base
-from stage2_student.training.losses import alphas_at, guided
+from stage2_student.student.student import DTYPES, load_base
 
 GAP, LABEL_HEIGHT = 6, 20
 TILE = 144
@@ -56,7 +55,7 @@ def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[i
     records = [_read(shards, index) for index in indices]
     sampler = Sampler.load(config, adapter)
     steps = sampler.card.num_steps
-    conditioning = Conditioning.stack(records)
+    conditionings = [record.conditioning for record in records]
     solves = torch.stack([record.rollout_latents[0].float() for record in records])  # (B, S+1, C, h, w)
     noise = solves[:, :1]
     if sampler.noises_needed > 1:
@@ -64,58 +63,16 @@ def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[i
         later = sampler.noise(0, indices, shape)[:, 1:]
         noise = torch.cat([noise, later], dim=1)
     base, _ = load_base(config, DTYPES[config.model.dtype], resolve_device(config.model.device))
-    scale = recorded["guidance_scale"]
-    undistilled = solve_guided(base, conditioning, shards.uncond, noise[:, 0], steps=steps, guidance_scale=scale)
+    predict = guide(predict_branches(base, conditionings, shards.uncond), recorded["guidance_scale"])
+    undistilled = integrate(predict, solves[:, 0].to(base.device), trailing_grid(steps))
     vae = load_decoder(config)
     columns = {
         "layout": [_layout(record) for record in records],
         f"teacher, {recorded['solver_steps']} steps": decode(vae, solves[:, -1]),
         f"teacher, {steps} steps": decode(vae, undistilled),
-        f"student, {steps} steps": decode(vae, sampler.latents(conditioning, noise)),
+        f"student, {steps} steps": decode(vae, sampler.latents(ConditioningBatch.stack(conditionings), noise)),
     }
     return _grid(columns)
-
-
-@torch.no_grad()
-def solve_guided(
-    base: Student,
-    conditioning: Conditioning,
-    uncond: Uncond,
-    noise: Tensor,
-    *,
-    steps: int,
-    guidance_scale: float,
-) -> Tensor:
-    """Sample the undistilled network with guidance from what shards hold, on the trailing grid.
-
-    Args:
-        base: without adapters.
-        conditioning: of B images.
-        uncond: the set's unconditional contexts.
-        noise: (B, C, h, w).
-        steps: DDIM steps.
-        guidance_scale: s in eps_u + s (eps_c - eps_u).
-
-    Returns:
-        Latents, (B, C, h, w) float32.
-    """
-    device = next(base.parameters()).device
-    count = len(conditioning)
-    without = Conditioning(
-        image_context=uncond.image_context.expand(count, -1, -1),
-        context_mask=None,
-        text_context=uncond.text_context.expand(count, -1, -1),
-        hints=conditioning.hints,
-    )
-    branches = [branch.to(device, base.dtype) for branch in (conditioning, without)]
-    controls = [base.control(branch) for branch in branches]
-    table, z = make_alphas_cumprod().to(device), noise.to(device, torch.float32)
-    grid = [*trailing_timesteps(steps).tolist(), -1]
-    for t, t_end in pairwise(grid):
-        now, later = (torch.full((count,), when, device=device) for when in (t, t_end))
-        cond, rest = (base(z, now, *pair).float() for pair in zip(branches, controls, strict=True))
-        z = ddim_step(z, guided(cond, rest, guidance_scale), alphas_at(table, now), alphas_at(table, later))
-    return z
 
 
 def _read(shards: ShardSet, index: int) -> Record:

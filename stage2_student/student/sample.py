@@ -14,17 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from common.anytext2.checkpoint import load_vae
+from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.anytext2.vae import VAE
 from common.config import Config
+from common.ddim import CLEAN, Crossing, Grid, consistency_value, cross_by_ddim, integrate
 from common.device import resolve_device
 from common.files import write_bytes_atomic
-from common.schedule import ddim_step, make_alphas_cumprod
+from common.schedule import diffuse
 from common.seeding import generator
 from stage2_student.student.adapter import Card, attach_adapter, find_adapter, read_card
 from stage2_student.student.lora import merge
-from stage2_student.student.student import DTYPES, Conditioning, Student, load_base, network_of
-from stage2_student.training.losses import alphas_at, consistency_value
+from stage2_student.student.student import DTYPES, Student, load_base, network_of
 
 Picture = NDArray[np.uint8]
 """(H, W, 3), RGB."""
@@ -83,7 +84,7 @@ class Sampler:
         return self.card.num_steps if self.card.sampler == "lcm" else 1
 
     @torch.no_grad()
-    def latents(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+    def latents(self, conditioning: ConditioningBatch, noise: Tensor) -> Tensor:
         """Sample B images.
 
         Args:
@@ -98,20 +99,20 @@ class Sampler:
         conditioning = conditioning.to(self.device, self.student.dtype)
         noise = noise.to(self.device, torch.float32)
         control = self.student.control(conditioning)  # depends on neither z_t nor t: once
-        table = make_alphas_cumprod().to(self.device)
-        z = noise[:, 0]
-        ends = [*self.card.timesteps[1:], -1]
-        for step, (t, t_end) in enumerate(zip(self.card.timesteps, ends, strict=True)):
-            now, later = (torch.full((len(z),), when, device=self.device) for when in (t, t_end))
-            eps = self.student(z, now, conditioning, control).float()
-            a, a_end = alphas_at(table, now), alphas_at(table, later)
-            if self.card.sampler == "ddim":
-                z = ddim_step(z, eps, a, a_end)
-            else:
-                z = consistency_value(z, eps, now, a)
-                if t_end >= 0:
-                    z = a_end.sqrt() * z + (1 - a_end).sqrt() * noise[:, step + 1]
-        return z
+
+        def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+            return self.student(noisy_latents, timesteps, conditioning, control).float()
+
+        def cross_by_consistency(noisy_latents: Tensor, eps: Tensor, crossing: Crossing) -> Tensor:
+            clean = consistency_value(noisy_latents, eps, crossing.timesteps, crossing.alphas_cumprod)
+            later = crossing.index + 1
+            if later == grid.num_steps:
+                return clean
+            return diffuse(clean, noise[:, later], crossing.alphas_cumprod_end)
+
+        grid = Grid(timesteps=torch.tensor(self.card.timesteps), end=torch.tensor(CLEAN))
+        cross = cross_by_ddim if self.card.sampler == "ddim" else cross_by_consistency
+        return integrate(predict, noise[:, 0], grid, cross=cross)
 
 
 def draw_noise(seed: int, number: int, shape: tuple[int, ...], count: int = 1) -> Tensor:

@@ -7,53 +7,10 @@ alphas_cumprod is 1. Every function works in the dtype that it is given; trainin
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.schedule import ddim_step, predict_eps, predict_x0
-
-LCM_SIGMA_DATA = 0.5
-"""sigma_data of the boundary condition (Luo et al. 2023, appendix C)."""
-LCM_TIMESTEP_SCALING = 10.0
-"""What t is multiplied by in the boundary condition (Luo et al. 2023, appendix C)."""
-
-# Targets of a crossing.
-
-
-def phase_target_x0(
-    noisy_latents: Tensor, end_latents: Tensor, alphas_cumprod: Tensor, alphas_cumprod_end: Tensor
-) -> Tensor:
-    """Return the x0 for which one DDIM step from (z_t, t) lands on z_e.
-
-    x0* = (z_e - (sigma_e / sigma_t) z_t) / (alpha_e - sigma_e alpha_t / sigma_t).
-
-    Args:
-        noisy_latents: z_t, (B, C, h, w).
-        end_latents: z_e, same shape.
-        alphas_cumprod: at t, (B, 1, 1, 1), in (0, 1).
-        alphas_cumprod_end: at e, (B, 1, 1, 1), above the one at t; 1 makes x0* = z_e.
-
-    Returns:
-        x0*, same shape as z_t.
-
-    Source: Salimans & Ho 2022, appendix G.
-    """
-    ratio = ((1 - alphas_cumprod_end) / (1 - alphas_cumprod)).sqrt()  # sigma_e / sigma_t
-    return (end_latents - ratio * noisy_latents) / (alphas_cumprod_end.sqrt() - ratio * alphas_cumprod.sqrt())
-
-
-def phase_target_eps(
-    noisy_latents: Tensor, end_latents: Tensor, alphas_cumprod: Tensor, alphas_cumprod_end: Tensor
-) -> Tensor:
-    """Return the eps for which one DDIM step from (z_t, t) lands on z_e: eps* = (z_t - alpha_t x0*) / sigma_t.
-
-    Args and shapes as `phase_target_x0`.
-
-    Source: Salimans & Ho 2022, appendix G.
-    """
-    target = phase_target_x0(noisy_latents, end_latents, alphas_cumprod, alphas_cumprod_end)
-    return predict_eps(noisy_latents, target, alphas_cumprod)
+from common.schedule import ddim_step, predict_eps
 
 
 def landing_factor(alphas_cumprod: Tensor, alphas_cumprod_end: Tensor) -> Tensor:
@@ -68,50 +25,6 @@ def landing_factor(alphas_cumprod: Tensor, alphas_cumprod_end: Tensor) -> Tensor
     return (1 - alphas_cumprod_end).sqrt() - (1 - alphas_cumprod).sqrt() * scale
 
 
-def interpolated_state(x0: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Return the state at t on the first-order path through a phase: z_t = alpha_t x0* + sigma_t eps*.
-
-    Source: Wang et al. 2024 (Rectified Diffusion, arXiv 2410.07303), section 3: with x0 and eps constant along a
-    path, the path is solved exactly by one step.
-    """
-    return alphas_cumprod.sqrt() * x0 + (1 - alphas_cumprod).sqrt() * eps
-
-
-def guided(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
-    """Return classifier-free guidance u + s (c - u), of x0 or of eps (they are linear in each other).
-
-    Source: Ho & Salimans 2022, equation 6, with s = w + 1.
-    """
-    return uncond + guidance_scale * (cond - uncond)
-
-
-# Latent consistency.
-
-
-def boundary_scalings(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return c_skip, c_out at t, (B, 1, 1, 1) float32: f(z, t) = c_skip z + c_out x0, the identity at t = 0.
-
-    c_skip = sigma_data^2 / ((10 t)^2 + sigma_data^2), c_out = 10 t / sqrt((10 t)^2 + sigma_data^2).
-
-    Args:
-        timesteps: t, (B,) int64.
-
-    Source: Song et al. 2023 (consistency models), equation 9, as set by Luo et al. 2023, appendix C.
-    """
-    scaled = LCM_TIMESTEP_SCALING * timesteps.float().view(-1, 1, 1, 1)
-    variance = scaled**2 + LCM_SIGMA_DATA**2
-    return LCM_SIGMA_DATA**2 / variance, scaled / variance.sqrt()
-
-
-def consistency_value(noisy_latents: Tensor, eps: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Return f(z_t, t) = c_skip z_t + c_out x0(z_t, eps), (B, C, h, w).
-
-    Source: Luo et al. 2023 (LCM), equation 9.
-    """
-    c_skip, c_out = boundary_scalings(timesteps)
-    return c_skip * noisy_latents + c_out * predict_x0(noisy_latents, eps, alphas_cumprod)
-
-
 def guided_solver_step(
     noisy_latents: Tensor, x0: Tensor, alphas_cumprod: Tensor, alphas_cumprod_end: Tensor
 ) -> Tensor:
@@ -122,9 +35,6 @@ def guided_solver_step(
     return ddim_step(
         noisy_latents, predict_eps(noisy_latents, x0, alphas_cumprod), alphas_cumprod, alphas_cumprod_end
     )
-
-
-# Losses, element by element.
 
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:
@@ -201,17 +111,3 @@ def per_sample(loss: Tensor, weights: Tensor | None = None) -> Tensor:
         return loss.mean(dim=(1, 2, 3))
     weights = weights.expand_as(loss)
     return (weights * loss).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
-
-
-def alphas_at(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """Look up alphas_cumprod at each sample's t, 1 where t is below 0 (the end of the solve).
-
-    Args:
-        alphas_cumprod: the table, (1000,) float32.
-        timesteps: (B,) int64; -1 for the end.
-
-    Returns:
-        (B, 1, 1, 1) float32.
-    """
-    values = alphas_cumprod[timesteps.clamp(min=0)]
-    return torch.where(timesteps < 0, torch.ones_like(values), values).view(-1, 1, 1, 1)

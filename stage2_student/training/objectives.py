@@ -12,23 +12,24 @@ import torch
 from torch import Tensor
 
 from common.config import TrainConfig
+from common.ddim import CLEAN, Predict, consistency_value
 from common.errors import UsageError
-from common.schedule import NUM_TRAIN_TIMESTEPS, ddim_step, predict_x0
-from stage2_student.training.losses import (
+from common.schedule import (
+    NUM_TRAIN_TIMESTEPS,
     alphas_at,
-    consistency_value,
-    crossing_loss,
-    elementwise_loss,
+    ddim_step,
+    diffuse,
     guided,
-    guided_solver_step,
-    interpolated_state,
     phase_target_eps,
     phase_target_x0,
+    predict_x0,
+)
+from stage2_student.training.losses import (
+    crossing_loss,
+    elementwise_loss,
+    guided_solver_step,
 )
 from stage2_student.training.phases import Draws, Phases
-
-Predict = Callable[[Tensor, Tensor], Tensor]
-"""(z_t (B, C, h, w) float32, t (B,) int64) -> eps, same shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class Solves:
 
     def timestep(self, state: Tensor) -> Tensor:
         """Return t of a state of each sample, (B,) int64, -1 for the end."""
-        padded = torch.nn.functional.pad(self.timesteps, (0, 1), value=-1)  # (B, S + 1)
+        padded = torch.nn.functional.pad(self.timesteps, (0, 1), value=CLEAN)  # (B, S + 1)
         return padded.gather(1, state[:, None])[:, 0]
 
     def guided_x0(self, state: Tensor, guidance_scale: float) -> Tensor:
@@ -140,7 +141,7 @@ def interpolated_loss(
     target = phase_target_eps(z_start, z_end, a_start, a_end)
     t = t_start - (draws.position * (t_start - t_end)).long()  # t_end < t <= t_start
     a = alphas_at(settings.alphas_cumprod, t)
-    eps = predict(interpolated_state(x0, target, a), t)
+    eps = predict(diffuse(x0, target, a), t)
     return crossing_loss(eps, target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
 
 
@@ -174,7 +175,7 @@ def lcm_loss(
     """
     t, z = solves.timestep(draws.state), solves.at(draws.state)
     a = alphas_at(settings.alphas_cumprod, t)
-    t_next = (t - NUM_TRAIN_TIMESTEPS // settings.train.lcm_solver_steps).clamp(min=-1)
+    t_next = (t - NUM_TRAIN_TIMESTEPS // settings.train.lcm_solver_steps).clamp(min=CLEAN)
     a_next = alphas_at(settings.alphas_cumprod, t_next)
     with torch.no_grad():
         x0 = solves.guided_x0(draws.state, settings.train.guidance_scale)

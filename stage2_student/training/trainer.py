@@ -23,7 +23,7 @@ from shards.reading.reader import ShardSet
 from shards.records.batch import Batch
 from stage2_student.student.adapter import Card
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, prune, save_checkpoint
-from stage2_student.student.student import Conditioning, Student
+from stage2_student.student.student import Student
 from stage2_student.training.checkpoint import Learner, Progression, write_state
 from stage2_student.training.losses import per_sample, region_weights
 from stage2_student.training.objectives import LossSettings, loss_of, select_rollout, trains_at_starts
@@ -160,7 +160,7 @@ class Trainer:
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample of a batch, (B,) float32."""
         train, device = self.config.train, self.accelerator.device
-        conditioning = Conditioning.of_batch(batch).to(device, self.student.dtype)
+        conditioning = batch.conditioning.to(device, self.student.dtype)
         samples = list(zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True))
         draws = draw(
             samples,

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from common.anytext2.conditioning import Uncond
 from common.seeding import generator
 from shards.files.failures import Failure
 from shards.files.manifest import Manifest, create_or_check
 from shards.files.plan import PlannedShard, extend_plan
 from shards.records.meta import SampleMeta
-from shards.records.record import CHUNK, Record, Uncond
+from shards.records.record import CHUNK, Record
 from shards.writing.writer import ShardWriter, is_committed
 
 IDENTITY = {"model": "tiny", "seed": 0, "solver": {"steps": 8, "guidance_scale": 7.5}, "fonts": ["f" * 64]}

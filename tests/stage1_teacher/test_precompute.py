@@ -17,6 +17,7 @@ import torch
 
 from common.anytext2.checkpoint import write_checkpoint
 from common.anytext2.checkpoint_file import CheckpointFile
+from common.ddim import trailing_grid
 from common.errors import DataError, Stopped, UsageError
 from common.schedule import make_alphas_cumprod
 from shards.files.failures import read_failures
@@ -26,11 +27,11 @@ from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.inputs.input import InputFailure
 from stage1_teacher.inputs.prompts import Prompts
 from stage1_teacher.precompute import Done, precompute
-from stage1_teacher.recording.recorder import Recorder, round_uncond
+from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import group_by_drawn
 from stage1_teacher.rendering.rendered_input import DrawSettings, draw_input
 from stage1_teacher.teacher.solver import solve
-from stage1_teacher.teacher.teacher import Conditioning, Teacher
+from stage1_teacher.teacher.teacher import Teacher
 from tests.stage1_teacher.small_teacher import (
     DATA,
     ROOT,
@@ -138,19 +139,12 @@ def test_a_record_is_what_the_teacher_saw_and_did_to_the_bit(place: Place, tmp_p
     for record in shards:
         noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(record.meta.seeds[0]))
         assert torch.equal(record.rollout_latents[0, 0], noise.half())
-        conditioning = Conditioning(
-            image_context=record.image_context.float(),
-            text_context=record.text_context.float(),
-            glyphs=record.glyphs.float(),
-            positions=record.positions.float(),
-            masked_latents=record.masked_latents.float(),
-        )
         rollout = solve(
             teacher,
-            [conditioning],
-            round_uncond(shards.uncond, teacher),
+            [record.conditioning],
+            shards.uncond,
             record.rollout_latents[0, :1],
-            torch.tensor([999, 749, 499, 249]),
+            trailing_grid(4),
             guidance_scale=3.0,
             keep=(0, 2),
         )
@@ -409,10 +403,11 @@ def test_a_recorder_gives_one_record_per_input_in_any_company(place: Place, fini
     shards = ShardSet.open(finished)
     inputs = open_inputs([place.annotations], [place.prompts], config.precompute, {})
     recorder = Recorder(Teacher.load(config), shards.uncond, config.precompute)
-    alone = recorder.record([draw_input(inputs[5], settings)])[0]  # recorded beside a shorter caption
+    (recorded,) = recorder.record([draw_input(inputs[5], settings)])
+    (alone,) = recorded.records  # recorded beside a shorter caption
     stored = shards[5]
     assert alone.meta == stored.meta
-    assert recorder.record([]) == []
+    assert list(recorder.record([])) == []
     error = (alone.rollout_latents.float() - stored.rollout_latents.float()).norm()
     assert error / stored.rollout_latents.float().norm() < 1e-3
 

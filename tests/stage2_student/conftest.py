@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from common.anytext2.checkpoint import export_state, write_checkpoint
+from common.anytext2.conditioning import ConditioningBatch, Uncond
 from common.anytext2.config import NetworkConfig, load_network_config
 from common.anytext2.fingerprint import fingerprint
 from common.anytext2.unet import UNet
@@ -21,7 +22,7 @@ from common.config import Config, LoraConfig, ModelConfig, TrainConfig
 from common.schedule import trailing_timesteps
 from shards.files.manifest import create_or_check
 from shards.records.meta import SampleMeta
-from shards.records.record import Record, Uncond
+from shards.records.record import Record
 from shards.writing.writer import ShardWriter
 from stage2_student.student.student import Student
 from tests.golden_rule import rule_tensor
@@ -128,6 +129,10 @@ def make_record(index: int, *, source: str = "rollout", predictions: bool = Fals
         x0_cond=normal(rollouts, STATES, CHANNELS, side, side) if predictions else None,
         x0_uncond=normal(rollouts, STATES, CHANNELS, side, side) if predictions else None,
     )
+
+
+def stack(records: Sequence[Record]) -> ConditioningBatch:
+    return ConditioningBatch.stack([record.conditioning for record in records])
 
 
 def write_shards(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.anytext2.conditioning import Uncond
 from common.errors import DataError
 from shards.files.manifest import create_or_check, find_differences, read_manifest, read_uncond
 from shards.files.names import MANIFEST, UNCOND
-from shards.records.record import Uncond
 from tests.shards.builders import IDENTITY, PROVENANCE, flip_bit, join_set, make_uncond
 
 

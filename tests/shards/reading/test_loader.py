@@ -112,12 +112,18 @@ def test_batches_hold_the_records_that_they_name(shards: ShardSet, workers: int)
         expected = collate(
             [shards[i] for i in batch.indices.tolist()], batch.indices.tolist(), batch.epochs.tolist()
         )
-        for name in Batch.__slots__:
-            ours, theirs = getattr(batch, name), getattr(expected, name)
-            if name == "hints":
-                assert all(torch.equal(getattr(ours, n), getattr(theirs, n)) for n in type(ours).__slots__)
-            else:
-                assert torch.equal(ours, theirs), name
+        assert_equal(batch, expected)
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Compare two dataclasses of tensors, and of such dataclasses."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif ours is None or theirs is None:
+        assert ours is theirs
+    else:
+        for name in type(ours).__slots__:
+            assert_equal(getattr(ours, name), getattr(theirs, name))
 
 
 def test_predictions_are_not_read_unless_asked_for(tmp_path: Path) -> None:
@@ -184,20 +190,22 @@ def test_contexts_of_different_length_are_padded_and_masked() -> None:
     lengths = [len(record.image_context) for record in records]
     assert len(set(lengths)) == 2
     batch = collate(records)
-    assert batch.image_context.shape == (3, 154, 8) and batch.context_mask.sum(1).tolist() == lengths
+    context, mask = batch.conditioning.image_context, batch.conditioning.context_mask
+    assert mask is not None and context.shape == (3, 154, 8) and mask.sum(1).tolist() == lengths
     for row, record in enumerate(records):
-        assert torch.equal(batch.image_context[row][batch.context_mask[row]], record.image_context)
-        assert not batch.image_context[row][~batch.context_mask[row]].any()
+        assert torch.equal(context[row][mask[row]], record.image_context)
+        assert not context[row][~mask[row]].any()
     assert len(batch) == 3 and batch.indices.tolist() == [0, 1, 2] and batch.epochs.tolist() == [0, 0, 0]
 
 
 def test_moving_a_batch_changes_floats_only() -> None:
-    batch = collate([make_record("in0000", predictions=True)]).to("cpu", torch.float32)
-    assert (
-        batch.image_context.dtype == batch.hints.glyphs.dtype == batch.hints.masked_latents.dtype == torch.float32
-    )
+    records = [make_record(name, predictions=True) for name in ("in0000", "in0001")]
+    batch = collate(records).to("cpu", torch.float32)
+    moved, mask = batch.conditioning, batch.conditioning.context_mask
+    floats = (moved.image_context, moved.text_context, moved.hints.glyphs, moved.hints.masked_latents)
+    assert {value.dtype for value in floats} == {torch.float32}
     assert batch.x0_cond is not None and batch.x0_cond.dtype == torch.float32
-    assert (batch.context_mask.dtype, batch.rollout_timesteps.dtype) == (torch.bool, torch.int64)
+    assert mask is not None and (mask.dtype, batch.rollout_timesteps.dtype) == (torch.bool, torch.int64)
 
 
 def test_records_that_do_not_fit_together_are_refused() -> None:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from common.anytext2.conditioning import Uncond
 from common.errors import DataError
 from shards.records.meta import SampleMeta
-from shards.records.record import NonFiniteError, Record, Uncond
+from shards.records.record import NonFiniteError, Record, check_uncond
 from tests.shards.builders import make_meta, make_record, make_uncond
 
 GOOD = make_record("good", predictions=True)
@@ -108,6 +109,6 @@ def test_a_record_refuses_a_size_beyond_what_masks_can_have() -> None:
 def test_unconditional_contexts_are_checked_too() -> None:
     good = make_uncond()
     with pytest.raises(DataError, match="text_context"):
-        Uncond(image_context=good.image_context, text_context=good.text_context[:-1])
+        check_uncond(Uncond(image_context=good.image_context, text_context=good.text_context[:-1]))
     with pytest.raises(NonFiniteError, match="image_context"):
-        Uncond(image_context=good.image_context * float("nan"), text_context=good.text_context)
+        check_uncond(Uncond(image_context=good.image_context * float("nan"), text_context=good.text_context))

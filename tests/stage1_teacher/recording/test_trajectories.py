@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.ddim import Grid
 from common.errors import DataError, UsageError
 from shards.reading.reader import ShardSet
 from shards.trajectories import TrajectoryStore
 from stage1_teacher.precompute import Done, precompute
-from stage1_teacher.recording.recorder import round_uncond
 from stage1_teacher.recording.trajectories import RolloutKeeper
 from stage1_teacher.teacher.solver import solve
-from stage1_teacher.teacher.teacher import Conditioning, Teacher
+from stage1_teacher.teacher.teacher import Teacher
 from tests.stage1_teacher.small_teacher import load, write_prompts, write_teacher
 
 GRID = [999, 749, 499, 249]
@@ -80,16 +80,14 @@ def test_states_between_the_recorded_ones_are_those_the_teacher_went_through(fol
     run(folder, tmp_path / "out", "precompute.batch_size=1", trajectories=tmp_path / "t", limit=1)
     teacher, shards = Teacher.load(load(folder / "config.toml")), ShardSet.open(tmp_path / "out")
     record = shards[0]
-    fields = ("image_context", "text_context", "glyphs", "positions", "masked_latents")
     unrounded = solve(
         teacher,
-        [Conditioning(**{name: getattr(record, name).float() for name in fields})],
-        round_uncond(shards.uncond, teacher),
+        [record.conditioning],
+        shards.uncond,
         record.rollout_latents[0, :1],
-        torch.tensor(GRID[:2]),
+        Grid(timesteps=torch.tensor(GRID[:2]), end=torch.tensor(GRID[2])),
         guidance_scale=3.0,
         keep=(0, 1),
-        alphas_cumprod_end=shards.manifest.identity["alphas_cumprod"][GRID[2]],
         round_states=False,
     )
     assert torch.equal(TrajectoryStore(tmp_path / "t").read(0, 1), unrounded.states[0, 1].half())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,15 +8,17 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from common.anytext2.checkpoint import load_unet, load_writenet, write_checkpoint
+from common.anytext2.checkpoint import load_denoiser, write_checkpoint
 from common.anytext2.checkpoint_file import CheckpointFile
-from common.anytext2.unet import pad_contexts
+from common.anytext2.conditioning import Conditioning, ConditioningBatch, Uncond
+from common.anytext2.denoiser import predict_branches
 from common.config import Config, ModelConfig
+from common.ddim import CLEAN, Grid, trailing_grid, upstream_grid
 from common.errors import DataError, UsageError
-from common.schedule import make_alphas_cumprod, trailing_timesteps, upstream_timesteps
+from common.schedule import make_alphas_cumprod, trailing_timesteps
 from stage1_teacher.rendering.rendered_input import DrawnInput
-from stage1_teacher.teacher.solver import Rollout, integrate, solve
-from stage1_teacher.teacher.teacher import Conditioning, Teacher, Uncond, stack_hints
+from stage1_teacher.teacher.solver import Rollout, record_rollout, solve
+from stage1_teacher.teacher.teacher import Teacher
 from tests.golden_rule import RuleCheckpoint
 from tests.small_network import SMALL, TOKENIZER_FOLDER, teacher_checkpoint
 
@@ -112,25 +115,20 @@ def test_teacher_and_student_calls_in_any_order_give_the_same_numbers_and_keep_n
     teacher: Teacher, encoded: list[Conditioning], uncond: Uncond
 ) -> None:
     """Upstream keeps WriteNet's result on the model; whose it is depends on who called last."""
-    student, student_writenet = (
-        load(SMALL, teacher_checkpoint()).requires_grad_(True) for load in (load_unet, load_writenet)
-    )
-    modules = [teacher.unet, teacher.writenet, teacher.vae, teacher.text_encoder.clip, student, student_writenet]
+    student = load_denoiser(SMALL, teacher_checkpoint()).requires_grad_(True)
+    modules = [teacher.denoiser, teacher.vae, teacher.text_encoder.clip, student]
     modules += [teacher.glyph_embedding, teacher.recognizer]
     before = [tensors_of(module) for module in modules]
     z, t = noise(2), torch.tensor([900, 20])
-    context, mask = pad_contexts([item.image_context for item in encoded[:2]])
-    text = torch.stack([item.text_context for item in encoded[:2]])
-    hints = stack_hints(encoded[:2])
+    conditioning = ConditioningBatch.stack(encoded[:2])
 
     def of_teacher() -> list[Tensor]:
-        cond = teacher.eps(z, t, context, teacher.control(hints, text), context_mask=mask)
-        empty = uncond.text_context.expand_as(text)
-        blank = uncond.image_context.expand(2, -1, -1)
-        return [cond, teacher.eps(z, t, blank, teacher.control(hints, empty))]
+        cond, blank = predict_branches(teacher.denoiser, encoded[:2], uncond)(z, t)
+        assert blank is not None
+        return [cond, blank]
 
     def of_student() -> list[Tensor]:
-        eps = student(z, t, context, student_writenet(hints, text), context_mask=mask)
+        eps = student(z, t, conditioning)
         eps.square().mean().backward()  # the second backward is where upstream breaks
         return [eps.detach()]
 
@@ -144,14 +142,13 @@ def test_teacher_and_student_calls_in_any_order_give_the_same_numbers_and_keep_n
             expected = seen.setdefault(who, result)
             assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), order
     student.zero_grad(set_to_none=True)
-    student_writenet.zero_grad(set_to_none=True)
     assert [tensors_of(module) for module in modules] == before
 
 
 def run(teacher: Teacher, items: list[Conditioning], uncond: Uncond, **options: object) -> Rollout:
     settings: dict[str, object] = {
         "noise": noise(len(items)),
-        "timesteps": trailing_timesteps(8),
+        "grid": trailing_grid(8),
         "guidance_scale": 3.0,
         "keep": [0, 2, 4, 6],
     }
@@ -180,7 +177,7 @@ def test_a_solve_goes_on_from_the_recorded_state(
         encoded,
         uncond,
         noise=whole.states[:, 2].float(),
-        timesteps=trailing_timesteps(8)[4:],
+        grid=Grid(timesteps=trailing_timesteps(8)[4:], end=torch.tensor(CLEAN)),
         keep=[0, 2],
     )
     assert torch.equal(rest.states, whole.states[:, 2:])
@@ -202,9 +199,11 @@ def test_rollouts_of_one_input_share_its_writenet_run(
     teacher: Teacher, encoded: list[Conditioning], uncond: Uncond
 ) -> None:
     a, b = encoded[:2]
-    copies = [Conditioning(**{name: getattr(x, name) for name in x.__slots__}) for x in (b, a, b)]
+    copies = [replace(x) for x in (b, a, b)]
     evaluated: list[int] = []
-    handle = teacher.writenet.register_forward_pre_hook(lambda module, inputs: evaluated.append(len(inputs[0])))
+    handle = teacher.denoiser.writenet.register_forward_pre_hook(
+        lambda module, inputs: evaluated.append(len(inputs[0]))
+    )
     try:
         shared = run(teacher, [b, a, b], uncond, round_states=False)
         apart = run(teacher, copies, uncond, round_states=False)
@@ -218,7 +217,7 @@ def test_without_guidance_there_is_one_branch(
     teacher: Teacher, encoded: list[Conditioning], uncond: Uncond
 ) -> None:
     sizes: list[int] = []
-    handle = teacher.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    handle = teacher.denoiser.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     try:
         single = run(teacher, encoded, uncond, guidance_scale=1.0)
         both = run(teacher, encoded, uncond, guidance_scale=1.0, store_predictions=True)
@@ -240,16 +239,13 @@ def test_the_trailing_grid_is_diffusers_own(teacher: Teacher, encoded: list[Cond
     )
     scheduler.set_timesteps(4)
     item = encoded[0]
-    hints = stack_hints([item])
-    controls = [teacher.control(hints, text[None]) for text in (item.text_context, uncond.text_context)]
+    branches = [ConditioningBatch.stack([one]) for one in (item, item.without(uncond))]
     z = noise(1)
     for t in scheduler.timesteps:
-        cond = teacher.eps(z, t, item.image_context[None], controls[0])
-        blank = teacher.eps(z, t, uncond.image_context[None], controls[1])
+        with torch.no_grad():
+            cond, blank = (teacher.denoiser(z, t, branch) for branch in branches)
         z = scheduler.step(blank + 3.0 * (cond - blank), t, z).prev_sample
-    ours = run(
-        teacher, [item], uncond, noise=noise(1), timesteps=trailing_timesteps(4), keep=[], round_states=False
-    )
+    ours = run(teacher, [item], uncond, noise=noise(1), grid=trailing_grid(4), keep=[], round_states=False)
     close(ours.states[:, -1], z, 1e-4)
 
 
@@ -261,17 +257,11 @@ def test_the_exact_noise_of_one_image_leads_to_it_on_both_grids() -> None:
         alpha = alphas[t].reshape(-1, 1, 1, 1)
         return (z - alpha.sqrt() * x0) / (1 - alpha).sqrt(), None
 
-    for grid, end in ((trailing_timesteps(5), 1.0), (upstream_timesteps(5), float(alphas[0]))):
-        rollout = integrate(
-            predict,
-            torch.randn(1, 6, 2, 2),
-            grid,
-            guidance_scale=1.0,
-            keep=[],
-            alphas_cumprod_end=end,
-            round_states=False,
+    for grid, tolerance in ((trailing_grid(5), 1e-5), (upstream_grid(5), 0.05)):
+        rollout = record_rollout(
+            predict, torch.randn(1, 6, 2, 2), grid, guidance_scale=1.0, keep=[], round_states=False
         )
-        close(rollout.states[:, -1], x0, 1e-5 if end == 1 else 0.05)
+        close(rollout.states[:, -1], x0, tolerance)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -284,15 +274,7 @@ def test_nan_or_inf_from_the_teacher_stops_the_run(bad: float, keep: list[int]) 
         return eps, None
 
     with pytest.raises(DataError, match="NaN or Inf .* sample 1 of the batch of 3"):
-        integrate(
-            predict,
-            noise(3),
-            trailing_timesteps(4),
-            guidance_scale=1.0,
-            keep=keep,
-            alphas_cumprod_end=1.0,
-            round_states=True,
-        )
+        record_rollout(predict, noise(3), trailing_grid(4), guidance_scale=1.0, keep=keep, round_states=True)
 
 
 def whole_checkpoint(path: Path, change: dict[str, Tensor | None] | None = None) -> Path:

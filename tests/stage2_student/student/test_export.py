@@ -18,8 +18,8 @@ from common.errors import DataError
 from stage2_student.student.adapter import Card, save_adapter
 from stage2_student.student.export import export_diffusers, export_kohya, export_merged
 from stage2_student.student.sample import Sampler
-from stage2_student.student.student import Conditioning, Student, add_adapters
-from tests.stage2_student.conftest import Configure, make_record
+from stage2_student.student.student import Student, add_adapters
+from tests.stage2_student.conftest import Configure, make_record, stack
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
@@ -57,7 +57,7 @@ def adapter(config: Config, network: NetworkConfig, base_folder: Path, tmp_path:
 
 
 def eps(student: Student) -> torch.Tensor:
-    conditioning = Conditioning.stack([make_record(0), make_record(1)]).to("cpu", torch.float32)
+    conditioning = stack([make_record(0), make_record(1)]).to("cpu", torch.float32)
     z = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return student(z, torch.tensor([999, 499]), conditioning)

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.hints import Hints
 from common.config import Config, LoraConfig, TrainConfig
 from common.errors import DataError, UsageError
@@ -19,14 +20,14 @@ from stage2_student.student.lora import (
     save_lora,
     summarise,
 )
-from stage2_student.student.student import Conditioning, Student, add_adapters
+from stage2_student.student.student import Student, add_adapters
 
 CONFIG = Config(lora=LoraConfig(rank=4, alpha=4.0, writenet=True))
 
 
-def conditioning(batch: int = 2) -> Conditioning:
+def conditioning(batch: int = 2) -> ConditioningBatch:
     generator = torch.Generator().manual_seed(0)
-    return Conditioning(
+    return ConditioningBatch(
         image_context=torch.randn(batch, 77, 16, generator=generator),
         context_mask=None,
         text_context=torch.randn(batch, 77, 16, generator=generator),

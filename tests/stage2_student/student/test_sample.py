@@ -18,9 +18,9 @@ from shards.records.batch import collate
 from stage2_student.student.adapter import Card, find_adapter, read_card, save_adapter
 from stage2_student.student.lora import adapted_layers
 from stage2_student.student.sample import Sampler, beside, decode, draw_noise, load_decoder, write_png
-from stage2_student.student.student import Conditioning, Student, add_adapters, load_base
+from stage2_student.student.student import Student, add_adapters, load_base
 from stage2_student.train import train
-from tests.stage2_student.conftest import Configure, make_record
+from tests.stage2_student.conftest import Configure, make_record, stack
 
 SHAPE = (6, 8, 8)
 SD15 = {"beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -78,7 +78,7 @@ def test_a_student_samples_exactly_as_diffusers_own_ddim_scheduler_does(
     records: list,  # type: ignore[type-arg]
 ) -> None:
     sampler = Sampler.load(config, adapter)
-    conditioning = Conditioning.stack(records)
+    conditioning = stack(records)
     noise = sampler.noise(0, [0, 1, 2], SHAPE)
     assert noise.shape == (3, 1, *SHAPE)
     scheduler = DDIMScheduler(**SD15, timestep_spacing="trailing", set_alpha_to_one=True)
@@ -98,7 +98,7 @@ def test_an_lcm_student_samples_exactly_as_diffusers_own_lcm_scheduler_does(
 ) -> None:
     sampler = Sampler.load(config, adapter)
     sampler = replace(sampler, card=replace(sampler.card, sampler="lcm", timesteps=(999, 759, 279)))
-    conditioning = Conditioning.stack(records)
+    conditioning = stack(records)
     generator = torch.Generator().manual_seed(3)
     noise = torch.stack([torch.randn(3, *SHAPE, generator=generator) for _ in range(3)], dim=1)
     scheduler = LCMScheduler(**SD15)
@@ -115,14 +115,14 @@ def test_an_lcm_student_samples_exactly_as_diffusers_own_lcm_scheduler_does(
 def test_an_image_does_not_depend_on_its_neighbours(config: Config, adapter: Path, records: list) -> None:  # type: ignore[type-arg]
     sampler = Sampler.load(config, adapter)
     assert len({record.image_context.shape for record in records}) == 2  # captions of one and of two chunks
-    together = sampler.latents(Conditioning.stack(records), sampler.noise(5, [0, 1, 2], SHAPE))
+    together = sampler.latents(stack(records), sampler.noise(5, [0, 1, 2], SHAPE))
     for number, record in enumerate(records):
-        alone = sampler.latents(Conditioning.stack([record]), sampler.noise(5, [number], SHAPE))
+        alone = sampler.latents(stack([record]), sampler.noise(5, [number], SHAPE))
         torch.testing.assert_close(together[number], alone[0], rtol=1e-4, atol=1e-4)
 
 
 def test_records_and_collated_batches_give_the_same_conditioning(records: list) -> None:  # type: ignore[type-arg]
-    a, b = Conditioning.stack(records), Conditioning.of_batch(collate(records))
+    a, b = stack(records), collate(records).conditioning
     assert a.context_mask is not None and b.context_mask is not None
     assert torch.equal(a.image_context, b.image_context) and torch.equal(a.context_mask, b.context_mask)
     assert torch.equal(a.hints.positions, b.hints.positions) and torch.equal(a.text_context, b.text_context)
@@ -163,7 +163,7 @@ def test_the_newest_checkpoint_of_a_run_is_sampled_and_its_average_preferred(
     assert find_adapter(result.checkpoint / "lora") == result.checkpoint / "lora"
     assert read_card(find_adapter(tmp_path / "run" / "checkpoints" / "step-00000001")).step == 1
     sampler = Sampler.load(configure(), tmp_path / "run")
-    latents = sampler.latents(Conditioning.stack([make_record(0)]), sampler.noise(0, [0], SHAPE))
+    latents = sampler.latents(stack([make_record(0)]), sampler.noise(0, [0], SHAPE))
     assert bool(torch.isfinite(latents).all())
 
 

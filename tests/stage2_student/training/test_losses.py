@@ -5,21 +5,24 @@ import torch
 from torch import Tensor
 
 from common.config import TrainConfig
+from common.ddim import consistency_value
 from common.errors import UsageError
-from common.schedule import ddim_step, make_alphas_cumprod, predict_x0, trailing_timesteps
-from stage2_student.training.losses import (
+from common.schedule import (
     alphas_at,
-    boundary_scalings,
-    consistency_value,
-    crossing_loss,
-    elementwise_loss,
-    guided,
-    guided_solver_step,
-    interpolated_state,
-    landing_factor,
-    per_sample,
+    ddim_step,
+    diffuse,
+    make_alphas_cumprod,
     phase_target_eps,
     phase_target_x0,
+    predict_x0,
+    trailing_timesteps,
+)
+from stage2_student.training.losses import (
+    crossing_loss,
+    elementwise_loss,
+    guided_solver_step,
+    landing_factor,
+    per_sample,
     pseudo_huber,
     region_weights,
 )
@@ -73,29 +76,6 @@ def draws_at(states: list[int], position: float = 0.5) -> Draws:
     )
 
 
-@pytest.mark.parametrize(("t", "t_end"), [(999, 749), (999, -1), (499, 249), (249, -1), (124, -1)])
-def test_one_ddim_step_with_the_target_eps_lands_on_the_stored_state(t: int, t_end: int) -> None:
-    z, z_end = random_pair()
-    a, a_end = (alphas_at(ALPHAS.double(), torch.full((5,), when)) for when in (t, t_end))
-    eps = phase_target_eps(z, z_end, a, a_end)
-    torch.testing.assert_close(ddim_step(z, eps, a, a_end), z_end, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(predict_x0(z, eps, a), phase_target_x0(z, z_end, a, a_end), rtol=1e-9, atol=1e-9)
-
-
-def test_the_target_x0_of_a_crossing_to_the_end_is_the_solved_x0() -> None:
-    z, z_end = random_pair()
-    a = alphas_at(ALPHAS.double(), torch.full((5,), 124))
-    torch.testing.assert_close(phase_target_x0(z, z_end, a, torch.ones_like(a)), z_end)
-
-
-def test_a_step_of_the_true_path_has_its_constant_eps_as_target() -> None:
-    """With x0 and eps constant along a path, crossing any part of it is answered by that eps."""
-    x0, eps = random_pair()
-    a, a_end = (alphas_at(ALPHAS.double(), torch.full((5,), when)) for when in (624, 249))
-    z, z_end = interpolated_state(x0, eps, a), interpolated_state(x0, eps, a_end)
-    torch.testing.assert_close(phase_target_eps(z, z_end, a, a_end), eps, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize(("t", "t_end"), [(999, 749), (249, -1)])
 def test_the_landing_loss_is_the_squared_error_of_the_landing_point(t: int, t_end: int) -> None:
     z, z_end = (value.float() for value in random_pair())
@@ -129,19 +109,6 @@ def test_losses_are_computed_in_float32_whatever_the_network_returns() -> None:
     loss = crossing_loss(eps, target, a, torch.ones_like(a), kind="l2", huber_c=1.0)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, torch.full_like(loss, 1e-6), rtol=1e-3, atol=0)
-
-
-def test_lcm_boundary_condition_is_the_identity_at_zero_and_x0_far_from_it() -> None:
-    c_skip, c_out = boundary_scalings(torch.tensor([0, 1, 999]))
-    torch.testing.assert_close(c_skip.flatten(), torch.tensor([1.0, 0.25 / 100.25, 0.25 / (9990.0**2 + 0.25)]))
-    torch.testing.assert_close(c_out.flatten()[0], torch.tensor(0.0))
-    torch.testing.assert_close(c_out.flatten()[2], torch.tensor(1.0))
-
-
-def test_guidance_of_one_is_the_conditional_prediction() -> None:
-    cond, uncond = random_pair()
-    torch.testing.assert_close(guided(cond, uncond, 1.0), cond)
-    torch.testing.assert_close(guided(cond, uncond, 7.5), uncond + 7.5 * (cond - uncond))
 
 
 def test_region_weights_cover_every_latent_cell_that_a_text_pixel_falls_into() -> None:
@@ -274,7 +241,7 @@ def test_the_interpolated_loss_vanishes_for_the_straight_path_and_stays_inside_i
 
     def perfect(z: Tensor, t: Tensor) -> Tensor:
         assert 499 < t[0] <= 749 and -1 < t[1] <= 249
-        torch.testing.assert_close(z, interpolated_state(x0, eps, alphas_at(ALPHAS, t)))
+        torch.testing.assert_close(z, diffuse(x0, eps, alphas_at(ALPHAS, t)))
         return eps
 
     assert interpolated_loss(solves, draws, perfect, perfect, settings).abs().max() < 1e-6

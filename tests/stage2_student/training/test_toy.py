@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from common.config import TrainConfig
-from common.schedule import ddim_step, make_alphas_cumprod, predict_eps, predict_x0, trailing_timesteps
-from stage2_student.training.losses import alphas_at
+from common.ddim import Grid, Predict, integrate, trailing_grid
+from common.schedule import alphas_at, make_alphas_cumprod, predict_eps, predict_x0, trailing_timesteps
 from stage2_student.training.objectives import (
     LossSettings,
-    Predict,
     Solves,
     interpolated_loss,
     pcm_loss,
@@ -39,13 +38,15 @@ def teacher_eps(z: Tensor, t: Tensor) -> Tensor:
     return predict_eps(z, x0, alphas_at(ALPHAS, t))
 
 
-def solve(predict: Predict, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """DDIM over a grid to the end; states (B, len(timesteps) + 1, 2, 1, 1)."""
-    states, ends = [noise], [*timesteps[1:].tolist(), -1]
-    for t, end in zip(timesteps.tolist(), ends, strict=True):
-        now, later = (torch.full((len(noise),), when) for when in (t, end))
-        eps = predict(states[-1], now)
-        states.append(ddim_step(states[-1], eps, alphas_at(ALPHAS, now), alphas_at(ALPHAS, later)))
+def solve(predict: Predict, noise: Tensor, grid: Grid) -> Tensor:
+    """All states of a solve, (B, N + 1, 2, 1, 1)."""
+    states: list[Tensor] = []
+
+    def keep(_index: int, z: Tensor) -> Tensor:
+        states.append(z)
+        return z
+
+    integrate(predict, noise, grid, keep)
     return torch.stack(states, dim=1)
 
 
@@ -68,7 +69,7 @@ def endpoint_error(loss_of, **train: object) -> float:  # type: ignore[no-untype
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(6000, 2, 1, 1, generator=generator)
     with torch.no_grad():
-        states = solve(teacher_eps, noise, trailing_timesteps(STEPS))[:, ::KEEP]
+        states = solve(teacher_eps, noise, trailing_grid(STEPS))[:, ::KEEP]
     grid = trailing_timesteps(STEPS)[::KEEP]
     predictions = torch.stack(
         [
@@ -104,7 +105,7 @@ def endpoint_error(loss_of, **train: object) -> float:  # type: ignore[no-untype
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        ends = solve(student, noise[5000:], phases.student_timesteps(grid))[:, -1]
+        ends = solve(student, noise[5000:], trailing_grid(NUM_PHASES))[:, -1]
     return float((ends - states[5000:, -1]).flatten(1).norm(dim=1).mean())
 
 
