@@ -10,10 +10,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from common.anytext2.checkpoint import load_unet, load_vae, load_writenet
+from common.anytext2.conditioning import pad_contexts
 from common.anytext2.config import NetworkConfig, VaeConfig
 from common.anytext2.hints import Hints
 from common.anytext2.initialise import zero_output_layers
-from common.anytext2.unet import AttnXBlock, UNet, pad_contexts
+from common.anytext2.unet import AttnXBlock, UNet
 from common.anytext2.writenet import WriteNet
 from tests.small_network import SMALL, base_checkpoint
 

@@ -95,7 +95,9 @@ def test_grids_end_where_their_owners_end() -> None:
     assert torch.equal(crossing.alphas_cumprod_end, ALPHAS[0].expand(2, 1, 1, 1))
 
 
-@pytest.mark.parametrize("text", ["trailing", "trailing:", "karras:20", "trailing:-4", "upstream:0"])
+@pytest.mark.parametrize(
+    "text", ["", "trailing", "trailing:", "trailing:x", "leading:4", "trailing:0", "upstream:-3"]
+)
 def test_a_grid_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected"):
         parse_grid(text)

@@ -10,12 +10,10 @@ import torch
 from PIL import Image
 
 from common.errors import DataError, UsageError
-from common.schedule import make_alphas_cumprod, upstream_timesteps
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.measuring.held_out import ABLATIONS, HeldOut, image_stem, read_undrawn, split_parts
 from stage1_teacher.measuring.teacher_sampler import teacher_drawers
 from stage1_teacher.rendering.rendered_input import DrawSettings
-from stage1_teacher.teacher.grids import parse_grid
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_scene
 from stage1_teacher.tiny.scene import draw_scene_plan
@@ -194,19 +192,3 @@ def test_undrawn_items_follow_the_benchmarks_cut_and_names(tmp_path: Path) -> No
     assert [place for place, shown in enumerate(item.in_glyph_map) if not shown] == [2]
     assert item.texts[0] == "line 1 xxxxxxxxxxxxx"
     assert item.size == (512, 512)
-
-
-def test_grids_are_found_by_name() -> None:
-    upstream, trailing = parse_grid("upstream:20"), parse_grid("trailing:4")
-    assert torch.equal(upstream.timesteps, upstream_timesteps(20))
-    assert upstream.alphas_cumprod_end == pytest.approx(float(make_alphas_cumprod()[0]))
-    assert trailing.timesteps.tolist() == [999, 749, 499, 249]
-    assert trailing.alphas_cumprod_end == 1
-
-
-@pytest.mark.parametrize(
-    "text", ["", "trailing", "trailing:", "trailing:x", "leading:4", "trailing:0", "upstream:-3"]
-)
-def test_an_unknown_grid_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_grid(text)
