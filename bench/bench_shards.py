@@ -29,12 +29,12 @@ import webdataset as wds
 from common.anytext2.conditioning import Uncond
 from common.scripts import run_script
 from shards.files.manifest import create_or_check
-from shards.files.names import CONDITIONING, ROLLOUT
 from shards.files.sidecar import Entry, Member, SidecarHeader, encode_sidecar
-from shards.reading.damage import verify_set
+from shards.looking.verify import verify_set
 from shards.reading.order import EpochOrder
 from shards.reading.reader import ShardSet
 from shards.records.codec import encode_record
+from shards.records.members import CONDITIONING, ROLLOUT
 from shards.records.meta import SampleMeta
 from shards.records.record import Record
 from shards.writing.writer import ShardWriter

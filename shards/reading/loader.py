@@ -14,10 +14,10 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import DataError
-from shards.files.names import CONDITIONING, GLYPHS, POSITIONS, PREDICTIONS, ROLLOUT
 from shards.reading.order import EpochOrder
 from shards.reading.reader import ShardSet
 from shards.records.batch import Batch, collate_arrays
+from shards.records.members import CONDITIONING, GLYPHS, POSITIONS, PREDICTIONS, ROLLOUT
 
 TRAINING_MEMBERS = (CONDITIONING, ROLLOUT, GLYPHS, POSITIONS)
 """What objectives read that need no stored predictions."""

@@ -15,11 +15,12 @@ import numpy as np
 from common.errors import DataError
 from shards.files.frozen import FrozenSet, hash_set, read_frozen, write_frozen
 from shards.files.manifest import Manifest
-from shards.files.names import MEMBERS, PREDICTIONS, sidecar_name
+from shards.files.names import sidecar_name
 from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table
 from shards.reading.opening import OnDamage, OpenedSet, find_set, select_frozen
-from shards.reading.store import FolderStore, Store
+from shards.reading.store import Store, open_store
 from shards.records.codec import decode_arrays, decode_record, decode_uncond
+from shards.records.members import MEMBERS, PREDICTIONS
 from shards.records.tensor_file import Array
 
 if TYPE_CHECKING:
@@ -262,15 +263,6 @@ _REMEDY = (
     "the shard is damaged or renamed: `verify` lists all damage, precompute writes it anew, "
     "--exclude-damaged goes without"
 )
-
-
-def open_store(location: str | Path) -> Store:
-    """Return the store of a folder or URL."""
-    if "://" in str(location):
-        from shards.remote.connection import CachedStore
-
-        return CachedStore(str(location))
-    return FolderStore(Path(location))
 
 
 def _read_table(store: Store, header: SidecarHeader) -> list[Entry]:

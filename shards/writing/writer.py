@@ -206,14 +206,13 @@ class ShardWriter:
             )
 
 
-def read_committed(folder: Path, name: str, identity_sha256: str, *, quick: bool = False) -> SidecarHeader | None:
+def read_committed(folder: Path, name: str, identity_sha256: str) -> SidecarHeader | None:
     """Tell whether a shard is committed: a sound sidecar of this set whose size and hash match the shard.
 
     Args:
         folder: the set's.
         name: the shard's file name.
         identity_sha256: the manifest's.
-        quick: trust the size, do not hash the shard.
 
     Returns:
         The sidecar's header, None if the shard must be (re)written.
@@ -237,15 +236,10 @@ def read_committed(folder: Path, name: str, identity_sha256: str, *, quick: bool
             "%s: its sidecar belongs to %s of another set; it will be written again", name, header.shard
         )
         return None
-    if size != header.bytes or (not quick and sha256_file(folder / name) != header.sha256):
+    if size != header.bytes or sha256_file(folder / name) != header.sha256:
         logger.warning("%s: size or hash is not the sidecar's; it will be written again", name)
         return None
     return header
-
-
-def is_committed(folder: Path, shard_index: int, identity_sha256: str, *, quick: bool = False) -> bool:
-    """Tell whether a shard need not be written; see `read_committed`."""
-    return read_committed(folder, shard_name(shard_index), identity_sha256, quick=quick) is not None
 
 
 @contextmanager

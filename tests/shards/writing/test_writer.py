@@ -19,12 +19,13 @@ from shards.files.locks import is_dead, remove_leftovers, temporaries
 from shards.files.plan import PlannedShard, extend_plan
 from shards.reading.reader import ShardSet
 from shards.records.record import Record
-from shards.writing.writer import ShardWriter, is_committed, read_committed
+from shards.writing.writer import ShardWriter, read_committed
 from tests.shards.builders import (
     PROVENANCE,
     assert_same_record,
     flip_bit,
     input_ids,
+    is_committed,
     join_set,
     make_record,
     write_set,
