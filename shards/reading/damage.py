@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import google_crc32c
 
 from shards.files.sidecar import Entry, Member, SidecarHeader
-from shards.files.tar import END, header_block, padding
 
 _CHUNK = 1 << 20
 _REMEDY = "run precompute again to write the shard anew, or train with --exclude-damaged"
@@ -57,7 +57,7 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
             return [whole_shard(shard, f"the file is empty, expected {header.bytes} bytes")]
         sha256, found = _scan(descriptor, size, shard, entries)
         if sha256 != header.sha256 or found:
-            found += _find_unread_damage(descriptor, size, shard, entries)
+            found += _find_unread_damage(descriptor, size, header, entries)
     except OSError as error:
         return [whole_shard(shard, f"cannot be read ({error.strerror or error})")]
     finally:
@@ -92,22 +92,31 @@ def _scan(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> t
     return digest.hexdigest(), found
 
 
-def _find_unread_damage(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> Iterator[Damage]:
+def _find_unread_damage(
+    descriptor: int, size: int, header: SidecarHeader, entries: Sequence[Entry]
+) -> Iterator[Damage]:
     """Compare what no record depends on: tar headers, padding, the end. Other tools read these."""
-    position = 0
+    shard, position = header.shard, 0
     for entry in entries:
         for member in entry.members:
             where = f"sample {entry.key}, {member.name}"
-            head = header_block(f"{entry.key}.{member.name}", member.length)
+            head = _tar_header(f"{entry.key}.{member.name}", member.length)
             if os.pread(descriptor, len(head), position) != head:
                 yield _damage(shard, None, f"{where}: its tar header is damaged (training does not read it)")
             position = member.offset + member.length
-            fill = padding(member.length)
-            if os.pread(descriptor, len(fill), position) != fill:
+            fill = -position % tarfile.BLOCKSIZE
+            if os.pread(descriptor, fill, position) != bytes(fill):
                 yield _damage(shard, None, f"{where}: the padding after it is damaged (training does not read it)")
-            position += len(fill)
-    if os.pread(descriptor, max(size - position, len(END)), position) != END:
+            position += fill
+    end = max(header.bytes - position, 2 * tarfile.BLOCKSIZE)  # two empty blocks, or more of them
+    if os.pread(descriptor, max(size - position, end), position) != bytes(end):
         yield _damage(shard, None, "the end of the archive is damaged (training does not read it)")
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)  # time 0, owner 0 without a name, mode 0644, as the writer's
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def _lost(shard: str, entry: Entry, member: Member, what: str) -> Damage:

@@ -7,8 +7,10 @@ sidecar in the same way, last. Nothing but a sidecar whose size and hash match s
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
+import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,6 @@ from shards.files.failures import Failure, encode_failures
 from shards.files.locks import commit_lock
 from shards.files.names import FAILURES_DIR, failures_name, sample_key, shard_name, sidecar_name
 from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table, encode_sidecar
-from shards.files.tar import END, header_block, padding
 from shards.records.codec import TENSORS, encode_record
 from shards.records.ranges import Ranges, add_tensor
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from shards.records.record import Record
 
 logger = logging.getLogger(__name__)
-
-_CHUNK = 1 << 22
 
 
 class ShardWriter:
@@ -65,13 +64,19 @@ class ShardWriter:
         self._position = 0
         self._last_index = -1
         self._file: BinaryIO | None = None
+        self._tar: Any = None  # webdataset's TarWriter
+        self._written = io.BytesIO()  # by it and not yet in the file: so it never meets a disk that refuses
         self._temporary = temporary_path(folder / self._name)
 
     def __enter__(self) -> ShardWriter:
+        from webdataset.writer import TarWriter  # brings torch, which looking at a set does without
+
         with _named(self._folder / self._name):
             file = self._temporary.open("xb")
             claim(file.fileno())
             self._file = file
+        # nothing about when and by whom: a shard's bytes depend on its records alone
+        self._tar = TarWriter(self._written, user="", group="", mode=0o644, mtime=0, encoder=False)
         return self
 
     def __exit__(
@@ -109,12 +114,12 @@ class ShardWriter:
         key = sample_key(sample_index)
         with _named(self._folder / self._name):
             for name, data in encode_record(record).items():
-                self._write(header_block(f"{key}.{name}", len(data)))
+                offset = self._tar.tarstream.offset + tarfile.BLOCKSIZE  # after the member's header
+                self._tar.write({"__key__": key, name: data})  # one at a time: it would sort them by name
                 members.append(
-                    Member(name=name, offset=self._position, length=len(data), crc32c=google_crc32c.value(data))
+                    Member(name=name, offset=offset, length=len(data), crc32c=google_crc32c.value(data))
                 )
-                self._write(data)
-                self._write(padding(len(data)))
+            self._drain()
         for tensors in TENSORS.values():
             for name in tensors:
                 value = getattr(record, name)
@@ -138,7 +143,8 @@ class ShardWriter:
         if self._file is None:
             raise RuntimeError("commit() outside of the writer's context")
         with _named(self._folder / self._name):
-            self._write(END)
+            self._tar.close()
+            self._drain()
             self._file.flush()
             os.fsync(self._file.fileno())
             self._verify(self._file)
@@ -185,8 +191,12 @@ class ShardWriter:
             raise ValueError(f"sample index {sample_index} after {self._last_index}: expected rising indices")
         self._last_index = sample_index
 
-    def _write(self, data: bytes) -> None:
+    def _drain(self) -> None:
+        """Move to the file what the tar's writer has written."""
         assert self._file is not None
+        data = self._written.getvalue()
+        self._written.seek(0)
+        self._written.truncate()
         self._file.write(data)
         self._hash.update(data)
         self._position += len(data)
@@ -195,14 +205,20 @@ class ShardWriter:
         """Read the file back, from the disk as far as the kernel can be asked to, and compare."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        received = hashlib.sha256()
         with self._temporary.open("rb") as again:
-            while chunk := again.read(_CHUNK):
-                received.update(chunk)
-        if received.digest() != self._hash.digest():
+            received = hashlib.file_digest(again, "sha256")
+            if received.digest() != self._hash.digest():
+                raise DataError(
+                    f"{self._folder / self._name}: read back other bytes than were written; "
+                    "check the disk or its network, then run again: nothing was committed"
+                )
+            again.seek(0)
+            with tarfile.open(fileobj=again, mode="r:") as tar:
+                found = [(member.name, member.offset_data, member.size) for member in tar]
+        if found != [(f"{e.key}.{m.name}", m.offset, m.length) for e in self._entries for m in e.members]:
             raise DataError(
-                f"{self._folder / self._name}: read back other bytes than were written; "
-                "check the disk or its network, then run again: nothing was committed"
+                f"{self._folder / self._name}: the tar's headers put its members elsewhere than its table would; "
+                "nothing was committed: install another version of webdataset, then run again"
             )
 
 
