@@ -7,7 +7,6 @@ sidecar in the same way, last. Nothing but a sidecar whose size and hash match s
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import tarfile
@@ -60,12 +59,9 @@ class ShardWriter:
         self._entries: list[Entry] = []
         self._failures: list[Failure] = []
         self._ranges: Ranges = {}
-        self._hash = hashlib.sha256()
-        self._position = 0
         self._last_index = -1
-        self._file: BinaryIO | None = None
+        self._sink = _Sink()
         self._tar: Any = None  # webdataset's TarWriter
-        self._written = io.BytesIO()  # by it and not yet in the file: so it never meets a disk that refuses
         self._temporary = temporary_path(folder / self._name)
 
     def __enter__(self) -> ShardWriter:
@@ -74,15 +70,15 @@ class ShardWriter:
         with _named(self._folder / self._name):
             file = self._temporary.open("xb")
             claim(file.fileno())
-            self._file = file
+            self._sink.file = file
         # nothing about when and by whom: a shard's bytes depend on its records alone
-        self._tar = TarWriter(self._written, user="", group="", mode=0o644, mtime=0, encoder=False)
+        self._tar = TarWriter(self._sink, user="", group="", mode=0o644, mtime=0, encoder=False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        file, self._file = self._file, None
+        file, self._sink.file = self._sink.file, None
         try:
             if file is not None:
                 file.close()
@@ -96,8 +92,8 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes written so far."""
-        return self._hash.hexdigest()
+        """Of what is in the file so far."""
+        return self._sink.hash.hexdigest()
 
     def add(self, sample_index: int, record: Record) -> None:
         """Append a record.
@@ -119,7 +115,6 @@ class ShardWriter:
                 members.append(
                     Member(name=name, offset=offset, length=len(data), crc32c=google_crc32c.value(data))
                 )
-            self._drain()
         for tensors in TENSORS.values():
             for name in tensors:
                 value = getattr(record, name)
@@ -140,21 +135,20 @@ class ShardWriter:
         Raises:
             DataError: the disk refused, or gave back other bytes than were written.
         """
-        if self._file is None:
+        if self._sink.file is None:
             raise RuntimeError("commit() outside of the writer's context")
         with _named(self._folder / self._name):
             self._tar.close()
-            self._drain()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._verify(self._file)
+            self._sink.file.flush()
+            os.fsync(self._sink.file.fileno())
+            self._verify(self._sink.file)
             header = SidecarHeader(
                 shard=self._name,
                 identity_sha256=self._identity_sha256,
                 count=len(self._entries),
                 failed=len(self._failures),
-                bytes=self._position,
-                sha256=self._hash.hexdigest(),
+                bytes=self._sink.size,
+                sha256=self.sha256,
                 ranges=self._ranges,
                 provenance=self._provenance,
                 table_crc32c="",
@@ -191,23 +185,13 @@ class ShardWriter:
             raise ValueError(f"sample index {sample_index} after {self._last_index}: expected rising indices")
         self._last_index = sample_index
 
-    def _drain(self) -> None:
-        """Move to the file what the tar's writer has written."""
-        assert self._file is not None
-        data = self._written.getvalue()
-        self._written.seek(0)
-        self._written.truncate()
-        self._file.write(data)
-        self._hash.update(data)
-        self._position += len(data)
-
     def _verify(self, file: BinaryIO) -> None:
         """Read the file back, from the disk as far as the kernel can be asked to, and compare."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with self._temporary.open("rb") as again:
             received = hashlib.file_digest(again, "sha256")
-            if received.digest() != self._hash.digest():
+            if received.hexdigest() != self.sha256:
                 raise DataError(
                     f"{self._folder / self._name}: read back other bytes than were written; "
                     "check the disk or its network, then run again: nothing was committed"
@@ -220,6 +204,21 @@ class ShardWriter:
                 f"{self._folder / self._name}: the tar's headers put its members elsewhere than its table would; "
                 "nothing was committed: install another version of webdataset, then run again"
             )
+
+
+class _Sink:
+    """What webdataset writes to: a file, hashed on the way. Without one it takes the rest of a shard given up."""
+
+    def __init__(self) -> None:
+        self.file: BinaryIO | None = None
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        if self.file is not None:
+            self.file.write(data)
+            self.hash.update(data)
+            self.size += len(data)
 
 
 def read_committed(folder: Path, name: str, identity_sha256: str) -> SidecarHeader | None:
