@@ -55,11 +55,6 @@ class EpochOrder:
         """Samples in the epoch."""
         return int(self._window_ends[-1]) if len(self._window_ends) else 0
 
-    @property
-    def num_windows(self) -> int:
-        """Windows in the epoch."""
-        return len(self._window_ends)
-
     def window_at(self, position: int) -> int:
         """Return the number of the window that holds a position."""
         return int(np.searchsorted(self._window_ends, position, side="right"))
