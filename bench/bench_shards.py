@@ -29,12 +29,12 @@ import webdataset as wds
 from common.anytext2.conditioning import Uncond
 from common.scripts import run_script
 from shards.files.manifest import create_or_check
-from shards.files.names import CONDITIONING, ROLLOUT
 from shards.files.sidecar import Entry, Member, SidecarHeader, encode_sidecar
-from shards.reading.damage import verify_set
+from shards.looking.verify import verify_set
 from shards.reading.order import EpochOrder
 from shards.reading.reader import ShardSet
 from shards.records.codec import encode_record
+from shards.records.members import CONDITIONING, ROLLOUT
 from shards.records.meta import SampleMeta
 from shards.records.record import Record
 from shards.writing.writer import ShardWriter
@@ -231,8 +231,9 @@ def bench_opening(folder: Path, samples: int = 1_000_000, per_shard: int = 256) 
         "base = peak(); start = time.perf_counter()\n"
         "from shards.reading.reader import ShardSet\n"
         f"found = ShardSet.open({str(folder)!r}); opened = time.perf_counter() - start\n"
-        "loader = shards.loader.ShardLoader(found, seed=0, batch_size=1)\n"
-        "order = loader.order(3); index = int(order.indices(len(found) // 2, len(found) // 2 + 1)[0])\n"
+        "from shards.reading.order import EpochOrder\n"
+        "order = EpochOrder(found.counts, set_hash=found.set_hash, seed=0, epoch=3, window_shards=8)\n"
+        "index = int(order.indices(len(found) // 2, len(found) // 2 + 1)[0])\n"
         "key = found.key(index); seconds = time.perf_counter() - start\n"
         "print(f'{len(found):,} samples: opened in {opened:.2f} s, middle of epoch 3 (sample {key}) after '\n"
         "      f'{seconds:.2f} s (aim 2 s), {peak() - base:.0f} MB on top of the imports, {peak():.0f} MB '\n"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from shards.files.locks import remove_leftovers
-from shards.reading.damage import verify_set
+from shards.looking.verify import verify_set
 from shards.reading.reader import ShardSet
 from shards.records.codec import encode_record
 from tests.shards.builders import flip_bit, input_ids, make_record, write_set

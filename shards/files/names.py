@@ -26,16 +26,6 @@ LOCK = ".lock"
 FROZEN = "shards.json"
 """In a run's folder: the set that the run trains on."""
 
-JSON = "json"
-CONDITIONING = "conditioning.safetensors"
-ROLLOUT = "rollout.safetensors"
-GLYPHS = "glyphs.png"
-POSITIONS = "positions.png"
-PREDICTIONS = "x0.safetensors"
-MEMBERS = (JSON, CONDITIONING, ROLLOUT, GLYPHS, POSITIONS, PREDICTIONS)
-"""In the order in which they stand in a shard: what training reads is contiguous."""
-REQUIRED_MEMBERS = MEMBERS[:-1]
-
 MAX_SAMPLES = 10**9
 """Sample keys have nine digits."""
 

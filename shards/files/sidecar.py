@@ -23,7 +23,8 @@ import google_crc32c
 
 from common.errors import DataError
 from common.files import canonical_json
-from shards.files.names import MEMBERS, SCHEMA
+from shards.files.names import SCHEMA
+from shards.records.members import MEMBERS
 
 HEADER_READ_BYTES = 8192
 """A header is shorter than this unless its provenance is unusually long."""

@@ -16,10 +16,11 @@ from common.errors import DataError
 from common.files import write_bytes_atomic
 from common.progress import Progress
 from shards.files.failures import count_by_reason, read_failures
-from shards.files.names import JSON, ROLLOUT, SUMMARY
+from shards.files.names import SUMMARY
 from shards.files.plan import read_plan
-from shards.reading.damage import verify_set
+from shards.looking.verify import verify_set
 from shards.reading.reader import ShardSet
+from shards.records.members import JSON, ROLLOUT
 from shards.records.meta import SampleMeta
 from shards.records.ranges import Ranges, merge_into, rms
 

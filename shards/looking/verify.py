@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.errors import DataError
 from common.progress import Progress
 from shards.files.plan import read_plan
-from shards.reading.damage import verify_set
+from shards.files.sidecar import SidecarHeader
+from shards.reading.damage import Damage, verify_shard, whole_shard
 from shards.reading.opening import PLANNED_ONLY, find_set
-from shards.reading.reader import ShardSet, open_store
+from shards.reading.reader import ShardSet
+from shards.reading.store import open_store
 
 
 def audit(location: str | Path, num_threads: int = 0) -> tuple[ShardSet | None, list[str]]:
@@ -38,6 +43,33 @@ def audit(location: str | Path, num_threads: int = 0) -> tuple[ShardSet | None, 
             found += [damage.message for damage in damages]
             progress.update(header.bytes)
     return shards, found
+
+
+def verify_set(shards: ShardSet, num_threads: int = 0) -> Iterator[tuple[SidecarHeader, list[Damage]]]:
+    """Verify every shard of a set, several at a time (hashing releases Python's lock), yielding results in order.
+
+    Args:
+        shards: an open set; its manifest, uncond and sidecar headers were checked when it was opened.
+        num_threads: 0 for one per core, at most 16.
+    """
+    workers = num_threads or min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        numbers = range(len(shards.headers))
+        yield from zip(
+            shards.headers, pool.map(lambda number: _verify_number(shards, number), numbers), strict=True
+        )
+
+
+def _verify_number(shards: ShardSet, number: int) -> list[Damage]:
+    header = shards.headers[number]
+    try:
+        return verify_shard(shards.shard_path(number), header, shards.table(number))
+    except FileNotFoundError:
+        return [whole_shard(header.shard, "the file is missing")]
+    except OSError as error:
+        return [whole_shard(header.shard, f"cannot be read ({error.strerror or error})")]
+    except DataError as error:
+        return [Damage(shard=header.shard, sample=None, whole=True, message=str(error))]
 
 
 def _check_plan(folder: Path) -> list[str]:

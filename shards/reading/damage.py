@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import google_crc32c
 
-from common.errors import DataError
 from shards.files.sidecar import Entry, Member, SidecarHeader
-from shards.files.tar import END, header_block, padding
-
-if TYPE_CHECKING:
-    from shards.reading.reader import ShardSet
 
 _CHUNK = 1 << 20
 _REMEDY = "run precompute again to write the shard anew, or train with --exclude-damaged"
@@ -37,6 +31,11 @@ class Damage:
     """One line."""
 
 
+def whole_shard(shard: str, message: str) -> Damage:
+    """Say that no sample of a shard can be used, and what to do about it."""
+    return Damage(shard=shard, sample=None, whole=True, message=f"{shard}: {message}; {_REMEDY}")
+
+
 def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) -> list[Damage]:
     """Compare a shard with its sidecar: SHA-256 of the file and crc32c of every member, in one pass.
 
@@ -49,18 +48,18 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return [_whole(shard, "the file is missing")]
+        return [whole_shard(shard, "the file is missing")]
     except OSError as error:
-        return [_whole(shard, f"cannot be read ({error.strerror or error})")]
+        return [whole_shard(shard, f"cannot be read ({error.strerror or error})")]
     try:
         size = os.fstat(descriptor).st_size
         if size == 0:
-            return [_whole(shard, f"the file is empty, expected {header.bytes} bytes")]
+            return [whole_shard(shard, f"the file is empty, expected {header.bytes} bytes")]
         sha256, found = _scan(descriptor, size, shard, entries)
         if sha256 != header.sha256 or found:
-            found += _find_unread_damage(descriptor, size, shard, entries)
+            found += _find_unread_damage(descriptor, size, header, entries)
     except OSError as error:
-        return [_whole(shard, f"cannot be read ({error.strerror or error})")]
+        return [whole_shard(shard, f"cannot be read ({error.strerror or error})")]
     finally:
         os.close(descriptor)
     if size != header.bytes:
@@ -68,33 +67,6 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
     if sha256 != header.sha256 and not found:
         found.append(_damage(shard, None, "SHA-256 differs from the sidecar's, though every part of it is sound"))
     return found
-
-
-def verify_set(shards: ShardSet, num_threads: int = 0) -> Iterator[tuple[SidecarHeader, list[Damage]]]:
-    """Verify every shard of a set, several at a time (hashing releases Python's lock), yielding results in order.
-
-    Args:
-        shards: an open set; its manifest, uncond and sidecar headers were checked when it was opened.
-        num_threads: 0 for one per core, at most 16.
-    """
-    workers = num_threads or min(16, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        numbers = range(len(shards.headers))
-        yield from zip(
-            shards.headers, pool.map(lambda number: _verify_number(shards, number), numbers), strict=True
-        )
-
-
-def _verify_number(shards: ShardSet, number: int) -> list[Damage]:
-    header = shards.headers[number]
-    try:
-        return verify_shard(shards.shard_path(number), header, shards.table(number))
-    except FileNotFoundError:
-        return [_whole(header.shard, "the file is missing")]
-    except OSError as error:
-        return [_whole(header.shard, f"cannot be read ({error.strerror or error})")]
-    except DataError as error:
-        return [Damage(shard=header.shard, sample=None, whole=True, message=str(error))]
 
 
 def _scan(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> tuple[str, list[Damage]]:
@@ -120,22 +92,31 @@ def _scan(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> t
     return digest.hexdigest(), found
 
 
-def _find_unread_damage(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> Iterator[Damage]:
+def _find_unread_damage(
+    descriptor: int, size: int, header: SidecarHeader, entries: Sequence[Entry]
+) -> Iterator[Damage]:
     """Compare what no record depends on: tar headers, padding, the end. Other tools read these."""
-    position = 0
+    shard, position = header.shard, 0
     for entry in entries:
         for member in entry.members:
             where = f"sample {entry.key}, {member.name}"
-            head = header_block(f"{entry.key}.{member.name}", member.length)
+            head = _tar_header(f"{entry.key}.{member.name}", member.length)
             if os.pread(descriptor, len(head), position) != head:
                 yield _damage(shard, None, f"{where}: its tar header is damaged (training does not read it)")
             position = member.offset + member.length
-            fill = padding(member.length)
-            if os.pread(descriptor, len(fill), position) != fill:
+            fill = -position % tarfile.BLOCKSIZE
+            if os.pread(descriptor, fill, position) != bytes(fill):
                 yield _damage(shard, None, f"{where}: the padding after it is damaged (training does not read it)")
-            position += len(fill)
-    if os.pread(descriptor, max(size - position, len(END)), position) != END:
+            position += fill
+    end = max(header.bytes - position, 2 * tarfile.BLOCKSIZE)  # two empty blocks, or more of them
+    if os.pread(descriptor, max(size - position, end), position) != bytes(end):
         yield _damage(shard, None, "the end of the archive is damaged (training does not read it)")
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)  # time 0, owner 0 without a name, mode 0644, as the writer's
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def _lost(shard: str, entry: Entry, member: Member, what: str) -> Damage:
@@ -144,7 +125,3 @@ def _lost(shard: str, entry: Entry, member: Member, what: str) -> Damage:
 
 def _damage(shard: str, sample: str | None, message: str) -> Damage:
     return Damage(shard=shard, sample=sample, whole=False, message=f"{shard}: {message}")
-
-
-def _whole(shard: str, message: str) -> Damage:
-    return Damage(shard=shard, sample=None, whole=True, message=f"{shard}: {message}; {_REMEDY}")

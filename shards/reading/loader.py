@@ -11,19 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from common.errors import DataError
-from shards.files.names import CONDITIONING, GLYPHS, POSITIONS, PREDICTIONS, ROLLOUT
-from shards.reading.order import EpochOrder
+from shards.reading.order import Place, Sample, Slices
 from shards.reading.reader import ShardSet
 from shards.records.batch import Batch, collate_arrays
+from shards.records.members import CONDITIONING, GLYPHS, POSITIONS, PREDICTIONS, ROLLOUT
 
 TRAINING_MEMBERS = (CONDITIONING, ROLLOUT, GLYPHS, POSITIONS)
 """What objectives read that need no stored predictions."""
-
-Sample = tuple[int, int]
-"""(epoch, index in the set)."""
 
 
 class ShardLoader:
@@ -50,7 +47,7 @@ class ShardLoader:
         predictions: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        """Prepare; nothing is read before iteration.
+        """Choose the samples; none is read before iteration.
 
         Args:
             shards: the frozen set.
@@ -73,32 +70,37 @@ class ShardLoader:
                 "the shards hold no one-step predictions (x0_cond, x0_uncond), which this objective needs; "
                 "run precompute with precompute.store_predictions = true, or choose the objective `phased`"
             )
-        self._shards, self._seed, self._window_shards = shards, seed, window_shards
-        self._batch_size, self._rank, self._world = batch_size, rank, world
-        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._shards, self._num_workers, self._pin_memory = shards, num_workers, pin_memory
         self._members = (*TRAINING_MEMBERS, PREDICTIONS) if predictions else TRAINING_MEMBERS
-        self._set_hash = shards.set_hash
-        self._counts = shards.counts
-        self._epoch, self._position = 0, 0
+        self._slices = Slices(
+            counts=shards.counts,
+            set_hash=shards.set_hash,
+            seed=seed,
+            window_shards=window_shards,
+            batch_size=batch_size,
+            rank=rank,
+            world=world,
+        )
+        self._place: Place = 0, 0  # where the next global batch starts
 
     @property
     def global_batch(self) -> int:
         """Samples of a batch over all ranks."""
-        return self._batch_size * self._world
+        return self._slices.global_batch
 
     @property
     def epoch(self) -> int:
         """Epoch of the next sample."""
-        return self._epoch
+        return self._place[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the batches handed out so far end: the same on every rank, for any number of workers."""
         return {
-            "set_hash": self._set_hash,
-            "seed": self._seed,
-            "window_shards": self._window_shards,
-            "epoch": self._epoch,
-            "position": self._position,
+            "set_hash": self._slices.set_hash,
+            "seed": self._slices.seed,
+            "window_shards": self._slices.window_shards,
+            "epoch": self._place[0],
+            "position": self._place[1],
             "global_batch": self.global_batch,
         }
 
@@ -125,7 +127,7 @@ class ShardLoader:
             raise DataError(
                 f"loader state: epoch {state['epoch']}, position {state['position']} is not in the set"
             )
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._place = int(state["epoch"]), int(state["position"])
 
     def __iter__(self) -> Iterator[Batch]:
         workers: dict[str, Any] = {}
@@ -133,7 +135,7 @@ class ShardLoader:
             workers = {"num_workers": self._num_workers, "prefetch_factor": 2}
         loader = DataLoader(
             _Samples(self._shards, self._members),
-            batch_sampler=_RankBatches(self, self._epoch, self._position),
+            batch_sampler=self._slices.batches(self._place, self._shards.prefetch),
             collate_fn=_identity,
             pin_memory=self._pin_memory,
             **workers,
@@ -141,45 +143,8 @@ class ShardLoader:
         for batch in loader:
             if isinstance(batch, str):
                 raise DataError(batch)
-            self._epoch, self._position = self._advance(self._epoch, self._position, self.global_batch)
+            self._place = self._slices.advance(self._place, self.global_batch)
             yield batch
-
-    def order(self, epoch: int) -> EpochOrder:
-        """Return the order of an epoch."""
-        return EpochOrder(
-            self._counts, set_hash=self._set_hash, seed=self._seed, epoch=epoch, window_shards=self._window_shards
-        )
-
-    def _advance(self, epoch: int, position: int, samples: int) -> tuple[int, int]:
-        laps, position = divmod(position + samples, len(self._shards))
-        return epoch + laps, position
-
-
-class _RankBatches(Sampler[list[Sample]]):
-    """This rank's part of every global batch from a position on, without end."""
-
-    def __init__(self, loader: ShardLoader, epoch: int, position: int) -> None:
-        self._loader, self._epoch, self._position = loader, epoch, position
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        loader = self._loader
-        order, order_epoch, window = loader.order(self._epoch), self._epoch, -1
-        epoch, position = loader._advance(self._epoch, self._position, loader._rank * loader._batch_size)
-        while True:
-            batch: list[Sample] = []
-            at = epoch, position
-            while len(batch) < loader._batch_size:
-                if at[0] != order_epoch:
-                    order, order_epoch, window = loader.order(at[0]), at[0], -1
-                if order.window_at(at[1]) != window:
-                    window = order.window_at(at[1])
-                    loader._shards.prefetch(order.window_shard_numbers(window))
-                    loader._shards.prefetch(order.window_shard_numbers(window + 1))
-                found = order.indices(at[1], at[1] + loader._batch_size - len(batch))
-                batch.extend((at[0], int(index)) for index in found)
-                at = loader._advance(*at, len(found))
-            yield batch
-            epoch, position = loader._advance(epoch, position, loader.global_batch)
 
 
 class _Samples(Dataset[Batch | str]):

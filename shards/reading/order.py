@@ -1,4 +1,4 @@
-"""The order of samples in an epoch: a pure function of (set_hash, seed, epoch).
+"""The order of samples: in an epoch a pure function of (set_hash, seed, epoch), and cut into the ranks' batches.
 
 Shards are permuted, every `window_shards` of them form a window, and the samples of a window are permuted. So
 each sample comes once an epoch, any two samples of a window are equally likely to be neighbours, and no more
@@ -12,12 +12,17 @@ it does not), keyed by a SHA-256 of what the permutation is for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+Place = tuple[int, int]
+"""(epoch, position in its order)."""
+Sample = tuple[int, int]
+"""(epoch, index in the set)."""
 
 
 class EpochOrder:
@@ -49,11 +54,6 @@ class EpochOrder:
     def __len__(self) -> int:
         """Samples in the epoch."""
         return int(self._window_ends[-1]) if len(self._window_ends) else 0
-
-    @property
-    def num_windows(self) -> int:
-        """Windows in the epoch."""
-        return len(self._window_ends)
 
     def window_at(self, position: int) -> int:
         """Return the number of the window that holds a position."""
@@ -89,6 +89,64 @@ class EpochOrder:
             samples = np.concatenate(ranges)
             self._cached = window, samples[permutation(len(samples), f"{self._key}/window/{window}")]
         return self._cached[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slices:
+    """The stream of all epochs, one after the other, cut into global batches and these into the ranks' parts."""
+
+    counts: Sequence[int]
+    """Samples of each shard, in the set's order."""
+    set_hash: str
+    seed: int
+    window_shards: int
+    """Shards whose samples are shuffled together."""
+    batch_size: int
+    """Samples per rank and batch."""
+    rank: int
+    world: int
+    """Ranks that train together."""
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a batch over all ranks."""
+        return self.batch_size * self.world
+
+    def order(self, epoch: int) -> EpochOrder:
+        """Return the order of an epoch."""
+        return EpochOrder(
+            self.counts, set_hash=self.set_hash, seed=self.seed, epoch=epoch, window_shards=self.window_shards
+        )
+
+    def advance(self, place: Place, samples: int) -> Place:
+        """Return the place so many samples on in the stream."""
+        laps, position = divmod(place[1] + samples, sum(self.counts))
+        return place[0] + laps, position
+
+    def batches(self, start: Place, prefetch: Callable[[Sequence[int]], object]) -> Iterator[list[Sample]]:
+        """Yield this rank's part of every global batch, without end.
+
+        Args:
+            start: where the first global batch starts.
+            prefetch: called with the shards, by their place in the set, of each window entered and of the next.
+        """
+        order, order_epoch, window = self.order(start[0]), start[0], -1
+        start = self.advance(start, self.rank * self.batch_size)
+        while True:
+            batch: list[Sample] = []
+            at = start
+            while len(batch) < self.batch_size:
+                if at[0] != order_epoch:
+                    order, order_epoch, window = self.order(at[0]), at[0], -1
+                if order.window_at(at[1]) != window:
+                    window = order.window_at(at[1])
+                    prefetch(order.window_shard_numbers(window))
+                    prefetch(order.window_shard_numbers(window + 1))
+                found = order.indices(at[1], at[1] + self.batch_size - len(batch))
+                batch.extend((at[0], int(index)) for index in found)
+                at = self.advance(at, len(found))
+            yield batch
+            start = self.advance(start, self.global_batch)
 
 
 def permutation(size: int, key: str) -> Indices:

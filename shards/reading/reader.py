@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 
-from common.errors import DataError
 from shards.files.frozen import FrozenSet, hash_set, read_frozen, write_frozen
 from shards.files.manifest import Manifest
-from shards.files.names import MEMBERS, PREDICTIONS, sidecar_name
-from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table
+from shards.files.sidecar import Entry, SidecarHeader
+from shards.reading.open_shard import OpenShard, read_table
 from shards.reading.opening import OnDamage, OpenedSet, find_set, select_frozen
-from shards.reading.store import FolderStore, Store
+from shards.reading.store import Store, open_store
 from shards.records.codec import decode_arrays, decode_record, decode_uncond
+from shards.records.members import MEMBERS
 from shards.records.tensor_file import Array
 
 if TYPE_CHECKING:
     from common.anytext2.conditioning import Uncond
     from shards.records.record import Record
 
-logger = logging.getLogger(__name__)
-
 _OPEN_SHARDS = 64
 """Shards kept open, with their tables, per process."""
-
-T = TypeVar("T")
 
 
 class ShardSet:
@@ -49,7 +43,7 @@ class ShardSet:
         self._store = store
         self._opened = opened
         self._ends = np.cumsum([opened.count(header) for header in opened.headers], dtype=np.int64)
-        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._shards: OrderedDict[int, OpenShard] = OrderedDict()
         self._process = os.getpid()
 
     @staticmethod
@@ -194,7 +188,7 @@ class ShardSet:
         Raises:
             DataError: the sidecar is damaged, or not the one that was there when the set was opened.
         """
-        return _read_table(self._store, self.headers[shard_number])
+        return read_table(self._store, self.headers[shard_number])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_store": self._store, "_opened": self._opened}
@@ -202,7 +196,7 @@ class ShardSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["_store"], state["_opened"])  # type: ignore[misc]
 
-    def _find(self, index: int) -> tuple[_OpenShard, Entry]:
+    def _find(self, index: int) -> tuple[OpenShard, Entry]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a set of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -210,85 +204,18 @@ class ShardSet:
         shard = self._shard(number)
         return shard, shard.entries[index - first]
 
-    def _shard(self, number: int) -> _OpenShard:
+    def _shard(self, number: int) -> OpenShard:
         if (
             self._process != os.getpid()
         ):  # a forked worker: file descriptors are shared with the parent, leave them
             self._shards, self._process = OrderedDict(), os.getpid()
         if number not in self._shards:
             header = self.headers[number]
-            entries = _read_table(self._store, header)
+            entries = read_table(self._store, header)
             left_out = set(self.excluded.get(header.shard, ()))
             kept = [entry for entry in entries if entry.key not in left_out]
-            self._shards[number] = _OpenShard(self._store, header, kept)
+            self._shards[number] = OpenShard(self._store, header, kept)
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return self._shards[number]
-
-
-class _OpenShard:
-    """One shard, open for reading."""
-
-    def __init__(self, store: Store, header: SidecarHeader, entries: Sequence[Entry]) -> None:
-        self.header, self.entries = header, entries
-        where = f"{header.shard} in {store.location}"
-        path = _guard(lambda: store.shard_path(header), where)
-        self._file = _guard(lambda: path.open("rb", buffering=0), where)
-
-    def read(self, entry: Entry, members: Sequence[str]) -> dict[str, bytes]:
-        """Read and check members; `x0.safetensors` is left out if the shard has none."""
-        present = {member.name: member for member in entry.members}
-        found = {}
-        for name in members:
-            if name in present:
-                found[name] = self._read(entry, present[name])
-            elif name != PREDICTIONS:
-                raise DataError(f"{self.header.shard}, sample {entry.key}: it has no member {name!r}")
-        return found
-
-    def _read(self, entry: Entry, member: Member) -> bytes:
-        where = f"{self.header.shard}, sample {entry.key}, {member.name}"
-        data = _guard(lambda: os.pread(self._file.fileno(), member.length, member.offset), where)
-        if len(data) != member.length:
-            raise DataError(f"{where}: the file ends {member.length - len(data)} bytes early; {_REMEDY}")
-        crc = google_crc32c.value(data)
-        if crc != member.crc32c:
-            raise DataError(f"{where}: crc32c is {crc:08x}, expected {member.crc32c:08x}; {_REMEDY}")
-        return data
-
-
-_REMEDY = (
-    "the shard is damaged or renamed: `verify` lists all damage, precompute writes it anew, "
-    "--exclude-damaged goes without"
-)
-
-
-def open_store(location: str | Path) -> Store:
-    """Return the store of a folder or URL."""
-    if "://" in str(location):
-        from shards.remote.connection import CachedStore
-
-        return CachedStore(str(location))
-    return FolderStore(Path(location))
-
-
-def _read_table(store: Store, header: SidecarHeader) -> list[Entry]:
-    name = sidecar_name(header.shard)
-    where = f"{name} in {store.location}"
-    data = _guard(lambda: store.read(name), where)
-    if decode_header(data, where) != header:
-        raise DataError(f"{where}: the sidecar changed since the set was opened; was the shard rewritten?")
-    return decode_table(data, header, where)
-
-
-def _guard(action: Callable[[], T], where: str) -> T:
-    """Turn an error of the disk into one line that says what was read."""
-    try:
-        return action()
-    except FileNotFoundError:
-        raise DataError(f"{where}: the file is missing; {_REMEDY}") from None
-    except OSError as error:
-        raise DataError(
-            f"{where}: cannot be read ({error.strerror or error}); check the disk, then run again"
-        ) from error

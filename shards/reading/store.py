@@ -77,3 +77,12 @@ class FolderStore:
 
     def prefetch(self, headers: Sequence[SidecarHeader]) -> None:
         """Nothing to do: the files are here."""
+
+
+def open_store(location: str | Path) -> Store:
+    """Return the store of a folder or URL."""
+    if "://" in str(location):
+        from shards.remote.cached_store import CachedStore
+
+        return CachedStore(str(location))
+    return FolderStore(Path(location))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import DataError
-from shards.files.names import CONDITIONING, GLYPHS, JSON, POSITIONS, PREDICTIONS, REQUIRED_MEMBERS, ROLLOUT
+from shards.records.members import CONDITIONING, GLYPHS, JSON, POSITIONS, PREDICTIONS, REQUIRED_MEMBERS, ROLLOUT
 from shards.records.meta import SampleMeta
 from shards.records.png import decode_mask, encode_mask
 from shards.records.tensor_file import Array, dump_tensors, load_tensors
@@ -37,7 +37,7 @@ def encode_record(record: Record) -> dict[str, bytes]:
     """Serialise a record.
 
     Returns:
-        Member name to bytes, in the order of `layout.MEMBERS`; `x0.safetensors` only if the record has
+        Member name to bytes, in the order of `members.MEMBERS`; `x0.safetensors` only if the record has
         predictions.
     """
     members = {JSON: record.meta.to_json()}

@@ -53,10 +53,6 @@ class FileCache:
         self._evict(keep=path)
         return path
 
-    def drop(self, name: str) -> None:
-        """Forget a file."""
-        (self._folder / name).unlink(missing_ok=True)
-
     def _touch(self, path: Path) -> bool:
         try:
             os.utime(path)

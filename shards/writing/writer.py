@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,6 @@ from shards.files.failures import Failure, encode_failures
 from shards.files.locks import commit_lock
 from shards.files.names import FAILURES_DIR, failures_name, sample_key, shard_name, sidecar_name
 from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table, encode_sidecar
-from shards.files.tar import END, header_block, padding
 from shards.records.codec import TENSORS, encode_record
 from shards.records.ranges import Ranges, add_tensor
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from shards.records.record import Record
 
 logger = logging.getLogger(__name__)
-
-_CHUNK = 1 << 22
 
 
 class ShardWriter:
@@ -61,23 +59,26 @@ class ShardWriter:
         self._entries: list[Entry] = []
         self._failures: list[Failure] = []
         self._ranges: Ranges = {}
-        self._hash = hashlib.sha256()
-        self._position = 0
         self._last_index = -1
-        self._file: BinaryIO | None = None
+        self._sink = _Sink()
+        self._tar: Any = None  # webdataset's TarWriter
         self._temporary = temporary_path(folder / self._name)
 
     def __enter__(self) -> ShardWriter:
+        from webdataset.writer import TarWriter  # brings torch, which looking at a set does without
+
         with _named(self._folder / self._name):
             file = self._temporary.open("xb")
             claim(file.fileno())
-            self._file = file
+            self._sink.file = file
+        # nothing about when and by whom: a shard's bytes depend on its records alone
+        self._tar = TarWriter(self._sink, user="", group="", mode=0o644, mtime=0, encoder=False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        file, self._file = self._file, None
+        file, self._sink.file = self._sink.file, None
         try:
             if file is not None:
                 file.close()
@@ -91,8 +92,8 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes written so far."""
-        return self._hash.hexdigest()
+        """Of what is in the file so far."""
+        return self._sink.hash.hexdigest()
 
     def add(self, sample_index: int, record: Record) -> None:
         """Append a record.
@@ -109,12 +110,11 @@ class ShardWriter:
         key = sample_key(sample_index)
         with _named(self._folder / self._name):
             for name, data in encode_record(record).items():
-                self._write(header_block(f"{key}.{name}", len(data)))
+                offset = self._tar.tarstream.offset + tarfile.BLOCKSIZE  # after the member's header
+                self._tar.write({"__key__": key, name: data})  # one at a time: it would sort them by name
                 members.append(
-                    Member(name=name, offset=self._position, length=len(data), crc32c=google_crc32c.value(data))
+                    Member(name=name, offset=offset, length=len(data), crc32c=google_crc32c.value(data))
                 )
-                self._write(data)
-                self._write(padding(len(data)))
         for tensors in TENSORS.values():
             for name in tensors:
                 value = getattr(record, name)
@@ -135,20 +135,20 @@ class ShardWriter:
         Raises:
             DataError: the disk refused, or gave back other bytes than were written.
         """
-        if self._file is None:
+        if self._sink.file is None:
             raise RuntimeError("commit() outside of the writer's context")
         with _named(self._folder / self._name):
-            self._write(END)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._verify(self._file)
+            self._tar.close()
+            self._sink.file.flush()
+            os.fsync(self._sink.file.fileno())
+            self._verify(self._sink.file)
             header = SidecarHeader(
                 shard=self._name,
                 identity_sha256=self._identity_sha256,
                 count=len(self._entries),
                 failed=len(self._failures),
-                bytes=self._position,
-                sha256=self._hash.hexdigest(),
+                bytes=self._sink.size,
+                sha256=self.sha256,
                 ranges=self._ranges,
                 provenance=self._provenance,
                 table_crc32c="",
@@ -185,35 +185,49 @@ class ShardWriter:
             raise ValueError(f"sample index {sample_index} after {self._last_index}: expected rising indices")
         self._last_index = sample_index
 
-    def _write(self, data: bytes) -> None:
-        assert self._file is not None
-        self._file.write(data)
-        self._hash.update(data)
-        self._position += len(data)
-
     def _verify(self, file: BinaryIO) -> None:
         """Read the file back, from the disk as far as the kernel can be asked to, and compare."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        received = hashlib.sha256()
         with self._temporary.open("rb") as again:
-            while chunk := again.read(_CHUNK):
-                received.update(chunk)
-        if received.digest() != self._hash.digest():
+            received = hashlib.file_digest(again, "sha256")
+            if received.hexdigest() != self.sha256:
+                raise DataError(
+                    f"{self._folder / self._name}: read back other bytes than were written; "
+                    "check the disk or its network, then run again: nothing was committed"
+                )
+            again.seek(0)
+            with tarfile.open(fileobj=again, mode="r:") as tar:
+                found = [(member.name, member.offset_data, member.size) for member in tar]
+        if found != [(f"{e.key}.{m.name}", m.offset, m.length) for e in self._entries for m in e.members]:
             raise DataError(
-                f"{self._folder / self._name}: read back other bytes than were written; "
-                "check the disk or its network, then run again: nothing was committed"
+                f"{self._folder / self._name}: the tar's headers put its members elsewhere than its table would; "
+                "nothing was committed: install another version of webdataset, then run again"
             )
 
 
-def read_committed(folder: Path, name: str, identity_sha256: str, *, quick: bool = False) -> SidecarHeader | None:
+class _Sink:
+    """What webdataset writes to: a file, hashed on the way. Without one it takes the rest of a shard given up."""
+
+    def __init__(self) -> None:
+        self.file: BinaryIO | None = None
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        if self.file is not None:
+            self.file.write(data)
+            self.hash.update(data)
+            self.size += len(data)
+
+
+def read_committed(folder: Path, name: str, identity_sha256: str) -> SidecarHeader | None:
     """Tell whether a shard is committed: a sound sidecar of this set whose size and hash match the shard.
 
     Args:
         folder: the set's.
         name: the shard's file name.
         identity_sha256: the manifest's.
-        quick: trust the size, do not hash the shard.
 
     Returns:
         The sidecar's header, None if the shard must be (re)written.
@@ -237,15 +251,10 @@ def read_committed(folder: Path, name: str, identity_sha256: str, *, quick: bool
             "%s: its sidecar belongs to %s of another set; it will be written again", name, header.shard
         )
         return None
-    if size != header.bytes or (not quick and sha256_file(folder / name) != header.sha256):
+    if size != header.bytes or sha256_file(folder / name) != header.sha256:
         logger.warning("%s: size or hash is not the sidecar's; it will be written again", name)
         return None
     return header
-
-
-def is_committed(folder: Path, shard_index: int, identity_sha256: str, *, quick: bool = False) -> bool:
-    """Tell whether a shard need not be written; see `read_committed`."""
-    return read_committed(folder, shard_name(shard_index), identity_sha256, quick=quick) is not None
 
 
 @contextmanager

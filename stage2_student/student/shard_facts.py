@@ -11,8 +11,8 @@ from torch import Tensor
 from common.config import TrainConfig
 from common.errors import DataError, UsageError
 from common.schedule import make_alphas_cumprod, trailing_timesteps
-from shards.files.names import JSON, ROLLOUT
 from shards.reading.reader import ShardSet
+from shards.records.members import JSON, ROLLOUT
 from shards.records.meta import SampleMeta
 from stage2_student.training.objectives import trains_at_starts
 from stage2_student.training.phases import Phases, require_distance

@@ -12,10 +12,11 @@ from common.anytext2.conditioning import Uncond
 from common.seeding import generator
 from shards.files.failures import Failure
 from shards.files.manifest import Manifest, create_or_check
+from shards.files.names import shard_name
 from shards.files.plan import PlannedShard, extend_plan
 from shards.records.meta import SampleMeta
 from shards.records.record import CHUNK, Record
-from shards.writing.writer import ShardWriter, is_committed
+from shards.writing.writer import ShardWriter, read_committed
 
 IDENTITY = {"model": "tiny", "seed": 0, "solver": {"steps": 8, "guidance_scale": 7.5}, "fonts": ["f" * 64]}
 PROVENANCE = {"device": "cpu", "torch": torch.__version__}
@@ -98,6 +99,11 @@ def write_shard(folder: Path, shard: PlannedShard, manifest: Manifest, **kwargs:
             else:
                 writer.add(index, make_record(input_id, **kwargs))
         writer.commit()
+
+
+def is_committed(folder: Path, shard_index: int, identity_sha256: str) -> bool:
+    """Tell whether a shard need not be written."""
+    return read_committed(folder, shard_name(shard_index), identity_sha256) is not None
 
 
 def write_set(

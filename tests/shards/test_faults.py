@@ -14,7 +14,7 @@ import pytest
 
 from common.errors import DataError
 from shards.files.locks import remove_leftovers, temporaries
-from shards.reading.damage import verify_set
+from shards.looking.verify import verify_set
 from shards.reading.reader import ShardSet
 from tests.shards.builders import assert_same_record, make_record, write_set
 from tests.shards.faults import FaultyFiles

@@ -15,7 +15,7 @@ import torch
 from common.errors import DataError
 from shards.files.failures import read_failures
 from shards.looking.finalize import finalize
-from shards.reading.damage import verify_set
+from shards.looking.verify import verify_set
 from shards.reading.reader import ShardSet
 from shards.records.codec import encode_record
 from shards.writing.writer import ShardWriter

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from common.errors import DataError
-from shards.files.names import PREDICTIONS
 from shards.reading.loader import ShardLoader
 from shards.reading.order import EpochOrder
 from shards.reading.reader import ShardSet
 from shards.records.batch import Batch, collate, collate_arrays
+from shards.records.members import PREDICTIONS
 from tests.shards.builders import flip_bit, make_record, write_set
 
 GLOBAL_BATCH = 24  # every world below divides it; 30 samples, so that a batch meets an epoch's end

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
-from shards.reading.order import EpochOrder, permutation
+from shards.reading.order import EpochOrder, Slices, permutation
 
 COUNTS = (4, 4, 1, 0, 5, 4, 2, 3)
 
@@ -49,14 +51,38 @@ def test_any_slice_is_computed_directly() -> None:
 def test_only_the_shards_of_a_window_are_mixed() -> None:
     made = order()
     shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
-    start = 0
-    for window in range(made.num_windows):
-        shards = made.window_shard_numbers(window)
+    start = window = 0
+    while shards := made.window_shard_numbers(window):
         stop = start + sum(COUNTS[shard] for shard in shards)
         assert {int(s) for s in shard_of[made.indices(start, stop)]} <= set(shards)
         assert all(made.window_at(position) == window for position in range(start, stop))
-        start = stop
-    assert start == len(made) and made.window_shard_numbers(made.num_windows) == []
+        start, window = stop, window + 1
+    assert start == len(made) and window == 3
+
+
+def test_ranks_take_parts_of_the_stream_of_epochs_and_each_window_is_announced_as_it_is_entered() -> None:
+    stream = [(epoch, index) for epoch in range(3) for index in whole(epoch=epoch)]
+    for world, batch_size in ((1, 4), (2, 2), (4, 1)):
+        parts = []
+        for rank in range(world):
+            announced: list[list[int]] = []
+            slices = Slices(
+                counts=COUNTS,
+                set_hash="ab" * 32,
+                seed=0,
+                window_shards=3,
+                batch_size=batch_size,
+                rank=rank,
+                world=world,
+            )
+            start = slices.advance((0, 0), 8)
+            parts.append(list(islice(slices.batches(start, announced.append), 10)))
+            first = order().window_at(8 + rank * batch_size)
+            assert announced[:2] == [order().window_shard_numbers(window) for window in (first, first + 1)]
+        assert [pair for batches in zip(*parts, strict=True) for batch in batches for pair in batch] == stream[
+            8:48
+        ]
+        assert slices.advance(start, 40) == (48 // 23, 48 % 23)
 
 
 def test_samples_spread_evenly_over_positions() -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import DataError
-from shards.files.names import CONDITIONING, GLYPHS, JSON, POSITIONS, PREDICTIONS, REQUIRED_MEMBERS, ROLLOUT
 from shards.records.codec import decode_arrays, decode_record, encode_record
+from shards.records.members import CONDITIONING, GLYPHS, JSON, POSITIONS, PREDICTIONS, REQUIRED_MEMBERS, ROLLOUT
 from shards.records.png import decode_mask, encode_mask
 from shards.records.record import Record
 from shards.records.tensor_file import MAX_HEADER_BYTES, dump_tensors, load_metadata, load_tensors

@@ -19,7 +19,8 @@ from shards.reading.loader import ShardLoader
 from shards.reading.reader import ShardSet
 from shards.remote import connection as remote_module
 from shards.remote.cache import FileCache
-from shards.remote.connection import CachedStore, RemoteFolder
+from shards.remote.cached_store import CachedStore
+from shards.remote.connection import RemoteFolder
 from shards.remote.upload import upload_set
 from tests.shards.builders import assert_same_record, flip_bit, input_ids, make_record, write_set
 

@@ -11,25 +11,30 @@ import time
 from pathlib import Path
 
 import pytest
+import webdataset.writer
 
 from common.errors import DataError
 from common.files import temporary_path
 from shards.files.failures import Failure, count_by_reason, read_failures
 from shards.files.locks import is_dead, remove_leftovers, temporaries
 from shards.files.plan import PlannedShard, extend_plan
+from shards.looking.finalize import finalize
+from shards.looking.verify import audit
 from shards.reading.reader import ShardSet
 from shards.records.record import Record
-from shards.writing.writer import ShardWriter, is_committed, read_committed
+from shards.writing.writer import ShardWriter, read_committed
 from tests.shards.builders import (
     PROVENANCE,
     assert_same_record,
     flip_bit,
     input_ids,
+    is_committed,
     join_set,
     make_record,
     write_set,
     write_shard,
 )
+from tests.shards.old_bytes import make_old
 
 SHARD = PlannedShard(shard_index=3, first_index=12, input_ids=tuple(input_ids(4)))
 
@@ -55,6 +60,60 @@ def test_a_shard_is_a_tar_whose_headers_say_nothing_about_when_and_by_whom(tmp_p
         ["tar", "-tf", tmp_path / "shard-000003.tar"], capture_output=True, text=True, check=True
     )
     assert listed.stdout.split() == [m.name for m in members] and not listed.stderr
+
+
+def test_the_table_says_where_tar_readers_find_the_members(tmp_path: Path) -> None:
+    write_set(tmp_path, [*input_ids(6), "bad"], samples_per_shard=7, predictions=True)
+    with tarfile.open(tmp_path / "shard-000000.tar") as tar:
+        found = [(member.name, member.offset_data, member.size) for member in tar]
+    table = ShardSet.open(tmp_path).table(0)
+    assert found == [(f"{entry.key}.{m.name}", m.offset, m.length) for entry in table for m in entry.members]
+    data = (tmp_path / "shard-000000.tar").read_bytes()
+    last = table[-1].members[-1]
+    assert len(data) % tarfile.RECORDSIZE == 0 and not any(data[last.offset + last.length :])
+
+
+def test_a_tar_whose_members_lie_elsewhere_than_the_table_says_is_never_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(webdataset.writer.TarWriter):  # type: ignore[misc]
+        """Puts something before every member, as another version might."""
+
+        def write(self, sample: dict[str, object]) -> int:
+            self.tarstream.addfile(tarfile.TarInfo("note"))
+            return super().write(sample)
+
+    monkeypatch.setattr(webdataset.writer, "TarWriter", Other)
+    manifest = join_set(tmp_path)
+    before = listing(tmp_path)
+    with pytest.raises(DataError, match=r"shard-000003\.tar: the tar's headers .* another version of webdataset"):
+        write_shard(tmp_path, SHARD, manifest)
+    assert {name: data for name, data in listing(tmp_path).items() if data} == before
+
+
+def test_a_set_begun_with_other_zeros_at_the_end_goes_on(tmp_path: Path) -> None:
+    folder, run = tmp_path / "set", tmp_path / "run"
+    write_set(folder, 8)
+    for shard in ("shard-000000.tar", "shard-000001.tar"):
+        new = (folder / shard).read_bytes()
+        make_old(folder, shard)
+        old = (folder / shard).read_bytes()
+        assert len(old) < len(new) and new.rstrip(b"\0") == old.rstrip(b"\0")
+    before = ShardSet.open(folder)
+    before.freeze(run)
+    assert audit(folder)[1] == []
+    kept = {name: data for name, data in listing(folder).items() if name.startswith("shard-")}
+    ids = write_set(folder, 14)
+    assert kept.items() <= listing(folder).items()
+    shards = ShardSet.open(folder)
+    for record, input_id in zip(shards, ids, strict=True):
+        assert_same_record(record, make_record(input_id))
+    assert audit(folder)[1] == [] and finalize(folder).samples == 14
+    assert ShardSet.open_frozen(run).set_hash == before.set_hash
+    flip_bit(folder / "shard-000000.tar", 8 * before.headers[0].bytes - 1)
+    assert [line for line in audit(folder)[1] if "shard-000000.tar: the end of the archive" in line]
+    write_set(folder, 14)  # what is damaged is written as shards are now
+    assert audit(folder)[1] == [] and (folder / "shard-000000.tar").stat().st_size % tarfile.RECORDSIZE == 0
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
