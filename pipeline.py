@@ -400,7 +400,8 @@ def sample(
         raise UsageError("--compare goes with --adapter: it adds the teacher's picture")
     import torch
 
-    from stage2_student.student.sample import Sampler, beside, decode, draw_noise, load_decoder, write_png
+    from common.pictures import beside, write_png
+    from stage2_student.student.sample import Sampler, decode, draw_noise, load_decoder
     from stage2_student.student.student import Conditioning
 
     sampler = None if adapter is None else Sampler.load(config, adapter, steps)
@@ -515,9 +516,9 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
         indices = [int(part) for part in records.split(",")]
     except ValueError:
         raise UsageError(f"--records: received {records!r}, expected numbers such as 0,1,2") from None
+    from common.pictures import write_png
     from shards.reading.reader import ShardSet
     from stage2_student.student.compare import compare as draw
-    from stage2_student.student.sample import write_png
 
     write_png(out, draw(config, ShardSet.open(shards, allow_incomplete=True), adapter, indices))
     click.echo(f"{out}")

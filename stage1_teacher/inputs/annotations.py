@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from stage1_teacher.inputs.captions import describe_watermark
 from stage1_teacher.inputs.fonts import find_font, line_identity
 from stage1_teacher.inputs.input import (
@@ -220,8 +220,7 @@ def locate_image(root: Path, name: Any, where: str) -> Path:
         real = Path(os.path.realpath(root / name, strict=True))
         regular = stat.S_ISREG(real.stat().st_mode)
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
-        raise InputFailure("image missing", f"{where}: image {name!r:.80}: {problem}") from None
+        raise InputFailure("image missing", f"{where}: image {name!r:.80}: {reason(error)}") from None
     if not real.is_relative_to(root):
         raise InputFailure(
             "image outside its folder", f"{where}: image {name!r:.80} is a link that leads out of its folder"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.config import PrecomputeConfig
-from common.errors import DataError, UsageError
+from common.errors import DataError, UsageError, reason
 from common.schedule import trailing_timesteps
 from shards.files.plan import Plan, PlannedShard
 from shards.trajectories import TrajectoryStore
@@ -110,6 +110,6 @@ class RolloutKeeper:
             self._store.write_block(shard.shard_index, states, failed=gone)
         except OSError as error:
             raise DataError(
-                f"{self._store.folder}: block {shard.shard_index} cannot be written ({error.strerror or error}); "
+                f"{self._store.folder}: block {shard.shard_index} cannot be written ({reason(error)}); "
                 "committed shards are safe: free space or mend the disk, then run again"
             ) from error

@@ -23,7 +23,7 @@ from common.anytext2.unet import Control, UNet
 from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
 from common.config import Config
-from common.device import resolve_device
+from common.machine import resolve_device
 from stage1_teacher.rendering.rendered_input import DrawnInput
 from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
 from stage1_teacher.teacher.recognizer import Recognizer

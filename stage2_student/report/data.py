@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from shards.files.frozen import FrozenSet, read_frozen
 from shards.files.names import FROZEN
 from stage2_student.evaluation.invocation import read_invocations
@@ -126,7 +126,7 @@ def embed_image(path: Path) -> str:
             image = opened.convert("RGB")
     except OSError as error:
         raise DataError(
-            f"{path}: not readable as an image ({error}); evaluate again without this run's folder"
+            f"{path}: not readable as an image ({reason(error)}); evaluate again without this run's folder"
         ) from None
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     kind = "png" if max(image.size) <= LOSSLESS_SIDE else "jpeg"
@@ -151,7 +151,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}), {remedy}") from None
+        raise DataError(f"{path}: damaged ({reason(error)}), {remedy}") from None
     if not isinstance(config, dict):
         raise DataError(f"{path}: received a JSON {type(config).__name__}, {remedy}")
     return config

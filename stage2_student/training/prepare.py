@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
+from common.differences import require_same
 from common.schedule import make_alphas_cumprod
 from shards.reading.loader import ShardLoader
 from shards.reading.reader import ShardSet
@@ -28,7 +29,7 @@ from stage2_student.training.checkpoint import Learner, Progression, read_state,
 from stage2_student.training.ema import Ema
 from stage2_student.training.objectives import LossSettings
 from stage2_student.training.phases import Phases
-from stage2_student.training.run_identity import identity_of_run, require_same
+from stage2_student.training.run_identity import identity_of_run
 from stage2_student.training.trainer import Trainer
 
 
@@ -62,7 +63,8 @@ def make_plan(config: Config, accelerator: Accelerator, dataset: ShardSet, check
     progression = Progression()
     if checkpoint is not None:
         progression, saved = read_state(checkpoint)
-        require_same(identity, saved, checkpoint)
+        remedy = "restore them, or start a new run in another --out folder"
+        require_same(identity, saved, f"{checkpoint}: cannot be resumed with other settings", remedy)
     card = Card(
         objective=config.train.objective,
         sampler="lcm" if config.train.objective == "lcm" else "ddim",

@@ -17,8 +17,8 @@ from stage2_student.evaluation.results import (
     RESULTS_FILE,
     RUN_FILE,
     ImageResult,
-    ResultsWriter,
     check_or_create,
+    open_results,
     save_layouts,
 )
 from stage2_student.report import data as report_data
@@ -41,8 +41,8 @@ def evaluate_three_samples(folder: Path) -> Path:
             Image.new("RGB", (8, 8)).save(place / "images" / name)
             costs = {"seconds": 0.0, "unet_evaluations": 0.0, "writenet_evaluations": 0.0}
             results.append(ImageResult(layout_id=layout.layout_id, sample=sample, lines=(), image=name, **costs))
-    with ResultsWriter(place / RESULTS_FILE) as writer:
-        writer.append(results)
+    with open_results(place / RESULTS_FILE) as writer:
+        writer.append(*results)
     return folder
 
 
