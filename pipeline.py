@@ -540,7 +540,7 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
 
     Example: pipeline.py demo --out demo
     """
-    from stage2_student.evaluation.summary import format_table
+    from stage2_student.evaluation.summary import format_table, summarise
 
     if quick:
         count, steps, layouts = 24, 40, 8
@@ -583,7 +583,7 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     for name, (_, where) in commands.items():
         click.echo(f"{name:<16}{seconds[name]:>9.1f}  {where}")
     click.echo(f"{'all':<16}{sum(seconds.values()):>9.1f}\n")
-    click.echo(format_table(json.loads((evaluation / "evaluation.json").read_bytes())))
+    click.echo(format_table(summarise(evaluation)))
     click.echo(f"\nopen {page} in a browser")
 
 
@@ -690,7 +690,7 @@ def evaluate(
                 measure(run, stop)
     summary = summarise(out)
     click.echo(format_table(summary))
-    click.echo(f"{summary['lines']} lines of {summary['layouts']} layouts; everything is in {out}/evaluation.json")
+    click.echo(f"{summary.lines} lines of {summary.layouts} layouts; everything is in {out}/evaluation.json")
 
 
 @cli.command()
