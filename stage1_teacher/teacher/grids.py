@@ -25,7 +25,7 @@ class Grid:
 
     @property
     def num_steps(self) -> int:
-        """N."""
+        """Steps of the solve: calls of the network."""
         return len(self.timesteps)
 
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from common.anytext2.checkpoint import CheckpointFile, load_part
+from common.anytext2.checkpoint import load_part
+from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.config import NetworkConfig
 from common.anytext2.unet import Control, UNet
 from common.errors import DataError, UsageError
