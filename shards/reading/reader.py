@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import google_crc32c
 import numpy as np
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from shards.files.frozen import FrozenSet, hash_set, read_frozen, write_frozen
 from shards.files.manifest import Manifest
 from shards.files.names import MEMBERS, PREDICTIONS, sidecar_name
@@ -288,6 +288,4 @@ def _guard(action: Callable[[], T], where: str) -> T:
     except FileNotFoundError:
         raise DataError(f"{where}: the file is missing; {_REMEDY}") from None
     except OSError as error:
-        raise DataError(
-            f"{where}: cannot be read ({error.strerror or error}); check the disk, then run again"
-        ) from error
+        raise DataError(f"{where}: cannot be read ({reason(error)}); check the disk, then run again") from error

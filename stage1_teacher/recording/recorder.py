@@ -75,7 +75,7 @@ class Recorder:
         between_batches: Callable[[], None] = lambda: None,
         keep_rollouts: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Prepare.
+        """Take the networks and how they are run.
 
         Args:
             teacher: the networks.

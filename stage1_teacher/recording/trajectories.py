@@ -36,7 +36,7 @@ class RolloutKeeper:
     """Collects the rollouts of the shard in work and writes them once the shard is committed."""
 
     def __init__(self, store: TrajectoryStore, num_rollouts: int) -> None:
-        """Prepare; see `open`."""
+        """Keep in an open store; `open` makes or joins one."""
         self._store, self._num_rollouts = store, num_rollouts
         self._collected: list[Tensor] = []
 

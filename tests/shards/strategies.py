@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from common.schedule import NUM_TRAIN_TIMESTEPS
 from shards.records.meta import MODES, SOURCES, SampleMeta
-from shards.records.record import CHUNK, NUM_TIMESTEPS, Record
+from shards.records.record import CHUNK_TOKENS, Record
 
 _TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 _HALF_BITS = st.integers(0, 0x7BFF) | st.integers(0x8000, 0xFBFF)  # every finite float16
@@ -41,7 +42,9 @@ def records(draw: st.DrawFn) -> Record:
     latent = (channels, height, width)
     context = draw(st.integers(1, 4))
     source = draw(st.sampled_from(SOURCES))
-    timesteps = draw(st.lists(st.integers(0, NUM_TIMESTEPS - 1), min_size=steps, max_size=steps, unique=True))
+    timesteps = draw(
+        st.lists(st.integers(0, NUM_TRAIN_TIMESTEPS - 1), min_size=steps, max_size=steps, unique=True)
+    )
     predictions = draw(st.booleans())
 
     def half(*shape: int) -> torch.Tensor:
@@ -56,8 +59,8 @@ def records(draw: st.DrawFn) -> Record:
 
     return Record(
         meta=draw(metas(rollouts, size, source)),
-        image_context=half(CHUNK * draw(st.integers(1, 3)), context),
-        text_context=half(CHUNK, context),
+        image_context=half(CHUNK_TOKENS * draw(st.integers(1, 3)), context),
+        text_context=half(CHUNK_TOKENS, context),
         masked_latents=half(*latent),
         rollout_latents=half(rollouts, steps + 1, *latent),
         rollout_timesteps=torch.tensor(sorted(timesteps, reverse=True) if source == "rollout" else timesteps),
