@@ -402,7 +402,8 @@ def sample(
     import torch
 
     from common.anytext2.conditioning import ConditioningBatch
-    from stage2_student.student.sample import Sampler, beside, decode, draw_noise, load_decoder, write_png
+    from common.pictures import beside, write_png
+    from stage2_student.student.sample import Sampler, decode, draw_noise, load_decoder
 
     sampler = None if adapter is None else Sampler.load(config, adapter, steps)
     teacher, columns = None, []
@@ -513,9 +514,9 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
         indices = [int(part) for part in records.split(",")]
     except ValueError:
         raise UsageError(f"--records: received {records!r}, expected numbers such as 0,1,2") from None
+    from common.pictures import write_png
     from shards.reading.reader import ShardSet
     from stage2_student.student.compare import compare as draw
-    from stage2_student.student.sample import write_png
 
     write_png(out, draw(config, ShardSet.open(shards, allow_incomplete=True), adapter, indices))
     click.echo(f"{out}")
@@ -537,7 +538,7 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
 
     Example: pipeline.py demo --out demo
     """
-    from stage2_student.evaluation.summary import format_table
+    from stage2_student.evaluation.summary import format_table, summarise
 
     if quick:
         count, steps, layouts = 24, 40, 8
@@ -580,7 +581,7 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     for name, (_, where) in commands.items():
         click.echo(f"{name:<16}{seconds[name]:>9.1f}  {where}")
     click.echo(f"{'all':<16}{sum(seconds.values()):>9.1f}\n")
-    click.echo(format_table(json.loads((evaluation / "evaluation.json").read_bytes())))
+    click.echo(format_table(summarise(evaluation)))
     click.echo(f"\nopen {page} in a browser")
 
 
@@ -687,7 +688,7 @@ def evaluate(
                 measure(run, stop)
     summary = summarise(out)
     click.echo(format_table(summary))
-    click.echo(f"{summary['lines']} lines of {summary['layouts']} layouts; everything is in {out}/evaluation.json")
+    click.echo(f"{summary.lines} lines of {summary.layouts} layouts; everything is in {out}/evaluation.json")
 
 
 @cli.command()

@@ -48,7 +48,7 @@ def make_online_step(trainer: Trainer, teacher: Teacher, inputs: list[DrawnInput
     """Return a step of latent consistency distillation with the teacher in the process."""
     table = make_alphas_cumprod().to(teacher.device)
     images = torch.stack([item.image for item in inputs if item.image is not None])
-    scale = trainer.config.precompute.guidance_scale
+    scale = trainer.plan.config.precompute.guidance_scale
     uncond = teacher.unconditional()
 
     def step() -> None:

@@ -51,8 +51,8 @@ def keep_x0(predict: Predict, kept: list[Tensor]) -> Predict:
     return predict_and_keep
 
 
-def main() -> None:
-    """Print the table."""
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -61,7 +61,12 @@ def main() -> None:
     parser.add_argument("--grid", default="upstream:20")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    options = parse_options()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = load_config(options.config, [*options.set, "precompute.edit_fraction=0"])
     settings = DrawSettings.from_config(config)

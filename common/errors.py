@@ -30,6 +30,12 @@ class Stopped(AppError):
     exit_code = 75
 
 
+def reason(error: BaseException) -> str:
+    """Say in a few words why something failed: of the disk's errors what the system says, no number and path."""
+    text = (getattr(error, "strerror", None) or str(error)).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def explain(error: AppError | OSError) -> tuple[str, int]:
     """Return what a command prints of an error, in one line, and the exit code that it ends with."""
     code = error.exit_code if isinstance(error, AppError) else DataError.exit_code

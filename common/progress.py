@@ -17,7 +17,7 @@ class Progress:
     """Counts units of work and shows them; use as a context manager."""
 
     def __init__(self, total: int | None, description: str, unit: str = "it", initial: int = 0) -> None:
-        """Prepare the display.
+        """Say what is counted; nothing is shown before the context is entered.
 
         Args:
             total: units in all, or None if unknown.

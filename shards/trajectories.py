@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.differences import require_same
 from common.errors import DataError
 from common.files import canonical_json, fsync_dir, sha256_file, write_bytes_atomic
-from shards.files.manifest import find_differences
 
 if TYPE_CHECKING:
     import torch
@@ -89,9 +89,7 @@ class TrajectoryStore:
         if not folder.exists():
             _make_whole(folder, about)
         store = TrajectoryStore(folder)
-        found = find_differences(about, store._about)
-        if found:
-            raise DataError(f"{folder}: made with other settings ({'; '.join(found[:8])}); use another folder")
+        require_same(about, store._about, f"{folder}: made with other settings", "use another folder")
         return store
 
     @property

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from common.config import Config
-from common.device import resolve_device
 from common.errors import UsageError
+from common.machine import resolve_device
 from common.signals import StopFlag
 from shards.files.locks import remove_leftovers
 from shards.files.manifest import create_or_check

@@ -187,10 +187,10 @@ def _open_set(
 
 
 def _describe(trainer: Trainer) -> str:
-    config, card = trainer.config, trainer.card
+    config, card = trainer.plan.config, trainer.plan.card
     samples = config.train.batch_size * config.train.gradient_accumulation * trainer.accelerator.num_processes
     return (
         f"objective {card.objective}, {card.num_steps} steps at t = {list(card.timesteps)};"
-        f" {len(trainer.shards)} samples, {samples} a step, from step {trainer.progression.step} to"
+        f" {len(trainer.plan.shards)} samples, {samples} a step, from step {trainer.progression.step} to"
         f" {config.train.max_steps} on {trainer.accelerator.num_processes} x {trainer.accelerator.device}"
     )

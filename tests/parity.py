@@ -33,7 +33,13 @@ from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, g
 from stage1_teacher.teacher.keys import teacher_shapes
 from stage1_teacher.teacher.recognizer import Recognizer
 from stage1_teacher.teacher.solver import record_rollout
-from stage1_teacher.teacher.text_encoder import CHUNK, chunk_tokens, encode_tokens, encode_with_lines, load_clip
+from stage1_teacher.teacher.text_encoder import (
+    CAPTION_TOKENS,
+    chunk_tokens,
+    encode_tokens,
+    encode_with_lines,
+    load_clip,
+)
 from tests.golden_rule import RuleCheckpoint
 
 Results = Iterator[tuple[str, Tensor]]
@@ -134,7 +140,7 @@ def contexts(golden: Golden) -> Results:
     negative = golden["in.negative_token_ids"][0, 1:-1].tolist()
     negative = negative[: negative.index(end)] if end in negative else negative
     yield "uncond.img", encode([negative]).expand(count, -1, -1)
-    empty = golden["in.empty_token_ids"][:, : CHUNK + 2]
+    empty = golden["in.empty_token_ids"][:, : CAPTION_TOKENS + 2]
     yield "uncond.text", encode_with_lines(clip, empty, [lines[0][:0]], placeholder).expand(count, -1, -1)
 
 

@@ -174,7 +174,7 @@ def test_another_seed_is_refused_in_the_same_folder(folder: Path, tmp_path: Path
     assert evaluate(folder, tmp_path, "--teacher", "trailing:2").exit_code == 0
     result = evaluate(folder, tmp_path, "--teacher", "trailing:3", "--set", "evaluate.seed=7")
     assert result.exit_code == 3
-    assert "what is evaluated differs in settings" in result.output
+    assert "what is evaluated differs (settings" in result.output
 
 
 def test_the_benchmarks_annotations_score_a_folder_of_its_images(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.errors import DataError
+from common.errors import DataError, reason
 
 DTYPES = {
     "F64": torch.float64,
@@ -70,8 +70,7 @@ class CheckpointFile:
                 self.shapes[key] = tuple(header.get_shape())
                 self.dtypes[key] = DTYPES[header.get_dtype()]
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"checkpoint {file} is not a readable .safetensors file: {reason}") from None
+            raise DataError(f"checkpoint {file} is not a readable .safetensors file: {reason(error)}") from None
 
     def sorted_keys(self) -> list[str]:
         """Return all keys, sorted."""
@@ -89,7 +88,7 @@ class CheckpointFile:
         try:
             tensor: Tensor = self._where[key].get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise DataError(f"checkpoint {self.path}: cannot read {key}: {error}") from None
+            raise DataError(f"checkpoint {self.path}: cannot read {key}: {reason(error)}") from None
         return tensor.clone()
 
 
@@ -103,8 +102,9 @@ def _open_pickle(path: Path) -> Mapping[str, Tensor]:
                 raise
             loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"checkpoint {path} is not a readable .ckpt file of plain tensors: {reason}") from None
+        raise DataError(
+            f"checkpoint {path} is not a readable .ckpt file of plain tensors: {reason(error)}"
+        ) from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict):
         raise DataError(f"checkpoint {path}: received a {type(state).__name__}, expected a table of tensors")

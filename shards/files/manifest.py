@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.differences import require_same
 from common.errors import DataError
 from common.files import canonical_json, create_once
 from shards.files.names import MANIFEST, SCHEMA, UNCOND
@@ -17,8 +18,6 @@ from shards.records.tensor_file import load_metadata
 
 if TYPE_CHECKING:
     from common.anytext2.conditioning import Uncond
-
-_MAX_DIFFERENCES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,35 +147,14 @@ def check_uncond_hash(data: bytes, manifest: Manifest, where: str) -> None:
         )
 
 
-def find_differences(ours: Any, theirs: Any, key: str = "") -> list[str]:
-    """Name the leaves in which two JSON values differ, as `key: received X, the set has Y`."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        found = []
-        for name in sorted(ours.keys() | theirs.keys()):
-            dotted = f"{key}.{name}" if key else name
-            if name not in theirs:
-                found.append(f"{dotted}: received {_short(ours[name])}, the set has none")
-            elif name not in ours:
-                found.append(f"{dotted}: received none, the set has {_short(theirs[name])}")
-            else:
-                found.extend(find_differences(ours[name], theirs[name], dotted))
-        return found
-    if canonical_json(ours) == canonical_json(theirs):
-        return []
-    return [f"{key}: received {_short(ours)}, the set has {_short(theirs)}"]
-
-
-def _check_same(folder: Path, wanted: dict[str, Any], manifest: Manifest) -> None:
-    theirs = {**manifest.identity}
-    theirs.pop("uncond_sha256", None)  # made by the set's first task, perhaps on another device; never compared
-    ours = {name: value for name, value in wanted.items() if name != "uncond_sha256"}
-    found = find_differences(ours, theirs)
-    if found:
-        more = f" and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
-        raise DataError(
-            f"{folder}: the set was made with other settings ({'; '.join(found[:_MAX_DIFFERENCES])}{more}); "
-            "use the same settings or another --out folder"
-        )
+def _check_same(folder: Path, wanted: Mapping[str, Any], manifest: Manifest) -> None:
+    # uncond_sha256: made by the set's first task, perhaps on another device; never compared
+    received, expected = (
+        {name: value for name, value in identity.items() if name != "uncond_sha256"}
+        for identity in (wanted, manifest.identity)
+    )
+    what = f"{folder}: the set was made with other settings"
+    require_same(received, expected, what, "use the same settings or another --out folder")
 
 
 def _encode(manifest: Manifest) -> bytes:
@@ -186,8 +164,3 @@ def _encode(manifest: Manifest) -> bytes:
         "provenance": manifest.provenance,
     }
     return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.ddim import CLEAN
+from common.pictures import Picture, grey
 from common.schedule import alphas_at, make_alphas_cumprod, phase_target_x0
 from shards.records.record import Record
 
-Picture = NDArray[np.uint8]
-"""(H, W, 3)."""
 Decode = Callable[[Tensor], Sequence[Picture]]
 """The VAE's decoder: latents (B, C, h, w) float32 to B pictures."""
 
@@ -66,8 +63,8 @@ def _draw_row(record: Record, decode: Decode) -> Image.Image:
         shown, names = states[-1:], ["data"]
     positions = record.positions[0].numpy()
     pictures = [
-        ("glyphs", _grey(record.glyphs[0].numpy() * 255)),
-        ("positions", _grey(positions * (255 // max(int(positions.max()), 1)))),
+        ("glyphs", grey(record.glyphs[0].numpy() * 255)),
+        ("positions", grey(positions * (255 // max(int(positions.max()), 1)))),
         *zip(names, decode(shown), strict=True),
     ]
     height, width = record.meta.size
@@ -82,10 +79,6 @@ def _draw_row(record: Record, decode: Decode) -> Image.Image:
         draw.text((left, _LINE), name, "gray")
         row.paste(Image.fromarray(pixels), (left, 2 * _LINE + _MARGIN))
     return row
-
-
-def _grey(mask: NDArray[np.uint8]) -> Picture:
-    return np.repeat(mask[..., None], 3, axis=2)
 
 
 def _printable(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from common.progress import Progress
 from shards.files.plan import read_plan
 from shards.files.sidecar import SidecarHeader
@@ -67,7 +67,7 @@ def _verify_number(shards: ShardSet, number: int) -> list[Damage]:
     except FileNotFoundError:
         return [whole_shard(header.shard, "the file is missing")]
     except OSError as error:
-        return [whole_shard(header.shard, f"cannot be read ({error.strerror or error})")]
+        return [whole_shard(header.shard, f"cannot be read ({reason(error)})")]
     except DataError as error:
         return [Damage(shard=header.shard, sample=None, whole=True, message=str(error))]
 

@@ -50,7 +50,7 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
     except FileNotFoundError:
         return [whole_shard(shard, "the file is missing")]
     except OSError as error:
-        return [whole_shard(shard, f"cannot be read ({error.strerror or error})")]
+        return [whole_shard(shard, f"cannot be read ({reason(error)})")]
     try:
         size = os.fstat(descriptor).st_size
         if size == 0:
@@ -59,7 +59,7 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
         if sha256 != header.sha256 or found:
             found += _find_unread_damage(descriptor, size, header, entries)
     except OSError as error:
-        return [whole_shard(shard, f"cannot be read ({error.strerror or error})")]
+        return [whole_shard(shard, f"cannot be read ({reason(error)})")]
     finally:
         os.close(descriptor)
     if size != header.bytes:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from common.differences import require_same
 from common.errors import DataError
 from shards.reading.order import Place, Sample, Slices
 from shards.reading.reader import ShardSet
@@ -110,19 +111,15 @@ class ShardLoader:
         Raises:
             DataError: the state is of another set, seed, window or global batch.
         """
-        remedies = {
-            "set_hash": "give the shards that the run was started on",
-            "seed": "keep train.seed",
-            "window_shards": "keep shards.window_shards",
-            "global_batch": "choose train.batch_size so that batch size x processes is the same",
-        }
-        own = self.state_dict()
-        for key, remedy in remedies.items():
-            if state.get(key) != own[key]:
-                raise DataError(
-                    f"the run cannot go on in the same order: {key} was {state.get(key)!r}, "
-                    f"is {own[key]!r}; {remedy}"
-                )
+        place = ("epoch", "position")
+        own, saved = ({k: v for k, v in of.items() if k not in place} for of in (self.state_dict(), state))
+        require_same(
+            own,
+            saved,
+            "the run cannot go on in the same order",
+            "give the shards that the run was started on, keep train.seed and shards.window_shards, and choose "
+            "train.batch_size so that batch size x processes is the same",
+        )
         if not (state["epoch"] >= 0 and 0 <= state["position"] < len(self._shards)):
             raise DataError(
                 f"loader state: epoch {state['epoch']}, position {state['position']} is not in the set"

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import google_crc32c
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from shards.files.names import sidecar_name
 from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table
 from shards.reading.store import Store
@@ -71,6 +71,4 @@ def _guard(action: Callable[[], T], where: str) -> T:
     except FileNotFoundError:
         raise DataError(f"{where}: the file is missing; {_REMEDY}") from None
     except OSError as error:
-        raise DataError(
-            f"{where}: cannot be read ({error.strerror or error}); check the disk, then run again"
-        ) from error
+        raise DataError(f"{where}: cannot be read ({reason(error)}); check the disk, then run again") from error

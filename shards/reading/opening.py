@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from shards.files.frozen import FrozenSet
 from shards.files.manifest import Manifest, check_uncond_hash, decode_manifest
 from shards.files.names import MANIFEST, UNCOND, parse_shard_name, parse_sidecar_name, shard_name, sidecar_name
@@ -156,7 +156,7 @@ def _read_header(store: Store, name: str) -> SidecarHeader | DataError:
             data = store.read(name)
         return decode_header(data, where)
     except OSError as error:
-        return DataError(f"{where}: cannot be read ({error.strerror or error}); check the disk, then run again")
+        return DataError(f"{where}: cannot be read ({reason(error)}); check the disk, then run again")
     except DataError as error:
         return error
 

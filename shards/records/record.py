@@ -14,8 +14,8 @@ from common.schedule import NUM_TRAIN_TIMESTEPS
 from shards.records.meta import SampleMeta
 from shards.records.png import MAX_SIDE
 
-CHUNK = 77
-"""Tokens of one CLIP chunk; an image context has one or more."""
+CHUNK_TOKENS = 77
+"""Of a chunk of a CLIP context, with its start and end tokens; an image context has one or more."""
 
 
 class NonFiniteError(DataError):
@@ -104,10 +104,10 @@ def _check_contexts(value: Record | Uncond, where: str) -> None:
     width = (
         value.text_context.shape[-1] if isinstance(value.text_context, Tensor) and value.text_context.ndim else 0
     )
-    _check(value.text_context, "text_context", torch.float16, (CHUNK, width), where, "(77, c)")
+    _check(value.text_context, "text_context", torch.float16, (CHUNK_TOKENS, width), where, "(77, c)")
     tokens = value.image_context.shape[0] if _has_rank(value.image_context, 2) else 0
-    if tokens < CHUNK or tokens % CHUNK:
-        tokens = CHUNK
+    if tokens < CHUNK_TOKENS or tokens % CHUNK_TOKENS:
+        tokens = CHUNK_TOKENS
     _check(
         value.image_context,
         "image_context",

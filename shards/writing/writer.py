@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from common.files import claim, fsync_dir, sha256_file, temporary_path, write_bytes_atomic
 from shards.files.failures import Failure, encode_failures
 from shards.files.locks import commit_lock
@@ -45,7 +45,7 @@ class ShardWriter:
     def __init__(
         self, folder: Path, shard_index: int, *, identity_sha256: str, provenance: Mapping[str, Any]
     ) -> None:
-        """Prepare; the file is made on entering the context.
+        """Name a shard; its file is made on entering the context.
 
         Args:
             folder: the set's, with its manifest in place.
@@ -263,8 +263,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
         raise DataError(
-            f"{path}: cannot be written ({reason}); committed shards are safe: free space or mend the disk, "
-            "then run again"
+            f"{path}: cannot be written ({reason(error)}); committed shards are safe: free space or mend the disk,"
+            " then run again"
         ) from error

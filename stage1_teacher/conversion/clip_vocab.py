@@ -14,7 +14,7 @@ import gzip
 import json
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from common.files import write_bytes_atomic
 from common.scripts import run_script
 
@@ -53,7 +53,7 @@ def convert(source: Path, folder: Path) -> None:
     try:
         lines = gzip.decompress(source.read_bytes()).decode().split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: {error}; expected bpe_simple_vocab_16e6.txt.gz") from None
+        raise DataError(f"{source}: {reason(error)}; expected bpe_simple_vocab_16e6.txt.gz") from None
     merges = lines[1 : 1 + NUM_MERGES]  # the first line is a version
     if len(merges) != NUM_MERGES:
         raise DataError(f"{source}: {len(merges)} merges, expected {NUM_MERGES} or more")

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from stage1_teacher.inputs.captions import describe_watermark
 from stage1_teacher.inputs.fonts import find_font, line_identity
 from stage1_teacher.inputs.input import (
@@ -25,7 +25,6 @@ from stage1_teacher.inputs.input import (
     Content,
     InputFailure,
     Line,
-    Polygon,
     check_caption,
     check_color,
     check_fields,
@@ -147,7 +146,7 @@ class Annotations:
         score = entry.get("wm_score")
         if score is not None and not is_number(score):
             raise InputFailure("bad entry", f"{where}: wm_score is {score!r:.40}, expected a number")
-        lines, ignored = self._lines(entry.get("annotations", []), where)
+        lines = self._lines(entry.get("annotations", []), where)
         return Content(
             where=where,
             input_id=self.input_id(index),
@@ -156,13 +155,12 @@ class Annotations:
             image=locate_image(self._root, entry.get("img_name"), where) if self._use_images else None,
             frame=None if self._use_images else FRAME_WITHOUT_IMAGE,
             name=entry["img_name"] if isinstance(entry.get("img_name"), str) else "",
-            ignored_polygons=ignored,
         )
 
-    def _lines(self, annotations: Any, where: str) -> tuple[tuple[Line, ...], tuple[Polygon, ...]]:
+    def _lines(self, annotations: Any, where: str) -> tuple[Line, ...]:
         if not isinstance(annotations, list):
             raise InputFailure("bad entry", f"{where}: annotations is {annotations!r:.40}, expected a list")
-        lines, ignored = [], []
+        lines = []
         for place, annotation in enumerate(annotations):
             at = f"{where}.annotations[{place}]"
             if not isinstance(annotation, dict) or "polygon" not in annotation:
@@ -170,8 +168,8 @@ class Annotations:
             if annotation["polygon"] == []:
                 continue  # upstream's way of saying "no place known"
             if annotation.get("valid") is False:
-                ignored.append(check_polygon(annotation["polygon"], at))
-                continue
+                check_polygon(annotation["polygon"], at)
+                continue  # it is in the image and is not drawn
             language = annotation.get("language")
             if language is not None and not isinstance(language, str):
                 raise InputFailure("bad entry", f"{at}: language is {language!r:.40}, expected a name")
@@ -186,7 +184,7 @@ class Annotations:
                     in_glyph_map=check_in_glyph_map(annotation.get("glyph_map"), at),
                 )
             )
-        return tuple(lines), tuple(ignored)
+        return tuple(lines)
 
 
 def caption_as_annotated(caption: str) -> str:
@@ -220,8 +218,7 @@ def locate_image(root: Path, name: Any, where: str) -> Path:
         real = Path(os.path.realpath(root / name, strict=True))
         regular = stat.S_ISREG(real.stat().st_mode)
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
-        raise InputFailure("image missing", f"{where}: image {name!r:.80}: {problem}") from None
+        raise InputFailure("image missing", f"{where}: image {name!r:.80}: {reason(error)}") from None
     if not real.is_relative_to(root):
         raise InputFailure(
             "image outside its folder", f"{where}: image {name!r:.80} is a link that leads out of its folder"

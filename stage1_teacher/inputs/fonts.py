@@ -11,7 +11,7 @@ from typing import Any
 from PIL import ImageFont, features
 
 from common.config import Config
-from common.errors import DataError
+from common.errors import DataError, reason
 from common.files import sha256_file
 from stage1_teacher.inputs.input import InputFailure, nearest
 
@@ -50,7 +50,7 @@ def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(path), size=size, layout_engine=engine)
     except OSError as error:
-        raise DataError(f"font {path}: {error}; expected a TrueType or OpenType file") from None
+        raise DataError(f"font {path}: {reason(error)}; expected a TrueType or OpenType file") from None
 
 
 @lru_cache(maxsize=512)

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 from common.errors import DataError
 
 UNKNOWN_COLOR = (500.0, 500.0, 500.0)
-"""How upstream writes a line's unknown colour; the network was trained on it."""
+"""How upstream writes a line's unknown colour; the network was trained on it, as on any other."""
 
 Polygon = tuple[tuple[float, float], ...]
 
@@ -83,8 +83,6 @@ class Content:
     """Keys the input's noise; None: `precompute.seed`."""
     name: str = ""
     """The image's name as annotated; empty if there is none."""
-    ignored_polygons: tuple[Polygon, ...] = ()
-    """Of text that the annotator marked as not valid: it is in the image and is not drawn."""
 
 
 def content_id(kind: str, value: Any) -> str:

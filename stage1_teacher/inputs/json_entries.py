@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from stage1_teacher.inputs.input import nearest
 
 _CHUNK_BYTES = 1 << 20
@@ -138,7 +138,7 @@ class JsonEntries:
             scanner = _Scanner(path)
             self._file = path.open("rb")
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from None
+            raise DataError(f"{path}: {reason(error)}") from None
         try:
             self._scan_object(scanner)
         finally:

@@ -24,7 +24,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from stage1_teacher.inputs.annotations import locate_image
 from stage1_teacher.inputs.fonts import find_font, line_identity
 from stage1_teacher.inputs.input import (
@@ -78,7 +78,7 @@ class Prompts:
         try:
             self._file = path.open("rb")
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from None
+            raise DataError(f"{path}: {reason(error)}") from None
         offset = 0
         for number, line in enumerate(self._file, start=1):
             if line.strip():

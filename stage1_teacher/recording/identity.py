@@ -7,12 +7,10 @@ write to one set. No paths: the same files in another place make the same set.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import socket
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from PIL import features
 from common.anytext2.config import NetworkConfig, load_network_config
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
+from common.machine import describe_device, installed_versions
 from common.schedule import make_alphas_cumprod, trailing_timesteps
 from stage1_teacher.inputs.fonts import font_sha256, text_layout
 from stage1_teacher.rendering.rendered_input import DrawSettings
@@ -99,11 +98,12 @@ def _hash_tokenizer(folder: Path) -> str:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return device and library versions: what two runs must share to write the same bytes."""
+    versions = installed_versions(_PACKAGES)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": describe_device(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: versions.get(name, "none") for name in _PACKAGES},
         "freetype": features.version("freetype2") or "",
     }
 
@@ -112,14 +112,3 @@ def describe_run(device: torch.device) -> dict[str, Any]:
     """Return `describe_machine` with host and time, for the manifest."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {**describe_machine(device), "host": socket.gethostname(), "created": now}
-
-
-def _processor() -> str:
-    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

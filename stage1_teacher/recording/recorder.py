@@ -88,7 +88,7 @@ class Recorder:
     def __init__(
         self, teacher: Teacher, uncond: Uncond, settings: PrecomputeConfig, *, whole_rollouts: bool = False
     ) -> None:
-        """Take what stays the same.
+        """Take the networks and how they are run.
 
         Args:
             teacher: the networks.

@@ -50,7 +50,7 @@ class ShardMaker:
         rollouts: RolloutKeeper | None = None,
         uploader: Uploader | None = None,
     ) -> None:
-        """Prepare.
+        """Take on a share; nothing is made before `make_all`.
 
         Args:
             folder: the set's.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.config import PrecomputeConfig
-from common.errors import DataError, UsageError
+from common.errors import DataError, UsageError, reason
 from common.schedule import trailing_timesteps
 from shards.files.plan import Plan, PlannedShard
 from shards.trajectories import TrajectoryStore
@@ -36,7 +36,7 @@ class RolloutKeeper:
     """Writes the whole rollouts of a shard once the shard is committed."""
 
     def __init__(self, store: TrajectoryStore, num_rollouts: int) -> None:
-        """Prepare; see `open`."""
+        """Keep in an open store; `open` makes or joins one."""
         self._store, self._num_rollouts = store, num_rollouts
 
     @staticmethod
@@ -101,6 +101,6 @@ class RolloutKeeper:
             self._store.write_block(shard.shard_index, states, failed=gone)
         except OSError as error:
             raise DataError(
-                f"{self._store.folder}: block {shard.shard_index} cannot be written ({error.strerror or error}); "
+                f"{self._store.folder}: block {shard.shard_index} cannot be written ({reason(error)}); "
                 "committed shards are safe: free space or mend the disk, then run again"
             ) from error

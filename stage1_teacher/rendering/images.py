@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from common.errors import reason
 from stage1_teacher.inputs.input import InputFailure
 
 MAX_FILE_BYTES = 256 << 20
@@ -29,7 +30,7 @@ def read_image_file(path: Path, where: str) -> bytes:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise InputFailure("image missing", f"{where}: image {path.name!r}: {error.strerror or error}") from None
+        raise InputFailure("image missing", f"{where}: image {path.name!r}: {reason(error)}") from None
     if len(data) > MAX_FILE_BYTES:
         raise InputFailure(
             "image too large", f"{where}: image {path.name!r} has more than {MAX_FILE_BYTES >> 20} MiB"

@@ -12,8 +12,6 @@ from stage1_teacher.teacher.font_crop import crop_along_line
 from stage1_teacher.teacher.recognizer import NECK_CHANNELS, NUM_STEPS, Recognizer, normalize_line
 
 POSITION_WIDTHS = (16, 32, 64, 128, 256)
-UNKNOWN_COLOR = 500.0
-"""Each channel of a colour that is not known; it goes through `color_proj` like any other."""
 
 
 class PositionEncoder(nn.Module):

@@ -227,16 +227,3 @@ def normalize_line(image: Tensor) -> Tensor:
     )  # (1, c, 48, target)
     scaled = resized[0].expand(3, -1, -1) / 127.5 - 1
     return functional.pad(scaled, (0, LINE_WIDTH - target))
-
-
-def greedy_classes(logits: Tensor) -> list[int]:
-    """Decode one line by CTC: the best class of each step, without repeats and blanks.
-
-    Args:
-        logits: (40, 6625).
-
-    Returns:
-        Classes 1..6624, in reading order.
-    """
-    best = torch.unique_consecutive(logits.argmax(dim=1))
-    return [int(index) for index in best if index != 0]

@@ -21,7 +21,7 @@ from common.anytext2.config import NetworkConfig, load_network_config
 from common.anytext2.denoiser import Denoiser
 from common.anytext2.vae import VAE
 from common.config import Config
-from common.device import resolve_device
+from common.machine import resolve_device
 from stage1_teacher.rendering.rendered_input import DrawnInput
 from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
 from stage1_teacher.teacher.recognizer import Recognizer

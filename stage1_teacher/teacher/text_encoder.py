@@ -14,8 +14,8 @@ from common.anytext2.checkpoint import Source, load_part
 from common.anytext2.config import NetworkConfig
 from common.errors import DataError
 
-CHUNK = 75
-"""Tokens of a chunk between its start and end tokens."""
+CAPTION_TOKENS = 75
+"""Of a chunk of 77, between its start and end tokens."""
 
 
 def load_clip(
@@ -87,8 +87,8 @@ def chunk_tokens(tokens: Sequence[int], start: int, end: int) -> list[list[int]]
     Returns:
         k lists of 77 ids.
     """
-    pieces = [list(tokens[i : i + CHUNK]) for i in range(0, max(1, len(tokens)), CHUNK)]
-    return [[start, *piece, *[end] * (CHUNK - len(piece)), end] for piece in pieces]
+    pieces = [list(tokens[i : i + CAPTION_TOKENS]) for i in range(0, max(1, len(tokens)), CAPTION_TOKENS)]
+    return [[start, *piece, *[end] * (CAPTION_TOKENS - len(piece)), end] for piece in pieces]
 
 
 def encode_tokens(clip: CLIPTextModel, token_ids: Tensor) -> Tensor:
@@ -162,7 +162,9 @@ class TextEncoder:
 
     def encode_text_captions(self, captions: Sequence[str], lines: Sequence[Tensor]) -> Tensor:
         """Encode text captions, cut at 77 tokens, with their lines' embeddings, (n, c) each: (N, 77, c)."""
-        ids = [chunk_tokens(self._tokens(caption)[:CHUNK], self._start, self._end)[0] for caption in captions]
+        ids = [
+            chunk_tokens(self._tokens(caption)[:CAPTION_TOKENS], self._start, self._end)[0] for caption in captions
+        ]
         return encode_with_lines(self.clip, self._tensor(ids), lines, self._placeholder)
 
     def _tensor(self, ids: list[list[int]]) -> Tensor:

@@ -16,7 +16,8 @@ from common.errors import DataError
 from common.schedule import make_alphas_cumprod
 from common.seeding import generator, rng
 from stage1_teacher.inputs.captions import PLACEHOLDER, TEXT_PHRASES
-from stage1_teacher.teacher.glyph_embedding import UNKNOWN_COLOR, PositionEncoder
+from stage1_teacher.inputs.input import UNKNOWN_COLOR
+from stage1_teacher.teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.teacher.text_encoder import chunk_tokens, load_tokenizer
 from stage1_teacher.tiny.ground import BAND
 from stage1_teacher.tiny.networks import MODEL_FOLDER
@@ -199,7 +200,7 @@ class FeatureStore:
         colors = layout["colors"][variant].clone()
         for line in range(count):
             if random_.random() < UNKNOWN_COLOR_SHARE:
-                colors[line] = UNKNOWN_COLOR
+                colors[line] = UNKNOWN_COLOR[0]
         kept = slice(0, 0) if no_text else slice(None)
         edit = random_.random() < EDIT_SHARE and not ground_only  # or the masked image would tell it
         positions = layout["positions"].float()
@@ -207,7 +208,7 @@ class FeatureStore:
         for position, length in zip(positions, layout["lengths"].tolist(), strict=True):
             if length == 1 and random_.random() < TRAINED_UNMAPPED_SHARE:
                 glyphs = glyphs * (1 - position)
-        known = (colors[:, 0] != UNKNOWN_COLOR) & (not no_text)
+        known = (colors[:, 0] != UNKNOWN_COLOR[0]) & (not no_text)
         one_hot = functional.one_hot(layout["fonts"], len(FONTS)).float()
         return {
             "color": _paint(positions, colors / 127.5 - 1, known),

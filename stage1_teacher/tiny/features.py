@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.anytext2.checkpoint import CheckpointFile, load_part
+from common.anytext2.checkpoint import load_part
+from common.anytext2.checkpoint_file import CheckpointFile
 from common.files import atomic_write
 from common.scripts import run_script
 from stage1_teacher.inputs.captions import image_caption
@@ -44,9 +45,9 @@ from stage1_teacher.tiny.train_vae import load_trained
 
 log = logging.getLogger(__name__)
 
-CHUNK = 100
+LAYOUTS_PER_FILE = 100
 SINGLE_EVERY = 3
-"""Of a chunk, every third layout has single letters only, for what the recogniser's features say of a letter."""
+"""Of a file, every third layout has single letters only, for what the recogniser's features say of a letter."""
 
 
 class FeatureMaker:
@@ -146,7 +147,7 @@ def write_chunks(options: argparse.Namespace, starts: Sequence[int]) -> None:
     torch.set_num_threads(options.threads)
     maker = FeatureMaker(options.vae)
     for start in starts:
-        path = options.out / f"{start // CHUNK:05d}.pt"
+        path = options.out / f"{start // LAYOUTS_PER_FILE:05d}.pt"
         if path.exists():
             continue
         scenes = [
@@ -156,7 +157,7 @@ def write_chunks(options: argparse.Namespace, starts: Sequence[int]) -> None:
                 start + index,
                 lengths=LENGTHS if index % SINGLE_EVERY else SINGLE_LETTERS,
             )
-            for index in range(CHUNK)
+            for index in range(LAYOUTS_PER_FILE)
         ]
         layouts = [maker.layout(scene, options.variants) for scene in scenes]
         with atomic_write(path) as file:
@@ -181,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     options.threads = options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers))
     options.out.mkdir(parents=True, exist_ok=True)
-    starts = range(0, options.count, CHUNK)
+    starts = range(0, options.count, LAYOUTS_PER_FILE)
     if options.workers < 1:
         write_chunks(options, starts)
         return

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from common.anytext2.checkpoint import CheckpointFile, load_part
+from common.anytext2.checkpoint import load_part
+from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.config import NetworkConfig
 from common.anytext2.unet import Control, UNet
 from common.ddim import Grid, integrate
-from common.device import resolve_device
 from common.errors import DataError, UsageError
 from common.files import atomic_write
+from common.machine import resolve_device
 from common.schedule import diffuse, make_alphas_cumprod
 from common.scripts import run_script
 from stage1_teacher.teacher.glyph_embedding import PositionEncoder

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from common.anytext2.checkpoint import load_vae
-from common.device import resolve_device
 from common.files import atomic_write
+from common.machine import resolve_device
 from common.scripts import run_script
 from common.seeding import generator
 from stage1_teacher.tiny.linear_vae import PatchBasis, fit_patch_basis, set_decoder, set_encoder

@@ -8,23 +8,19 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.files import sha256_file
+from common.pictures import Picture
 from common.seeding import generator
 from stage2_student.evaluation.counting import EvaluationCounter
 from stage2_student.evaluation.runs import Drawn, Job, Run
 from stage2_student.student.adapter import find_adapter, read_card
 from stage2_student.student.sample import Sampler
-
-Picture = NDArray[np.uint8]
-"""(H, W, 3), RGB."""
 
 
 class Drawer(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from common.files import canonical_json, sha256_file
 from common.progress import Progress
 from stage2_student.evaluation.layouts import Layout
@@ -106,7 +106,7 @@ def folder_run(folder: Path, label: str, jobs: Sequence[Job]) -> Run:
                 with Image.open(io.BytesIO(data)) as image:
                     images.append(np.asarray(image.convert("RGB")))
             except (OSError, UnidentifiedImageError) as error:
-                raise DataError(f"{path}: not readable as an image ({error}); draw it again") from None
+                raise DataError(f"{path}: not readable as an image ({reason(error)}); draw it again") from None
         return Drawn(images=images)
 
     settings = {"folder": folder.resolve().name, "images": digest_images(hashes)}

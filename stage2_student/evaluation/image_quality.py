@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common.errors import DataError, UsageError
+from common.errors import DataError, UsageError, reason
 from common.files import canonical_json, sha256_file, write_bytes_atomic
 from common.progress import Progress
 from common.signals import StopFlag
@@ -74,9 +74,9 @@ class Inception(nn.Module):
         try:
             self.network = torch.jit.load(str(weights), map_location="cpu").eval()
         except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"evaluate.fid_weights {weights}: {reason}; expected the TorchScript file inception-2015-12-05.pt"
+                f"evaluate.fid_weights {weights}: {reason(error)}; expected the TorchScript file"
+                " inception-2015-12-05.pt"
             ) from None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,9 +125,8 @@ def load_clip(folder: Path) -> tuple[Any, Any]:
             CLIPProcessor.from_pretrained(folder, local_files_only=True),
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise DataError(
-            f"evaluate.clip_score_model {folder}: {reason}; expected a folder of a CLIP model"
+            f"evaluate.clip_score_model {folder}: {reason(error)}; expected a folder of a CLIP model"
         ) from None
 
 
@@ -292,4 +291,4 @@ def _read(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as an image ({error}); replace the file") from None
+        raise DataError(f"{path}: not readable as an image ({reason(error)}); replace the file") from None

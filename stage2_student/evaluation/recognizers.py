@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,36 +150,21 @@ def find_ppocr_v4() -> Path:
     )
 
 
-_FACTORIES: dict[str, Callable[[], Recognizer]] = {"ppocr_v4": lambda: PPOCRv4(find_ppocr_v4())}
-
-
-def register(name: str, factory: Callable[[], Recognizer]) -> None:
-    """Make a recogniser known by a name.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if name in _FACTORIES:
-        raise ValueError(f"recogniser {name!r} is already registered")
-    _FACTORIES[name] = factory
-
-
 def load_recognizer(name: str) -> Recognizer:
     """Return a recogniser.
 
     Args:
-        name: a registered name ("ppocr_v4"), or `module:factory`, a callable without arguments of any
-            importable module, e.g. `my_ocr:make`.
+        name: "ppocr_v4", or `module:factory`, a callable without arguments of any importable module, e.g.
+            `my_ocr:make`.
 
     Raises:
         UsageError: there is none of this name.
     """
-    if name in _FACTORIES:
-        return _FACTORIES[name]()
+    if name == "ppocr_v4":
+        return PPOCRv4(find_ppocr_v4())
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = ", ".join(sorted(_FACTORIES))
-        raise UsageError(f"evaluate.recognizer: received {name!r}, expected {known} or module:factory")
+        raise UsageError(f"evaluate.recognizer: received {name!r}, expected ppocr_v4 or module:factory")
     try:
         factory: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.differences import require_same
+from common.errors import DataError, reason
 from common.files import canonical_json, create_once
+from common.jsonl import LineWriter, read_lines
 from stage2_student.evaluation.layouts import Layout, Line, hash_layouts
 from stage2_student.evaluation.reading import LineResult
 
@@ -48,20 +49,15 @@ def check_or_create(path: Path, content: Mapping[str, Any], what: str) -> None:
     """Write a description once, or compare with the one that is there.
 
     Raises:
-        DataError: the existing one differs; the first difference is named.
+        DataError: the existing one differs; the differences are named.
     """
     # Through JSON: a tuple given and a list read back are the same.
     wanted: dict[str, Any] = json.loads(canonical_json({"format": FORMAT, **content}))
     path.parent.mkdir(parents=True, exist_ok=True)
     if create_once(path, canonical_json(wanted)):
         return
-    found = read_description(path)
-    for key in sorted(wanted.keys() | found.keys()):
-        if wanted.get(key) != found.get(key):
-            raise DataError(
-                f"{path}: {what} differs in {key}: received {_short(wanted.get(key))}, the folder was made with"
-                f" {_short(found.get(key))}; give another --out, or the earlier settings to go on"
-            )
+    remedy = "give another --out, or the earlier settings to go on"
+    require_same(wanted, read_description(path), f"{path}: {what} differs", remedy)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -75,7 +71,7 @@ def read_description(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected the folder of an evaluation") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from None
+        raise DataError(f"{path}: not readable as JSON ({reason(error)})") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: received a JSON {type(value).__name__}, expected an object")
     return value
@@ -131,10 +127,8 @@ def load_results(path: Path) -> list[ImageResult]:
     Raises:
         DataError: another line is damaged.
     """
-    if not path.exists():
-        return []
     results = []
-    for number, line in enumerate(_complete_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             values = json.loads(line)
             values["lines"] = tuple(_line(LineResult, entry) for entry in values["lines"])
@@ -155,39 +149,11 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    data = path.read_bytes()
-    return data[: data.rfind(b"\n") + 1].splitlines()
-
-
-class ResultsWriter:
-    """Appends results; what `append` returned from is on disk."""
-
-    def __init__(self, path: Path) -> None:
-        """Open a file to go on with; a torn last line is cut off."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        if path.stat().st_size:
-            os.truncate(path, sum(len(line) + 1 for line in _complete_lines(path)))
-
-    def __enter__(self) -> ResultsWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def append(self, results: Iterable[ImageResult]) -> None:
-        """Write results and wait until they are on disk."""
-        self._file.write(b"".join(canonical_json(dataclasses.asdict(result)) for result in results))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+def open_results(path: Path) -> LineWriter[ImageResult]:
+    """Open a run's results to go on with; what `append` returned from is on disk."""
+    return LineWriter(path, encode=lambda result: canonical_json(dataclasses.asdict(result)), durable=True)
 
 
 def slug(label: str) -> str:
     """Make a folder's name of a run's label."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "run"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -25,9 +25,9 @@ from stage2_student.evaluation.results import (
     RESULTS_FILE,
     RUN_FILE,
     ImageResult,
-    ResultsWriter,
     check_or_create,
     load_results,
+    open_results,
     slug,
 )
 
@@ -128,12 +128,12 @@ def evaluate_run(run: Run, plan: Plan, recognizer: Recognizer, folder: Path, sto
     left = [(layout, sample) for layout, sample in jobs if (layout.layout_id, sample) not in done]
     with (
         Progress(len(jobs), run.label, "image", initial=len(jobs) - len(left)) as progress,
-        ResultsWriter(place / RESULTS_FILE) as writer,
+        open_results(place / RESULTS_FILE) as writer,
     ):
         for start in range(0, len(left), plan.batch_size):
             stop.raise_if_requested(f"{len(done)} of {len(jobs)} images of run {run.label!r} are evaluated")
             results = _evaluate_batch(run, left[start : start + plan.batch_size], recognizer, place, plan)
-            writer.append(results)
+            writer.append(*results)
             done.update({(result.layout_id, result.sample): result for result in results})
             progress.update(len(results))
     return [done[layout.layout_id, sample] for layout, sample in jobs]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from stage2_student.evaluation.results import (
     load_results,
     read_description,
 )
+from stage2_student.evaluation.table import Difference, HeightRow, MapRow, RunRow, Summary
 
 SUMMARY_FILE = "evaluation.json"
 QUALITY_FILE = "quality.json"
@@ -33,7 +34,7 @@ Score = Callable[[LineResult], float | None]
 """A line's score, None if the line has none."""
 
 
-def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
+def summarise(folder: Path, bootstrap_seed: int = 0) -> Summary:
     """Compute the table of an evaluation's folder and write it to `evaluation.json`.
 
     Runs that are not complete (stopped midway) are left out and named.
@@ -43,8 +44,7 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
         bootstrap_seed: keys the resampling.
 
     Returns:
-        What was written: settings, runs (each with sen_acc, sen_acc_folded, ned, color_acc, ground, by_height,
-        by_map and costs; fid and clip_score where measured), and the paired differences of all pairs of runs.
+        What was written.
 
     Raises:
         DataError: the folder is not an evaluation's, or holds no complete run.
@@ -54,7 +54,7 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
     expected = {
         (layout.layout_id, sample) for layout in layouts for sample in range(settings["samples_per_layout"])
     }
-    runs: list[dict[str, Any]] = []
+    runs: list[RunRow] = []
     results: dict[str, list[ImageResult]] = {}
     incomplete = []
     for place in sorted((folder / "runs").glob(f"*/{RUN_FILE}")):
@@ -64,49 +64,53 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> dict[str, Any]:
             incomplete.append(description["label"])
             continue
         of_run = results[description["label"]] = [found[key] for key in sorted(expected)]
-        row = _summarise_run(description, of_run, palette, bootstrap_seed)
-        runs.append({"folder": place.parent.name, **row, **_quality(place.with_name(QUALITY_FILE))})
+        runs.append(_summarise_run(place.parent, description, of_run, palette, bootstrap_seed))
     if not runs:
         raise DataError(f"{folder}: no run is complete (begun: {incomplete}); run evaluate again to go on")
     runs.sort(key=_rank)
-    summary = {
-        "settings": settings,
-        "layouts": len(layouts),
-        "lines": sum(len(layout.lines) for layout in layouts) * settings["samples_per_layout"],
-        "palette": [list(color) for color in palette],
-        "runs": runs,
-        "incomplete": incomplete,
-        "differences": _differences([run["label"] for run in runs], results, palette, bootstrap_seed),
-    }
-    write_bytes_atomic(folder / SUMMARY_FILE, canonical_json(summary))
+    summary = Summary(
+        settings=settings,
+        layouts=len(layouts),
+        lines=sum(len(layout.lines) for layout in layouts) * settings["samples_per_layout"],
+        palette=tuple(palette),
+        runs=tuple(runs),
+        incomplete=tuple(incomplete),
+        differences=tuple(_differences([run.label for run in runs], results, palette, bootstrap_seed)),
+    )
+    write_bytes_atomic(folder / SUMMARY_FILE, canonical_json(summary.as_json()))
     return summary
 
 
-def _rank(run: dict[str, Any]) -> tuple[bool, int, int, str]:
+def _rank(run: RunRow) -> tuple[bool, int, int, str]:
     """Order of the table: ceilings, teacher, students, many steps first; what leaves a part out comes last."""
     kinds = ("truth", "vae", "images", "teacher", "student")
-    kind = kinds.index(run["kind"]) if run["kind"] in kinds else len(kinds)
-    return bool(run["settings"].get("without")), kind, -run["steps"], run["label"]
+    kind = kinds.index(run.kind) if run.kind in kinds else len(kinds)
+    return run.is_ablation, kind, -run.steps, run.label
 
 
 def _summarise_run(
-    description: dict[str, Any], results: Sequence[ImageResult], palette: Sequence[Color], seed: int
-) -> dict[str, Any]:
-    return {
-        "label": description["label"],
-        "kind": description["kind"],
-        "steps": description["steps"],
-        "settings": description["settings"],
-        "images": len(results),
-        "sen_acc_folded": _as_dict(estimate(_group(results, folded_score), seed)),
-        **{name: _as_dict(estimate(group, seed)) for name, group in _measures(results, palette).items()},
-        "by_height": _by_height(results, seed),
-        "by_map": _by_map(results, seed),
-        "unet_evaluations": statistics.fmean(result.unet_evaluations for result in results),
-        "writenet_evaluations": statistics.fmean(result.writenet_evaluations for result in results),
-        # The median: a machine that is shared for a while should not decide.
-        "seconds_per_image": statistics.median(result.seconds for result in results),
-    }
+    place: Path, description: dict[str, Any], results: Sequence[ImageResult], palette: Sequence[Color], seed: int
+) -> RunRow:
+    scores = {name: estimate(group, seed) for name, group in _measures(results, palette).items()}
+    return RunRow(
+        folder=place.name,
+        label=description["label"],
+        kind=description["kind"],
+        steps=description["steps"],
+        settings=description["settings"],
+        images=len(results),
+        sen_acc=scores["sen_acc"],
+        sen_acc_folded=estimate(_group(results, folded_score), seed),
+        ned=scores["ned"],
+        color_acc=scores["color_acc"],
+        ground=scores["ground"],
+        by_height=tuple(_by_height(results, seed)),
+        by_map=tuple(_by_map(results, seed)),
+        unet_evaluations=statistics.fmean(result.unet_evaluations for result in results),
+        writenet_evaluations=statistics.fmean(result.writenet_evaluations for result in results),
+        seconds_per_image=statistics.median(result.seconds for result in results),
+        **_quality(place / QUALITY_FILE),
+    )
 
 
 def _measures(results: Sequence[ImageResult], palette: Sequence[Color]) -> dict[str, Grouped]:
@@ -154,23 +158,22 @@ def _without_none(scored: Sequence[tuple[str, float | None]]) -> Grouped:
     return Grouped.of([layout_id for layout_id, _ in kept], [value for _, value in kept])
 
 
-def _by_height(results: Sequence[ImageResult], seed: int) -> list[dict[str, Any]]:
-    """Return one entry per class of text height that has lines, `to` 0 for the open one."""
+def _by_height(results: Sequence[ImageResult], seed: int) -> list[HeightRow]:
     rows = []
-    for low, high in itertools.pairwise([*HEIGHT_EDGES, float("inf")]):
+    for low, high in itertools.pairwise([*HEIGHT_EDGES, math.inf]):
         lines = [(name, line) for name, line in _lines(results) if low <= line.height < high]
         if lines:
-            rows.append({"from": low, "to": 0 if high == float("inf") else high, **_accuracies(lines, seed)})
+            to = 0 if high == math.inf else int(high)
+            rows.append(HeightRow(from_=int(low), to=to, **_accuracies(lines, seed)))
     return rows
 
 
-def _by_map(results: Sequence[ImageResult], seed: int) -> list[dict[str, Any]]:
-    """Return an entry for the lines that the glyph map shows and one for the others, where there are any."""
+def _by_map(results: Sequence[ImageResult], seed: int) -> list[MapRow]:
     rows = []
     for shown in (True, False):
         lines = [(name, line) for name, line in _lines(results) if line.in_glyph_map == shown]
         if lines:
-            rows.append({"in_glyph_map": shown, **_accuracies(lines, seed)})
+            rows.append(MapRow(in_glyph_map=shown, **_accuracies(lines, seed)))
     return rows
 
 
@@ -179,59 +182,54 @@ def _lines(results: Sequence[ImageResult]) -> list[tuple[str, LineResult]]:
     return [(result.layout_id, line) for result in results for line in result.lines]
 
 
-def _accuracies(lines: Sequence[tuple[str, LineResult]], seed: int) -> dict[str, Any]:
+def _accuracies(lines: Sequence[tuple[str, LineResult]], seed: int) -> dict[str, Estimate]:
     names = [name for name, _ in lines]
     scores = {"sen_acc": exact_score, "ned": ned_score}
-    return {
-        key: _as_dict(estimate(Grouped.of(names, [score(line) for _, line in lines]), seed))
-        for key, score in scores.items()
+    found = {
+        key: estimate(Grouped.of(names, [score(line) for _, line in lines]), seed) for key, score in scores.items()
     }
+    return {key: value for key, value in found.items() if value is not None}  # none is: there are lines
 
 
 def _differences(
     labels: Sequence[str], results: dict[str, list[ImageResult]], palette: Sequence[Color], seed: int
-) -> list[dict[str, Any]]:
-    """Compare every pair of runs, the later of the table less the earlier."""
+) -> list[Difference]:
     measures = {label: _measures(results[label], palette) for label in labels}
     rows = []
     for a, b in itertools.combinations(labels, 2):
-        row: dict[str, Any] = {"run": b, "less": a}
+        row: dict[str, Estimate | None] = {}
         for name, of_b in measures[b].items():
             of_a = measures[a][name]
             # Results from before the ground was measured have none.
             comparable = name != "ground" or of_a.layout_ids == of_b.layout_ids
-            row[name] = _as_dict(paired_difference(of_b, of_a, seed)) if comparable else None
-        rows.append(row)
+            row[name] = paired_difference(of_b, of_a, seed) if comparable else None
+        rows.append(Difference(run=b, less=a, **row))
     return rows
 
 
-def _as_dict(value: Estimate | None) -> dict[str, Any] | None:
-    return None if value is None else dataclasses.asdict(value)
-
-
-def format_table(summary: dict[str, Any]) -> str:
+def format_table(summary: Summary) -> str:
     """Lay the runs out as a table of plain text, intervals in brackets."""
     head = ("run", "Sen. Acc", "NED", "colour", "ground ΔE", "UNet", "WriteNet", "s/image")
     rows = [
         (
-            run["label"],
-            _with_interval(run["sen_acc"]),
-            _with_interval(run["ned"]),
-            _with_interval(run["color_acc"]),
-            "-" if run["ground"] is None else f"{run['ground']['value']:.1f}",
-            f"{run['unet_evaluations']:g}",
-            f"{run['writenet_evaluations']:g}",
-            f"{run['seconds_per_image']:.3g}",
+            run.label,
+            _with_interval(run.sen_acc),
+            _with_interval(run.ned),
+            _with_interval(run.color_acc),
+            "-" if run.ground is None else f"{run.ground.value:.1f}",
+            f"{run.unet_evaluations:g}",
+            f"{run.writenet_evaluations:g}",
+            f"{run.seconds_per_image:.3g}",
         )
-        for run in summary["runs"]
+        for run in summary.runs
     ]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
     ]
-    lines += [f"not complete, left out: {label}" for label in summary["incomplete"]]
+    lines += [f"not complete, left out: {label}" for label in summary.incomplete]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _with_interval(value: dict[str, Any] | None) -> str:
-    return "-" if value is None else f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+def _with_interval(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -12,13 +12,14 @@ from typing import Any
 
 from PIL import Image
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from shards.files.frozen import FrozenSet, read_frozen
 from shards.files.names import FROZEN
 from stage2_student.evaluation.invocation import read_invocations
 from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.results import RESULTS_FILE, ImageResult, load_layouts, load_results
 from stage2_student.evaluation.summary import summarise
+from stage2_student.evaluation.table import Summary
 from stage2_student.training.runlog import read_log
 
 MAX_SIDE = 256
@@ -64,8 +65,8 @@ class ReportData:
 
     folder: Path
     """The evaluation's."""
-    summary: Mapping[str, Any]
-    """As `evaluation.json`."""
+    summary: Summary
+    """Its table."""
     examples: tuple[tuple[Layout, tuple[Example, ...]], ...]
     """For each shown layout the same noise drawn by each run, in the table's order."""
     num_examples: int
@@ -97,16 +98,16 @@ def gather(folder: Path, runs: Sequence[Path] = (), num_examples: int = 12) -> R
     )
 
 
-def _examples(folder: Path, summary: Mapping[str, Any], count: int) -> list[tuple[Layout, tuple[Example, ...]]]:
+def _examples(folder: Path, summary: Summary, count: int) -> list[tuple[Layout, tuple[Example, ...]]]:
     """Return the first image of each of the first layouts; only what is shown is read and embedded."""
     layouts, _ = load_layouts(folder)
     kept: dict[str, list[tuple[str, Path, ImageResult]]] = {}
-    for run in summary["runs"]:
-        place = folder / "runs" / run["folder"]
+    for run in summary.runs:
+        place = folder / "runs" / run.folder
         for result in load_results(place / RESULTS_FILE):
             path = place / "images" / result.image
             if result.sample == 0 and result.image and path.is_file():
-                kept.setdefault(result.layout_id, []).append((run["label"], path, result))
+                kept.setdefault(result.layout_id, []).append((run.label, path, result))
     shown = [layout for layout in layouts if layout.layout_id in kept][:count]
     return [(layout, tuple(_example(*found) for found in kept[layout.layout_id])) for layout in shown]
 
@@ -126,7 +127,7 @@ def embed_image(path: Path) -> str:
             image = opened.convert("RGB")
     except OSError as error:
         raise DataError(
-            f"{path}: not readable as an image ({error}); evaluate again without this run's folder"
+            f"{path}: not readable as an image ({reason(error)}); evaluate again without this run's folder"
         ) from None
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     kind = "png" if max(image.size) <= LOSSLESS_SIDE else "jpeg"
@@ -151,7 +152,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}), {remedy}") from None
+        raise DataError(f"{path}: damaged ({reason(error)}), {remedy}") from None
     if not isinstance(config, dict):
         raise DataError(f"{path}: received a JSON {type(config).__name__}, {remedy}")
     return config

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_bytes_atomic
+from stage2_student.evaluation.table import Summary
 from stage2_student.report.commands import commands
 from stage2_student.report.data import Example, ReportData
 from stage2_student.report.highlights import highlights, telling_pairs
@@ -59,11 +60,11 @@ def render(data: ReportData, title: str, path: Path) -> str:
 
 def _lead(data: ReportData) -> str:
     summary = data.summary
-    samples = summary["settings"]["samples_per_layout"]
+    samples = summary.settings["samples_per_layout"]
     per = f", {samples} images each" if samples > 1 else ""
     return (
-        f"{summary['layouts']} held-out layouts{per} with {summary['lines']} lines of text in all, drawn by each"
-        f" run from the same noise and read by {summary['settings']['recognizer'].split()[0]}, which took no part"
+        f"{summary.layouts} held-out layouts{per} with {summary.lines} lines of text in all, drawn by each"
+        f" run from the same noise and read by {summary.settings['recognizer'].split()[0]}, which took no part"
         f" in drawing them.{_measured(data.invocations)}"
     )
 
@@ -79,7 +80,7 @@ def _measured(invocations: Sequence[Mapping[str, Any]]) -> str:
 
 def _sections(data: ReportData) -> list[Markup]:
     summary = data.summary
-    runs = summary["runs"]
+    runs = summary.runs
     found = [
         _section(
             "Accuracy against steps",
@@ -88,7 +89,7 @@ def _sections(data: ReportData) -> list[Markup]:
         ),
         _section(
             "All runs",
-            f"NED is the normalised edit similarity.{_GROUND if any(run.get('ground') for run in runs) else ''} A"
+            f"NED is the normalised edit similarity.{_GROUND if any(run.ground for run in runs) else ''} A"
             " guided step of the teacher calls the UNet twice. Time is that of the networks, without the encoding"
             " of prompts. Intervals come from resampling the layouts: where all lines are right, or none is, they"
             " have no width, and say less than they seem to.",
@@ -115,17 +116,17 @@ def _section(heading: str, intro: Child, content: Child) -> Markup | None:
     return tag("section", tag("h2", heading), tag("p", intro, class_="intro"), content)
 
 
-def _left_out(summary: Mapping[str, Any]) -> Markup | None:
+def _left_out(summary: Summary) -> Markup | None:
     """Name the runs that a stop left incomplete."""
-    labels = summary.get("incomplete")
+    labels = summary.incomplete
     if not labels:
         return None
     return tag("p", f"Not complete, left out: {'; '.join(labels)}. Run evaluate again to go on.", class_="missing")
 
 
-def _differences_section(summary: Mapping[str, Any]) -> Markup | None:
+def _differences_section(summary: Summary) -> Markup | None:
     """Show the pairs that answer a question, and all others folded."""
-    differences = summary["differences"]
+    differences = summary.differences
     if not differences:
         return None
     text = (
@@ -158,11 +159,11 @@ def _examples_section(data: ReportData) -> Markup | None:
 
 def _groups(data: ReportData, examples: Sequence[Example]) -> list[list[Example]]:
     """Put teacher and true images in one row, students in the next, what leaves a part out in a third."""
-    runs = {run["label"]: run for run in data.summary["runs"]}
+    runs = {run.label: run for run in data.summary.runs}
     rows: dict[int, list[Example]] = {}
     for example in examples:
         run = runs[example.run]
-        row = 2 if run["settings"].get("without") else 1 if run["kind"] == "student" else 0
+        row = 2 if run.is_ablation else 1 if run.kind == "student" else 0
         rows.setdefault(row, []).append(example)
     return [rows[row] for row in sorted(rows)]
 
@@ -187,8 +188,8 @@ def _figure(example: Example) -> Markup:
 
 
 def _settings_section(data: ReportData) -> Markup | None:
-    blocks = [_settings("Evaluation", data.summary["settings"])]
-    blocks += [_settings(run["label"], run["settings"]) for run in data.summary["runs"] if run["settings"]]
+    blocks = [_settings("Evaluation", data.summary.settings)]
+    blocks += [_settings(run.label, run.settings) for run in data.summary.runs if run.settings]
     blocks += [_settings(f"Training run {run.name}", run.config) for run in data.trainings if run.config]
     if data.invocations:
         blocks.append(_settings("Versions", data.invocations[-1]["packages"]))

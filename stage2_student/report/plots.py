@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
-from typing import Any
 
+from stage2_student.evaluation.table import RunRow, Summary
 from stage2_student.report.charts import Axis, Point, Reference, Series, all_widths, legend, line_chart
 from stage2_student.report.data import Training
 from stage2_student.report.markup import Markup, join
@@ -21,15 +21,15 @@ MAX_CURVE_POINTS = 240
 """A longer curve is averaged into this many points."""
 
 
-def accuracy_plot(summary: Mapping[str, Any]) -> Markup | None:
+def accuracy_plot(summary: Summary) -> Markup | None:
     """Draw Sen. Acc against steps, with intervals; None if no run has steps."""
-    series = _accuracy_series(summary["runs"])
+    series = _accuracy_series(summary.runs)
     if not series:
         return None
     references = [
-        Reference(label=f"{run['label']}, {percent(run['sen_acc'])}", y=run["sen_acc"]["value"])
-        for run in summary["runs"]
-        if run["kind"] in ("truth", "vae") and run["sen_acc"]
+        Reference(label=f"{run.label}, {percent(run.sen_acc)}", y=run.sen_acc.value)
+        for run in summary.runs
+        if run.kind in ("truth", "vae") and run.sen_acc
     ][-1:]  # the VAE's if there is one: nothing drawn through it can be read better
     steps = sorted({point.x for one in series for point in one.points})
     x = Axis(
@@ -49,18 +49,18 @@ def accuracy_plot(summary: Mapping[str, Any]) -> Markup | None:
     return join(legend(series, references), all_widths(draw))
 
 
-def _accuracy_series(runs: Sequence[Mapping[str, Any]]) -> list[Series]:
+def _accuracy_series(runs: Sequence[RunRow]) -> list[Series]:
     groups: dict[str, list[Point]] = {}
     for run in runs:
-        if not run["steps"] or not run["sen_acc"] or run["settings"].get("without"):
+        if not run.steps or not run.sen_acc or run.is_ablation:
             continue
-        value = run["sen_acc"]
+        value = run.sen_acc
         point = Point(
-            x=run["steps"],
-            y=value["value"],
-            low=value["low"],
-            high=value["high"],
-            note=f"{run['label']}: {percent(value)} ({interval(value)})",
+            x=run.steps,
+            y=value.value,
+            low=value.low,
+            high=value.high,
+            note=f"{run.label}: {percent(value)} ({interval(value)})",
         )
         groups.setdefault(_group_of(run), []).append(point)
     students = [label for label in groups if label not in _TEACHERS]
@@ -102,10 +102,10 @@ def _look(index: int) -> tuple[int, int]:
     return len(_TEACHERS) + index % free, index // free % DASHES
 
 
-def _group_of(run: Mapping[str, Any]) -> str:
-    if run["kind"] == "student":
-        return f"students, {run['settings'].get('objective', 'trained')}"
-    upstream = str(run["settings"].get("grid", "")).startswith("upstream")
+def _group_of(run: RunRow) -> str:
+    if run.kind == "student":
+        return f"students, {run.settings.get('objective', 'trained')}"
+    upstream = str(run.settings.get("grid", "")).startswith("upstream")
     return _TEACHERS[1] if upstream else _TEACHERS[0]
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stage2_student.evaluation.metrics import Estimate
+from stage2_student.evaluation.table import Difference, RunRow
 from stage2_student.report.markup import Child, Markup, tag
 from stage2_student.report.words import evaluations, interval, percent, points, seconds, verdict
-
-Run = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +31,13 @@ _MEASURES = (
 )
 
 
-def runs_table(runs: Sequence[Run]) -> Markup:
+def runs_table(runs: Sequence[RunRow]) -> Markup:
     """Lay out what every run scored and cost; colour, ground, FID and CLIP score where any run has them."""
-    colors, grounds = (any(run.get(key) for run in runs) for key in ("color_acc", "ground"))
+    colors, grounds = (any(getattr(run, key) for run in runs) for key in ("color_acc", "ground"))
     extras = [
-        (key, name) for key, name in (("fid", "FID"), ("clip_score", "CLIP score")) if any(key in r for r in runs)
+        (key, name)
+        for key, name in (("fid", "FID"), ("clip_score", "CLIP score"))
+        if any(getattr(run, key) is not None for run in runs)
     ]
     head = ["", "Sen. Acc", "ignoring case, spaces", "NED"]
     head += [*(["colour"] if colors else []), *(["ground ΔE"] if grounds else []), *(name for _, name in extras)]
@@ -43,69 +45,70 @@ def runs_table(runs: Sequence[Run]) -> Markup:
     rows = []
     for run in runs:
         cells: list[Child] = [
-            _bar(run["sen_acc"]),
-            percent(run["sen_acc_folded"]),
-            _figure(run["ned"], 1, 3),
-            *([_figure(run.get("color_acc"), 100, 1, "\u00a0%")] if colors else []),
-            *([_figure(run.get("ground"), 1, 2)] if grounds else []),
-            *(f"{run[key]:.2f}" if key in run else "–" for key, _ in extras),
-            evaluations(run["unet_evaluations"]),
-            evaluations(run["writenet_evaluations"]),
-            seconds(run["seconds_per_image"]),
+            _bar(run.sen_acc),
+            percent(run.sen_acc_folded),
+            _figure(run.ned, 1, 3),
+            *([_figure(run.color_acc, 100, 1, "\u00a0%")] if colors else []),
+            *([_figure(run.ground, 1, 2)] if grounds else []),
+            *("–" if (value := getattr(run, key)) is None else f"{value:.2f}" for key, _ in extras),
+            evaluations(run.unet_evaluations),
+            evaluations(run.writenet_evaluations),
+            seconds(run.seconds_per_image),
         ]
-        rows.append((run["label"], cells, _kind(run)))
+        rows.append((run.label, cells, _kind(run)))
     return _table(head, rows)
 
 
-def heights_table(runs: Sequence[Run]) -> Markup | None:
+def heights_table(runs: Sequence[RunRow]) -> Markup | None:
     """Lay out Sen. Acc by the height of the text; None if all lines are of one class."""
-    found = [{(row["from"], row["to"]): row["sen_acc"] for row in run["by_height"]} for run in runs]
+    found = [{(row.from_, row.to): row.sen_acc for row in run.by_height} for run in runs]
     classes = sorted({key for of_run in found for key in of_run})
     return _split_table(runs, found, {key: _height(*key) for key in classes}) if len(classes) > 1 else None
 
 
-def map_table(runs: Sequence[Run]) -> Markup | None:
+def map_table(runs: Sequence[RunRow]) -> Markup | None:
     """Lay out Sen. Acc of the lines in the glyph map and of those out of it; None if it shows all."""
-    # Summaries of earlier versions do not say it.
-    found = [{row["in_glyph_map"]: row["sen_acc"] for row in run.get("by_map", [])} for run in runs]
+    found = [{row.in_glyph_map: row.sen_acc for row in run.by_map} for run in runs]
     classes = {key for of_run in found for key in of_run}
     names = {key: name for key, name in {True: "in the map", False: "out of it"}.items() if key in classes}
     return _split_table(runs, found, names) if False in classes else None
 
 
-def _split_table(runs: Sequence[Run], found: Sequence[Mapping[Any, Any]], names: Mapping[Any, str]) -> Markup:
+def _split_table(
+    runs: Sequence[RunRow], found: Sequence[Mapping[Any, Estimate]], names: Mapping[Any, str]
+) -> Markup:
     """Lay out an accuracy of each run's lines by their class: one column for each of `names`."""
-    counts = {key: accuracy["count"] for of_run in found for key, accuracy in of_run.items()}
+    counts = {key: accuracy.count for of_run in found for key, accuracy in of_run.items()}
     rows = [
-        (run["label"], [_bar(of_run.get(key), brief=True) for key in names], _kind(run))
+        (run.label, [_bar(of_run.get(key), brief=True) for key in names], _kind(run))
         for run, of_run in zip(runs, found, strict=True)
     ]
     return _table(["", *(f"{name}, {counts[key]} lines" for key, name in names.items())], rows, "dense")
 
 
-def _kind(run: Run) -> str:
-    return "ablation" if run["settings"].get("without") else str(run["kind"])
+def _kind(run: RunRow) -> str:
+    return "ablation" if run.is_ablation else run.kind
 
 
 def _height(low: float, high: float) -> str:
     return f"{low:g} px and more" if not high else f"up to {high:g} px" if not low else f"{low:g} to {high:g} px"
 
 
-def differences_table(differences: Sequence[Mapping[str, Any]]) -> Markup:
+def differences_table(differences: Sequence[Difference]) -> Markup:
     """Lay out paired differences; each says for itself whether it is beyond chance, and which way."""
     shown = [
         measure
         for measure in _MEASURES
-        if measure.key in ("sen_acc", "ned") or any(row.get(measure.key) for row in differences)
+        if measure.key in ("sen_acc", "ned") or any(getattr(row, measure.key) for row in differences)
     ]
     rows = [
-        (f"{row['run']} − {row['less']}", [_difference(row.get(measure.key), measure) for measure in shown], "")
+        (f"{row.run} − {row.less}", [_difference(getattr(row, measure.key), measure) for measure in shown], "")
         for row in differences
     ]
     return _table(["", *(measure.head for measure in shown)], rows, "pairs")
 
 
-def _difference(estimate: Mapping[str, Any] | None, measure: _Measure) -> Child:
+def _difference(estimate: Estimate | None, measure: _Measure) -> Child:
     if estimate is None:
         return "–"
     found = verdict(estimate, measure.less_is_better)
@@ -133,11 +136,11 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Child], str]]
     return tag("table", header, tag("tbody", *body), class_=style or None)
 
 
-def _bar(estimate: Mapping[str, Any] | None, brief: bool = False) -> Child:
+def _bar(estimate: Estimate | None, brief: bool = False) -> Child:
     """Show an accuracy as a number over a bar with its interval; brief leaves the interval's numbers to a hint."""
     if estimate is None:
         return "–"
-    low, high, value = (f"{100 * estimate[key]:.2f}%" for key in ("low", "high", "value"))
+    low, high, value = (f"{100 * share:.2f}%" for share in (estimate.low, estimate.high, estimate.value))
     return tag(
         "span",
         tag("b", percent(estimate)),
@@ -149,9 +152,9 @@ def _bar(estimate: Mapping[str, Any] | None, brief: bool = False) -> Child:
     )
 
 
-def _figure(estimate: Mapping[str, Any] | None, factor: float, digits: int, unit: str = "") -> Child:
+def _figure(estimate: Estimate | None, factor: float, digits: int, unit: str = "") -> Child:
     """Show a number over its interval."""
     if estimate is None:
         return "–"
-    value = f"{factor * estimate['value']:.{digits}f}{unit}"
+    value = f"{factor * estimate.value:.{digits}f}{unit}"
     return tag("span", value, tag("small", interval(estimate, factor, digits)), class_="figure")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-Estimate = Mapping[str, Any]
-"""value, low, high."""
+from stage2_student.evaluation.metrics import Estimate
 
 
 def percent(value: Estimate | float | None) -> str:
     """Write a share, or an estimate's value, as a percentage."""
     if value is None:
         return "–"
-    share = value["value"] if isinstance(value, Mapping) else value
+    share = value.value if isinstance(value, Estimate) else value
     return f"{100 * share:.1f}\u00a0%"
 
 
@@ -21,20 +17,20 @@ def interval(estimate: Estimate | None, factor: float = 100, digits: int = 1) ->
     """Write the ends of an estimate's interval, in percent unless told otherwise."""
     if estimate is None:
         return ""
-    low, high = (f"{factor * estimate[key]:.{digits}f}" for key in ("low", "high"))
+    low, high = (f"{factor * end:.{digits}f}" for end in (estimate.low, estimate.high))
     return f"{low} to {high}".replace("-", "−")
 
 
 def points(estimate: Estimate | None, factor: float = 100, digits: int = 1) -> str:
     """Write a difference with its sign, in percentage points unless told otherwise."""
-    return "–" if estimate is None else f"{factor * estimate['value']:+.{digits}f}".replace("-", "−")
+    return "–" if estimate is None else f"{factor * estimate.value:+.{digits}f}".replace("-", "−")
 
 
 def verdict(estimate: Estimate, less_is_better: bool = False) -> str:
     """Return "better" or "worse" for a difference beyond chance, "" for one whose interval holds 0."""
-    if estimate["low"] <= 0 <= estimate["high"]:
+    if estimate.low <= 0 <= estimate.high:
         return ""
-    return "worse" if (estimate["low"] > 0) is less_is_better else "better"
+    return "worse" if (estimate.low > 0) is less_is_better else "better"
 
 
 def seconds(value: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.errors import DataError, UsageError
+from common.errors import DataError, UsageError, reason
 from common.files import canonical_json, write_bytes_atomic
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, LIST_FILE, newest_checkpoint
 from stage2_student.student.lora import attach, load_lora, save_lora
@@ -108,7 +108,7 @@ def read_card(folder: Path) -> Card:
     except FileNotFoundError:
         raise DataError(f"{folder}: no {CARD_FILE}; expected a run folder or an adapter's folder") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not an adapter's card ({error})") from None
+        raise DataError(f"{path}: not an adapter's card ({reason(error)})") from None
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from common.files import TEMPORARY_SUFFIX, canonical_json, fsync_dir, sha256_file, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def damage(checkpoint: Path) -> str:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{LIST_FILE} is unreadable ({error})"
+        return f"{LIST_FILE} is unreadable ({reason(error)})"
     return ""
 
 

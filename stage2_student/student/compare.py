@@ -8,24 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.denoiser import guide, predict_branches
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.ddim import integrate, trailing_grid
-from common.device import resolve_device
 from common.errors import UsageError
+from common.machine import resolve_device
+from common.pictures import Picture, grey, in_columns
 from shards.reading.reader import ShardSet
 from shards.records.record import Record
-from stage2_student.student.sample import Picture, Sampler, decode, load_decoder
+from stage2_student.student.sample import Sampler, decode, load_decoder
 from stage2_student.student.shard_facts import read_facts, require_base
 from stage2_student.student.student import DTYPES, load_base
-
-GAP, LABEL_HEIGHT = 6, 20
-TILE = 144
-"""Least side of a tile, pixels; smaller images are enlarged by a whole factor."""
 
 
 def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[int]) -> Picture:
@@ -72,7 +68,7 @@ def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[i
         f"teacher, {steps} steps": decode(vae, undistilled),
         f"student, {steps} steps": decode(vae, sampler.latents(ConditioningBatch.stack(conditionings), noise)),
     }
-    return _grid(columns)
+    return in_columns(columns)
 
 
 def _read(shards: ShardSet, index: int) -> Record:
@@ -88,24 +84,4 @@ def _layout(record: Record) -> Picture:
     """Show glyphs in black on white, the lines' places in grey."""
     glyphs, positions = record.glyphs[0].numpy(), record.positions[0].numpy()  # (H, W)
     shade = np.where(glyphs > 0, 0, np.where(positions > 0, 208, 255)).astype(np.uint8)
-    return np.repeat(shade[..., None], 3, axis=2)
-
-
-def _grid(columns: dict[str, list[Picture]]) -> Picture:
-    height, width = next(iter(columns.values()))[0].shape[:2]
-    factor = max(1, -(-TILE // width))
-    rows = len(next(iter(columns.values())))
-    size = (
-        len(columns) * (width * factor + GAP) + GAP,
-        rows * (height * factor + GAP) + GAP + LABEL_HEIGHT,
-    )
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=13)
-    for column, (label, pictures) in enumerate(columns.items()):
-        x = GAP + column * (width * factor + GAP)
-        draw.text((x, 3), label, fill="black", font=font)
-        for row, picture in enumerate(pictures):
-            tile = Image.fromarray(picture).resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-            sheet.paste(tile, (x, LABEL_HEIGHT + row * (height * factor + GAP)))
-    return np.asarray(sheet)
+    return grey(shade)

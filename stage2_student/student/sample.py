@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from common.anytext2.checkpoint import load_vae
@@ -19,16 +15,13 @@ from common.anytext2.fingerprint import fingerprint
 from common.anytext2.vae import VAE
 from common.config import Config
 from common.ddim import CLEAN, Crossing, Grid, consistency_value, cross_by_ddim, integrate
-from common.device import resolve_device
-from common.files import write_bytes_atomic
+from common.machine import resolve_device
+from common.pictures import Picture
 from common.schedule import diffuse
 from common.seeding import generator
 from stage2_student.student.adapter import Card, attach_adapter, find_adapter, read_card
 from stage2_student.student.lora import merge
 from stage2_student.student.student import DTYPES, Student, load_base, network_of
-
-Picture = NDArray[np.uint8]
-"""(H, W, 3), RGB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -145,18 +138,3 @@ def decode(vae: VAE, latents: Tensor) -> list[Picture]:
         image = vae.decode(one)[0].float().clamp(-1, 1)  # (3, H, W)
         pictures.append(((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
     return pictures
-
-
-def beside(pictures: Sequence[Picture], gap: int = 4) -> Picture:
-    """Put pictures of one height side by side, white between them."""
-    white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
-    parts = [part for picture in pictures for part in (white, picture)][1:]
-    return np.concatenate(parts, axis=1)
-
-
-def write_png(path: Path, picture: Picture) -> None:
-    """Write a picture as PNG, complete or not at all."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(path, buffer.getvalue())

@@ -1,24 +1,15 @@
-"""What training needs to know of a set of shards, and whether the configured objective can be trained on it."""
+"""What a student needs to know of the set of shards that it is trained on or compared with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from common.config import TrainConfig
-from common.errors import DataError, UsageError
-from common.schedule import make_alphas_cumprod, trailing_timesteps
+from common.errors import DataError
+from common.schedule import make_alphas_cumprod
 from shards.reading.reader import ShardSet
 from shards.records.members import JSON, ROLLOUT
 from shards.records.meta import SampleMeta
-from stage2_student.training.objectives import trains_at_starts
-from stage2_student.training.phases import Phases, require_distance
-
-PREDICTION_OBJECTIVES = ("lcm", "x0")
-"""They read the teacher's recorded one-step predictions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +25,7 @@ class ShardFacts:
     timesteps: tuple[int, ...]
     """t of the stored called states; of the first record if they are noised data."""
     num_rollouts: int
-    """R."""
+    """Recorded solves of each record."""
     has_predictions: bool
     """Whether x0_cond and x0_uncond are stored."""
 
@@ -65,34 +56,6 @@ def read_facts(shards: ShardSet) -> ShardFacts:
         num_rollouts=int(arrays["rollout_latents"].shape[0]),
         has_predictions=shards.has_predictions,
     )
-
-
-def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
-    """Check that the objective can be trained on the set, and cut its solves into phases.
-
-    Returns:
-        The phases, and t at which the student will be called in sampling, (M,) int64.
-
-    Raises:
-        UsageError: objective, number of phases and shards do not fit each other.
-    """
-    wanted = "noised" if train.objective == "lcm" else "rollout"
-    if facts.source != wanted:
-        raise UsageError(
-            f'train.objective "{train.objective}" trains on shards of source "{wanted}", received'
-            f' "{facts.source}"; precompute with precompute.source = "{wanted}", or choose another objective'
-        )
-    if train.objective in PREDICTION_OBJECTIVES and not facts.has_predictions:
-        raise UsageError(
-            f'train.objective "{train.objective}" needs the teacher\'s one-step predictions, which these shards do'
-            " not hold; precompute with precompute.store_predictions = true"
-        )
-    if train.objective == "lcm":
-        return Phases(num_states=len(facts.timesteps), num_phases=1), trailing_timesteps(train.num_phases)
-    phases = Phases(num_states=len(facts.timesteps), num_phases=train.num_phases)
-    if train.objective in ("phased", "pcm"):
-        require_distance(facts.record_every * (phases.states_per_phase if trains_at_starts(train) else 1))
-    return phases, phases.student_timesteps(torch.tensor(facts.timesteps))
 
 
 def require_base(facts: ShardFacts, base_fingerprint: str, where: object) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from common.files import canonical_json, write_bytes_atomic
 from stage2_student.student.adapter import EMA_DIR, LORA_DIR, Card, load_tensors, save_adapter
 from stage2_student.student.lora import load_parameters
@@ -92,7 +92,7 @@ def read_state(folder: Path) -> tuple[Progression, dict[str, Any]]:
         content = json.loads((folder / STATE_FILE).read_bytes())
         return Progression(**content["progression"]), dict(content["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"checkpoint {folder}: {STATE_FILE} is unreadable ({error})") from None
+        raise DataError(f"checkpoint {folder}: {STATE_FILE} is unreadable ({reason(error)})") from None
 
 
 def restore(folder: Path, learner: Learner) -> None:

@@ -118,7 +118,7 @@ def phased_loss(
 
     Source: Salimans & Ho 2022, appendix G, over a phase instead of two solver steps.
     """
-    end = phases_end(solves, draws, settings)
+    end = settings.phases.end(draws.state)
     t = solves.timestep(draws.state)
     return _cross(solves.at(draws.state), t, solves.at(end), solves.timestep(end), predict, settings)
 
@@ -133,7 +133,7 @@ def interpolated_loss(
 
     Source: Wang et al. 2024 (Rectified Diffusion, arXiv 2410.07303), its phased form.
     """
-    end = phases_end(solves, draws, settings)
+    end = settings.phases.end(draws.state)
     t_start, t_end = solves.timestep(draws.state), solves.timestep(end)
     z_start, z_end = solves.at(draws.state), solves.at(end)
     a_start, a_end = alphas_at(settings.alphas_cumprod, t_start), alphas_at(settings.alphas_cumprod, t_end)
@@ -155,7 +155,7 @@ def pcm_loss(
     Source: Wang et al. 2024 (Phased Consistency Models, arXiv 2405.18407), equation 7, with the teacher's stored
     state in place of its solver step.
     """
-    end, following = phases_end(solves, draws, settings), draws.state + 1
+    end, following = settings.phases.end(draws.state), draws.state + 1
     t_next, t_end = solves.timestep(following), solves.timestep(end)
     z_next, a_end = solves.at(following), alphas_at(settings.alphas_cumprod, t_end)
     with torch.no_grad():
@@ -197,11 +197,6 @@ def x0_loss(
     return elementwise_loss(x0 - target, settings.train.loss, settings.train.huber_c)
 
 
-def phases_end(solves: Solves, draws: Draws, settings: LossSettings) -> Tensor:
-    """Return the index of the state that ends each sample's phase, (B,) int64."""
-    return settings.phases.end(draws.state)
-
-
 def _cross(z: Tensor, t: Tensor, z_end: Tensor, t_end: Tensor, predict: Predict, settings: LossSettings) -> Tensor:
     a, a_end = alphas_at(settings.alphas_cumprod, t), alphas_at(settings.alphas_cumprod, t_end)
     target = phase_target_eps(z, z_end, a, a_end)
@@ -217,8 +212,3 @@ def loss_of(train: TrainConfig) -> Loss:
     if train.objective == "phased":
         return interpolated_loss if train.states == "interpolated" else phased_loss
     return {"pcm": pcm_loss, "lcm": lcm_loss, "x0": x0_loss}[train.objective]
-
-
-def trains_at_starts(train: TrainConfig) -> bool:
-    """Whether only the phases' first states are drawn; consistency objectives need every state."""
-    return train.objective in ("phased", "x0") and train.states != "all"

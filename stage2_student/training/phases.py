@@ -1,4 +1,4 @@
-"""Phases of a recorded solve, and which of them a sample is trained on in an epoch."""
+"""Phases of a recorded solve, whether an objective can be trained on them, and which are drawn in an epoch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.config import TrainConfig
 from common.errors import UsageError
+from common.schedule import trailing_timesteps
 from common.seeding import rng
+from stage2_student.student.shard_facts import ShardFacts
+
+PREDICTION_OBJECTIVES = ("lcm", "x0")
+"""They read the teacher's recorded one-step predictions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +78,39 @@ def require_distance(solver_steps: int) -> None:
             " spoils; precompute with precompute.record_every of 2 or more, train at phase starts with fewer"
             " phases, or train objective x0"
         )
+
+
+def trains_at_starts(train: TrainConfig) -> bool:
+    """Whether only the phases' first states are drawn; consistency objectives need every state."""
+    return train.objective in ("phased", "x0") and train.states != "all"
+
+
+def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
+    """Check that the objective can be trained on the set, and cut its solves into phases.
+
+    Returns:
+        The phases, and t at which the student will be called in sampling, (M,) int64.
+
+    Raises:
+        UsageError: objective, number of phases and shards do not fit each other.
+    """
+    wanted = "noised" if train.objective == "lcm" else "rollout"
+    if facts.source != wanted:
+        raise UsageError(
+            f'train.objective "{train.objective}" trains on shards of source "{wanted}", received'
+            f' "{facts.source}"; precompute with precompute.source = "{wanted}", or choose another objective'
+        )
+    if train.objective in PREDICTION_OBJECTIVES and not facts.has_predictions:
+        raise UsageError(
+            f'train.objective "{train.objective}" needs the teacher\'s one-step predictions, which these shards do'
+            " not hold; precompute with precompute.store_predictions = true"
+        )
+    if train.objective == "lcm":
+        return Phases(num_states=len(facts.timesteps), num_phases=1), trailing_timesteps(train.num_phases)
+    phases = Phases(num_states=len(facts.timesteps), num_phases=train.num_phases)
+    if train.objective in ("phased", "pcm"):
+        require_distance(facts.record_every * (phases.states_per_phase if trains_at_starts(train) else 1))
+    return phases, phases.student_timesteps(torch.tensor(facts.timesteps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from common.config import Config
-from common.errors import DataError
 
 HARMLESS = frozenset(
     {
@@ -36,7 +34,7 @@ def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_ha
     if config.train.schedule == "cosine":
         train["max_steps"] = config.train.max_steps
     found: dict[str, Any] = {f"train.{key}": value for key, value in train.items()}
-    found |= {f"lora.{key}": _plain(value) for key, value in values["lora"].items()}
+    found |= {f"lora.{key}": value for key, value in values["lora"].items()}
     return found | {
         "model.dtype": config.model.dtype,
         "shards.window_shards": config.shards.window_shards,
@@ -44,25 +42,3 @@ def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_ha
         "base_fingerprint": base_fingerprint,
         "set_hash": set_hash,
     }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def require_same(ours: Mapping[str, Any], saved: Mapping[str, Any], where: object) -> None:
-    """Refuse to go on with settings that would make another run.
-
-    Raises:
-        DataError: names every setting that differs.
-    """
-    changed = [
-        f"{key}: was {saved.get(key)!r}, is {ours.get(key)!r}"
-        for key in sorted(ours.keys() | saved.keys())
-        if ours.get(key) != saved.get(key)
-    ]
-    if changed:
-        raise DataError(
-            f"{where}: cannot be resumed with other settings ({'; '.join(changed)}); restore them, or start a new"
-            " run in another --out folder"
-        )

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from common.files import write_bytes_atomic
+from common.jsonl import LineWriter, read_objects
 
 LOG_FILE = "log.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -28,8 +29,8 @@ class RunLog:
 
         path = run / LOG_FILE
         if path.exists():
-            write_bytes_atomic(path, b"".join(line + b"\n" for line in _lines_up_to(path, step)))
-        self._file = path.open("ab")
+            write_bytes_atomic(path, b"".join(_encode(line) for line in read_log(run) if line["step"] <= step))
+        self._file = LineWriter(path, encode=_encode)
         self._board = SummaryWriter(str(run / TENSORBOARD_DIR), purge_step=step + 1)
 
     def __enter__(self) -> RunLog:
@@ -49,30 +50,16 @@ class RunLog:
             facts: numbers by name.
         """
         values = {name: value if math.isfinite(value) else None for name, value in facts.items()}
-        self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
-        self._file.flush()
+        self._file.append({"step": step, **values})
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
 
 
-def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    return [json.dumps(line).encode() for line in _parse(path) if line["step"] <= step]
-
-
-def _parse(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_bytes().split(b"\n"):
-        try:
-            line = json.loads(text)
-        except ValueError:  # half a line, of a run that was killed
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
-
-
 def read_log(run: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's log, oldest first; none if it has no log. A half-written line is left out."""
-    path = run / LOG_FILE
-    return _parse(path) if path.exists() else []
+    return [line for line in read_objects(run / LOG_FILE) if "step" in line]
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"

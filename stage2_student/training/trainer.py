@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +16,17 @@ from torch import Tensor
 from common.config import Config
 from common.errors import DataError
 from common.progress import Progress
+from common.schedule import make_alphas_cumprod
 from common.signals import StopFlag
 from shards.reading.loader import ShardLoader
-from shards.reading.reader import ShardSet
 from shards.records.batch import Batch
-from stage2_student.student.adapter import Card
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, prune, save_checkpoint
 from stage2_student.student.student import Student
 from stage2_student.training.checkpoint import Learner, Progression, write_state
 from stage2_student.training.losses import per_sample, region_weights
-from stage2_student.training.objectives import LossSettings, loss_of, select_rollout, trains_at_starts
-from stage2_student.training.phases import draw
+from stage2_student.training.objectives import LossSettings, loss_of, select_rollout
+from stage2_student.training.phases import draw, trains_at_starts
+from stage2_student.training.plan import Plan
 from stage2_student.training.runlog import RunLog
 
 
@@ -61,22 +60,26 @@ class _Clock:
 class Trainer:
     """One run in one process. `student` is what is adapted; `model` the same, wrapped for distributed training."""
 
-    config: Config
+    plan: Plan
     accelerator: Accelerator
     student: Student
     model: torch.nn.Module
     optimizer: Any
     learner: Learner
     loader: ShardLoader
-    shards: ShardSet
-    settings: LossSettings
-    num_rollouts: int
-    progression: Progression
-    card: Card
-    identity: dict[str, Any]
-    run: Path
     _clock: _Clock = field(default_factory=_Clock)
     _last_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        table = make_alphas_cumprod().to(self.accelerator.device)
+        self._loss_settings = LossSettings(
+            train=self.plan.config.train, phases=self.plan.phases, alphas_cumprod=table
+        )
+
+    @property
+    def progression(self) -> Progression:
+        """Where the run stands; changes as it goes."""
+        return self.plan.progression
 
     def train(self, stop: StopFlag) -> float | None:
         """Train up to train.max_steps; returns the mean loss of the last log line.
@@ -85,12 +88,12 @@ class Trainer:
             Stopped: a signal came; a checkpoint holds everything so far.
             DataError: a loss is not finite.
         """
-        state, total = self.progression, self.config.train.max_steps
+        state, total = self.progression, self.plan.config.train.max_steps
         main = self.accelerator.is_main_process
         batches = iter(self.loader)
         self._clock = _Clock()
         with (
-            RunLog(self.run, state.step) if main else nullcontext() as log,
+            RunLog(self.plan.run, state.step) if main else nullcontext() as log,
             Progress(total, "train", "step", initial=state.step) if main else nullcontext() as progress,
         ):
             saved = state.step
@@ -101,7 +104,7 @@ class Trainer:
                 if progress is not None:
                     progress.update(1, **({"loss": f"{facts['loss']:.4g}"} if facts else {}))
                 stopping = self._agree(stop.stop_requested)
-                if stopping or state.step == total or state.step % self.config.train.checkpoint_every == 0:
+                if stopping or state.step == total or state.step % self.plan.config.train.checkpoint_every == 0:
                     before = time.perf_counter()
                     self.save()
                     self._clock.started += time.perf_counter() - before  # not the steps' time
@@ -117,20 +120,20 @@ class Trainer:
             self.progression.loader = self.loader.state_dict()
             scaler = self.accelerator.scaler
             self.progression.scaler = None if scaler is None else scaler.state_dict()
-            card = self.card.at_step(self.progression.step)
-            root = self.run / CHECKPOINTS_DIR
+            card = self.plan.card.at_step(self.progression.step)
+            root = self.plan.run / CHECKPOINTS_DIR
             save_checkpoint(
                 root,
                 self.progression.step,
-                lambda folder: write_state(folder, self.learner, self.progression, card, self.identity),
+                lambda folder: write_state(folder, self.learner, self.progression, card, self.plan.identity),
             )
-            prune(root, self.config.train.keep_checkpoints)
+            prune(root, self.plan.config.train.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def optimizer_step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
         """Do one optimizer step; returns what to log if it is time to."""
-        train, state, clock = self.config.train, self.progression, self._clock
-        rate = learning_rate(state.step, self.config)
+        train, state, clock = self.plan.config.train, self.progression, self._clock
+        rate = learning_rate(state.step, self.plan.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         losses, seen = [], []
@@ -159,14 +162,14 @@ class Trainer:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample of a batch, (B,) float32."""
-        train, device = self.config.train, self.accelerator.device
+        train, device = self.plan.config.train, self.accelerator.device
         conditioning = batch.conditioning.to(device, self.student.dtype)
         samples = list(zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True))
         draws = draw(
             samples,
             seed=train.seed,
-            num_rollouts=self.num_rollouts,
-            phases=self.settings.phases,
+            num_rollouts=self.plan.facts.num_rollouts,
+            phases=self.plan.phases,
             starts_only=trains_at_starts(train),
         )
         solves = select_rollout(
@@ -188,7 +191,7 @@ class Trainer:
                 eps: Tensor = self.student(noisy_latents, timesteps, conditioning, control)
             return eps
 
-        loss = loss_of(train)(solves, draws, predict, predict_target, self.settings)
+        loss = loss_of(train)(solves, draws, predict, predict_target, self._loss_settings)
         if train.text_region_weight == 1:
             return per_sample(loss)
         size = (int(loss.shape[-2]), int(loss.shape[-1]))
@@ -204,7 +207,7 @@ class Trainer:
         overflow_is_normal = self.accelerator.scaler is not None  # fp16: the scaler skips the step and adapts
         if not bool(finite.all()) or not (overflow_is_normal or math.isfinite(float(norm))):
             bad = indices[~finite.cpu()].tolist() or indices.tolist()
-            keys = ", ".join(f"{self.shards.key(index)} (index {index})" for index in bad[:8])
+            keys = ", ".join(f"{self.plan.shards.key(index)} (index {index})" for index in bad[:8])
             what = "the loss" if not bool(finite.all()) else "the gradient's norm"
             raise DataError(
                 f"step {self.progression.step + 1}: {what} is not finite on sample {keys}"

@@ -15,7 +15,7 @@ from shards.files.manifest import Manifest, create_or_check
 from shards.files.names import shard_name
 from shards.files.plan import PlannedShard, extend_plan
 from shards.records.meta import SampleMeta
-from shards.records.record import CHUNK, Record
+from shards.records.record import CHUNK_TOKENS, Record
 from shards.writing.writer import ShardWriter, read_committed
 
 IDENTITY = {"model": "tiny", "seed": 0, "solver": {"steps": 8, "guidance_scale": 7.5}, "fonts": ["f" * 64]}
@@ -37,8 +37,8 @@ def make_record(input_id: str, *, rollouts: int = 1, predictions: bool = False, 
     states, predicted = (rollouts, STEPS + 1, *latent), (rollouts, STEPS, *latent)
     fields: dict[str, Any] = {
         "meta": make_meta(input_id, rollouts=rollouts),
-        "image_context": half(CHUNK * chunks, WIDTH),
-        "text_context": half(CHUNK, WIDTH),
+        "image_context": half(CHUNK_TOKENS * chunks, WIDTH),
+        "text_context": half(CHUNK_TOKENS, WIDTH),
         "masked_latents": half(*latent),
         "rollout_latents": half(*states),
         "rollout_timesteps": torch.tensor(TIMESTEPS),
@@ -72,8 +72,8 @@ def make_uncond() -> Uncond:
     """Make unconditional contexts."""
     g = generator("uncond")
     return Uncond(
-        image_context=torch.randn(CHUNK, WIDTH, generator=g).half(),
-        text_context=torch.randn(CHUNK, WIDTH, generator=g).half(),
+        image_context=torch.randn(CHUNK_TOKENS, WIDTH, generator=g).half(),
+        text_context=torch.randn(CHUNK_TOKENS, WIDTH, generator=g).half(),
     )
 
 

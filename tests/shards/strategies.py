@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.schedule import NUM_TRAIN_TIMESTEPS
 from shards.records.meta import MODES, SOURCES, SampleMeta
-from shards.records.record import CHUNK, Record
+from shards.records.record import CHUNK_TOKENS, Record
 
 _TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 _HALF_BITS = st.integers(0, 0x7BFF) | st.integers(0x8000, 0xFBFF)  # every finite float16
@@ -59,8 +59,8 @@ def records(draw: st.DrawFn) -> Record:
 
     return Record(
         meta=draw(metas(rollouts, size, source)),
-        image_context=half(CHUNK * draw(st.integers(1, 3)), context),
-        text_context=half(CHUNK, context),
+        image_context=half(CHUNK_TOKENS * draw(st.integers(1, 3)), context),
+        text_context=half(CHUNK_TOKENS, context),
         masked_latents=half(*latent),
         rollout_latents=half(rollouts, steps + 1, *latent),
         rollout_timesteps=torch.tensor(sorted(timesteps, reverse=True) if source == "rollout" else timesteps),

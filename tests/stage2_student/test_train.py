@@ -159,7 +159,10 @@ def test_resuming_with_other_settings_is_refused_and_names_them(
 ) -> None:
     train(configure(max_steps=2), shards=shards, run=tmp_path / "run")
     other = configure(max_steps=9, log_every=1, learning_rate=0.5, lora={"rank": 8})
-    with pytest.raises(DataError, match=r"lora\.rank: was 4, is 8; train\.learning_rate: was 0\.001, is 0\.5\)"):
+    with pytest.raises(
+        DataError,
+        match=r"lora\.rank: received 8, expected 4; train\.learning_rate: received 0\.5, expected 0\.001\)",
+    ):
         train(other, shards=shards, run=tmp_path / "run", resume="auto")
 
 

@@ -158,9 +158,9 @@ def test_predictions_that_are_not_stored_are_refused_before_training(tmp_path: P
     "changes, named",
     [
         ({"set_hash": "0" * 64}, "set_hash"),
-        ({"seed": 6}, "seed was 6"),
-        ({"window_shards": 4}, "window_shards was 4"),
-        ({"global_batch": 12}, "global_batch was 12, is 24; choose train.batch_size"),
+        ({"seed": 6}, "seed: received 5, expected 6"),
+        ({"window_shards": 4}, "window_shards: received 3, expected 4"),
+        ({"global_batch": 12}, "global_batch: received 24, expected 12.*choose train.batch_size"),
         ({"position": 30}, "position 30"),
         ({"epoch": -1}, "epoch -1"),
     ],

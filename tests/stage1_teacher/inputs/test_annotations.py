@@ -65,7 +65,6 @@ def test_every_field_of_both_versions_is_read(folder: Path) -> None:
     assert [item.text for item in content.lines] == ["OPEN", "說話"]
     assert content.lines[0].color == (220, 30, 40)
     assert content.lines[1].color == UNKNOWN_COLOR
-    assert len(content.ignored_polygons) == 1
     assert content.image == (folder / "imgs" / "a.png").resolve()
     assert read_one(folder, entry(wm_score=0.5)).caption == "a sign no watermarks "
     assert read_one(folder, {"img_name": "a.png"}) == Content(

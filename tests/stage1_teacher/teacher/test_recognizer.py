@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.anytext2.checkpoint import load_part
 from common.anytext2.config import NetworkConfig
-from stage1_teacher.teacher.recognizer import NUM_CLASSES, Recognizer, greedy_classes, normalize_line
+from stage1_teacher.teacher.recognizer import NUM_CLASSES, Recognizer, normalize_line
 
 MODELS = Path(__file__).parents[3] / "models"
 
@@ -25,6 +25,11 @@ def recognizer() -> Recognizer:
 def characters() -> list[str]:
     listed = (MODELS / "tiny" / "recognizer_characters.txt").read_text().splitlines()
     return ["", *listed, " "]
+
+
+def greedy_classes(logits: Tensor) -> list[int]:
+    """Decode a line's logits, (40, 6625), by CTC: the best class of each step, without repeats and blanks."""
+    return [int(index) for index in torch.unique_consecutive(logits.argmax(dim=1)) if index != 0]
 
 
 def draw(text: str, size: int = 40) -> Tensor:
@@ -67,9 +72,3 @@ def test_lines_are_read_independently_of_their_batch(recognizer: Recognizer) -> 
         torch.testing.assert_close(
             together[row], recognizer.features(lines[row : row + 1])[0], rtol=1e-4, atol=1e-5
         )
-
-
-def test_greedy_decoding_drops_repeats_and_blanks() -> None:
-    path = [0, 5, 5, 0, 5, 7, 0]
-    logits = torch.nn.functional.one_hot(torch.tensor(path), 9).float()
-    assert greedy_classes(logits) == [5, 5, 7]

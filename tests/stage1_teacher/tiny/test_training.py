@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.anytext2.checkpoint import CheckpointFile
+from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.hints import Hints
 from common.anytext2.unet import Control
 from common.errors import DataError, UsageError
@@ -138,7 +138,7 @@ def test_a_folder_without_layouts_is_refused_in_one_line(runs: Path, tmp_path: P
 def test_features_have_single_letters_only_in_every_third_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "CHUNK", 7)
+    monkeypatch.setattr(features, "LAYOUTS_PER_FILE", 7)
     monkeypatch.setattr(
         sys,
         "argv",

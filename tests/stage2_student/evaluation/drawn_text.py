@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from common.config import PROJECT_ROOT
 from stage2_student.evaluation.layouts import Layout, Line
 
 FONTS = [
-    Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+    PROJECT_ROOT / "models" / "fonts" / name
     for name in (
         "DejaVuSans.ttf",
         "DejaVuSans-Bold.ttf",
-        "DejaVuSerif.ttf",
-        "DejaVuSansMono.ttf",
-        "STIXGeneral.ttf",
-        "STIXGeneralBol.ttf",
+        "Roboto-Bold.ttf",
+        "SourceSansPro-Bold.otf",
+        "SourceSerifPro-Bold.otf",
     )
 ]
 WORDS = tuple(

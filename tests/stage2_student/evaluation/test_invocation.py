@@ -29,4 +29,4 @@ def test_a_torn_line_is_left_out_and_does_not_swallow_the_next(tmp_path: Path, t
     assert noted(tmp_path) == ["one"]
     note_invocation(tmp_path, ["two"], {})
     assert noted(tmp_path) == ["one", "two"]
-    assert (tmp_path / INVOCATIONS_FILE).read_bytes().count(b"\n") == 3
+    assert (tmp_path / INVOCATIONS_FILE).read_bytes().count(b"\n") == 2

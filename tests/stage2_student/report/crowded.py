@@ -15,7 +15,7 @@ from shards.files.frozen import FrozenSet, write_frozen
 from stage2_student.evaluation.invocation import note_invocation
 from stage2_student.evaluation.layouts import Layout, Line
 from stage2_student.evaluation.reading import LineResult
-from stage2_student.evaluation.results import RESULTS_FILE, RUN_FILE, ImageResult, ResultsWriter, save_layouts
+from stage2_student.evaluation.results import RESULTS_FILE, RUN_FILE, ImageResult, open_results, save_layouts
 from stage2_student.evaluation.results import check_or_create as describe
 from stage2_student.evaluation.runs import run_folder
 from stage2_student.evaluation.summary import QUALITY_FILE
@@ -128,8 +128,8 @@ def _write_run(
                 ground=None if number % 4 == 3 else 12 * (1 - right) * random_.uniform(0.5, 1.5),
             )
         )
-    with ResultsWriter(place / RESULTS_FILE) as writer:
-        writer.append(results)
+    with open_results(place / RESULTS_FILE) as writer:
+        writer.append(*results)
     quality = {"clip_score": 31.24} | ({} if kind == "truth" else {"fid": 123.45})
     (place / QUALITY_FILE).write_text(json.dumps(quality))
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from stage2_student.evaluation.metrics import Estimate
+from stage2_student.evaluation.table import RunRow
 from stage2_student.report.charts import Axis, Point, Series, legend, line_chart
 from stage2_student.report.data import Training
 from stage2_student.report.markup import Markup, join, tag
 from stage2_student.report.plots import MAX_CURVE_POINTS, accuracy_plot, loss_plot, nice_step
 from stage2_student.report.words import percent, points, seconds
+from tests.stage2_student.report.rows import run_row, summary_of
 
 AXIS = Axis(label="x", low=1, high=100, ticks=((1, "1"), (10, "10"), (100, "100")), logarithmic=True)
 SVG = "{http://www.w3.org/2000/svg}"
@@ -39,11 +42,9 @@ def test_a_chart_places_points_by_value_on_both_scales() -> None:
     assert (float(whisker.get("y1", 0)), float(whisker.get("y2", 0))) == (132, 72)
 
 
-def run(
-    label: str, steps: int, value: float | None, kind: str = "teacher", **settings: object
-) -> dict[str, object]:
-    accuracy = None if value is None else {"value": value, "low": value - 0.1, "high": value + 0.1, "count": 9}
-    return {"label": label, "steps": steps, "sen_acc": accuracy, "kind": kind, "settings": settings}
+def run(label: str, steps: int, value: float | None, kind: str = "teacher", **settings: object) -> RunRow:
+    accuracy = None if value is None else Estimate(value=value, low=value - 0.1, high=value + 0.1, count=9)
+    return run_row(label, kind, steps=steps, sen_acc=accuracy, settings=settings)
 
 
 def test_the_accuracy_plot_has_one_series_per_grid_and_objective_and_no_ablations() -> None:
@@ -57,7 +58,7 @@ def test_the_accuracy_plot_has_one_series_per_grid_and_objective_and_no_ablation
         run("b", 4, 0.7, "student", objective="lcm"),
         run("no lines", 4, None, "student", objective="x0"),
     ]
-    plot = accuracy_plot({"runs": runs})
+    plot = accuracy_plot(summary_of(*runs))
     assert plot is not None
     root = parse(plot)
     labels = ["".join(item.itertext()) for item in root.iter("li")]
@@ -76,7 +77,7 @@ def test_the_accuracy_plot_has_one_series_per_grid_and_objective_and_no_ablation
 def test_runs_of_equal_steps_stand_side_by_side_and_are_not_joined() -> None:
     students = (("a", 1), ("b", 2), ("c", 4), ("d", 4), ("e", 8), ("f", 16))
     runs = [run(name, steps, 0.7, "student", objective="phased") for name, steps in students]
-    plot = accuracy_plot({"runs": [*runs, run("t4", 4, 0.7, grid="trailing:4")]})
+    plot = accuracy_plot(summary_of(*runs, run("t4", 4, 0.7, grid="trailing:4")))
     assert plot is not None
     wide = next(parse(plot).iter(f"{SVG}svg"))
     columns = [float(circle.get("cx", 0)) for circle in wide.iter(f"{SVG}circle")]  # the teacher's is drawn first
@@ -118,7 +119,7 @@ def test_a_legend_shows_line_and_marker() -> None:
 
 
 def test_without_steps_there_is_no_accuracy_plot() -> None:
-    assert accuracy_plot({"runs": [run("folder", 0, 0.5, "images")]}) is None
+    assert accuracy_plot(summary_of(run("folder", 0, 0.5, "images"))) is None
     assert loss_plot([]) is None
 
 
@@ -140,5 +141,5 @@ def test_ticks_are_at_round_numbers(rough: float, step: float) -> None:
 def test_numbers_are_written_for_reading() -> None:
     assert percent(0.1234) == "12.3\u00a0%"
     assert percent(None) == "–"
-    assert points({"value": -0.051}) == "−5.1"
+    assert points(Estimate(value=-0.051, low=0, high=0, count=9)) == "−5.1"
     assert [seconds(value) for value in (0, 0.0123, 2.5, 123.4)] == ["–", "12 ms", "2.50 s", "123 s"]

@@ -17,6 +17,7 @@ from stage2_student.report.commands import commands, from_root
 from stage2_student.report.data import ReportData, Training, gather
 from stage2_student.report.page import write_report
 from tests.stage2_student.report.crowded import HOSTILE
+from tests.stage2_student.report.rows import summary_of
 
 OUT = Path("report.html")
 
@@ -24,7 +25,7 @@ OUT = Path("report.html")
 def data_of(folder: Path, *trainings: Training, command: str = "pipeline.py evaluate --out x") -> ReportData:
     return ReportData(
         folder=folder,
-        summary={},
+        summary=summary_of(),
         examples=(),
         num_examples=3,
         trainings=trainings,

@@ -17,8 +17,8 @@ from stage2_student.evaluation.results import (
     RESULTS_FILE,
     RUN_FILE,
     ImageResult,
-    ResultsWriter,
     check_or_create,
+    open_results,
     save_layouts,
 )
 from stage2_student.report import data as report_data
@@ -41,8 +41,8 @@ def evaluate_three_samples(folder: Path) -> Path:
             Image.new("RGB", (8, 8)).save(place / "images" / name)
             costs = {"seconds": 0.0, "unet_evaluations": 0.0, "writenet_evaluations": 0.0}
             results.append(ImageResult(layout_id=layout.layout_id, sample=sample, lines=(), image=name, **costs))
-    with ResultsWriter(place / RESULTS_FILE) as writer:
-        writer.append(results)
+    with open_results(place / RESULTS_FILE) as writer:
+        writer.append(*results)
     return folder
 
 
@@ -104,11 +104,11 @@ def test_runs_that_are_not_complete_are_named_above_the_table(crowded: Path, eva
 
 def test_the_crowded_evaluation_is_as_trying_as_meant(crowded: Path, trainings: list[Path]) -> None:
     found = gather(crowded, trainings, 3)
-    assert len(found.summary["runs"]) == 17
-    assert sum(bool(run["settings"].get("without")) for run in found.summary["runs"]) == 5
+    assert len(found.summary.runs) == 17
+    assert sum(run.is_ablation for run in found.summary.runs) == 5
     assert len(LONG_NAME) >= 60
-    students = [run for run in found.summary["runs"] if run["kind"] == "student"]
-    best = max(students, key=lambda run: run["sen_acc"]["value"])
-    assert best["label"].startswith(LONG_NAME)  # the long name is in a tile
+    students = [run for run in found.summary.runs if run.kind == "student"]
+    best = max(students, key=lambda run: run.sen_acc.value)
+    assert best.label.startswith(LONG_NAME)  # the long name is in a tile
     assert max(len(line.text) for layout, _ in found.examples for line in layout.lines) == 20
     assert json.loads((trainings[0] / "shards.json").read_bytes())["location"].endswith("my shards")

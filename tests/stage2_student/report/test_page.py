@@ -66,14 +66,14 @@ def test_hostile_labels_and_texts_are_escaped_wherever_they_stand(crowded: Path,
 
 
 def test_the_figures_are_those_of_the_evaluation(page: str, evaluation: Path) -> None:
-    runs = {run["label"]: run for run in gather(evaluation).summary["runs"]}
-    best = runs["run-a, 4 steps"]["sen_acc"]["value"]
+    runs = {run.label: run.sen_acc for run in gather(evaluation).summary.runs}
+    best = runs["run-a, 4 steps"].value
     assert f"<strong>{100 * best:.1f}\u00a0%</strong><span>run-a, 4 steps</span>" in page
     assert "10.0 × faster" in page
     assert "4 UNet calls instead of 40" in page
     assert "teacher, 40 steps (as recorded): what it learnt from" in page
     assert "ceiling" not in page
-    worst = runs["teacher, 4 steps (trailing grid)"]["sen_acc"]["value"]
+    worst = runs["teacher, 4 steps (trailing grid)"].value
     assert worst < best
 
 

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stage2_student.evaluation.metrics import Estimate
+from stage2_student.evaluation.table import Difference, MapRow, RunRow
 from stage2_student.report.data import gather
 from stage2_student.report.tables import differences_table, map_table, runs_table
 from stage2_student.report.words import verdict
-
-Estimate = dict[str, float]
+from tests.stage2_student.report.rows import run_row
 
 
 def estimate(value: float, low: float, high: float) -> Estimate:
-    return {"value": value, "low": low, "high": high, "count": 9}
+    return Estimate(value=value, low=low, high=high, count=9)
 
 
 def cells(table: str) -> dict[str, str]:
@@ -22,10 +24,12 @@ def cells(table: str) -> dict[str, str]:
     return {label: re.sub(r"<.*?>", " ", cell).strip() for label, cell in found}
 
 
-def run(**more: object) -> dict[str, object]:
-    costs = {"unet_evaluations": 4, "writenet_evaluations": 1, "seconds_per_image": 0.2}
-    scores = dict.fromkeys(("sen_acc", "sen_acc_folded", "ned", "color_acc"))
-    return {"label": "a", "kind": "student", "settings": {}, **costs, **scores, **more}
+def run(**more: Any) -> RunRow:
+    return run_row("a", "student", **more)
+
+
+def difference(**scores: Estimate | None) -> Difference:
+    return Difference(run="b", less="a", **{**dict.fromkeys(("sen_acc", "ned", "color_acc", "ground")), **scores})
 
 
 def test_colour_and_ground_are_shown_with_their_intervals() -> None:
@@ -37,19 +41,17 @@ def test_colour_and_ground_are_shown_with_their_intervals() -> None:
 def test_what_no_run_has_is_no_column() -> None:
     assert not {"colour", "ground ΔE"} & cells(runs_table([run()])).keys()
     assert runs_table([run(), run(ground=estimate(1, 1, 1))]).count('data-label="ground ΔE"') == 2
-    old = {"run": "b", "less": "a", "sen_acc": estimate(0.1, 0, 0.2), "ned": None}
+    old = difference(sen_acc=estimate(0.1, 0, 0.2))
     assert cells(differences_table([old])) == {"Sen. Acc, points": "+10.0  0.0 to 20.0", "NED, points": "–"}
 
 
 def test_each_measure_says_whether_it_is_beyond_chance_and_which_way() -> None:
-    row = {
-        "run": "b",
-        "less": "a",
-        "sen_acc": estimate(-0.5, -0.686, -0.361),
-        "ned": estimate(-0.1, -0.2, 0.01),
-        "color_acc": estimate(0.1, 0.02, 0.2),
-        "ground": estimate(1.5, 0.25, 2.5),
-    }
+    row = difference(
+        sen_acc=estimate(-0.5, -0.686, -0.361),
+        ned=estimate(-0.1, -0.2, 0.01),
+        color_acc=estimate(0.1, 0.02, 0.2),
+        ground=estimate(1.5, 0.25, 2.5),
+    )
     table = differences_table([row])
     assert cells(table) == {
         "Sen. Acc, points": "−50.0  worse  −68.6 to −36.1",
@@ -61,10 +63,10 @@ def test_each_measure_says_whether_it_is_beyond_chance_and_which_way() -> None:
 
 
 def test_lines_out_of_the_glyph_map_are_a_column_where_there_are_any() -> None:
-    inside = {"in_glyph_map": True, "sen_acc": estimate(0.75, 0, 1)}
-    outside = {"in_glyph_map": False, "sen_acc": estimate(0.25, 0, 1)}
-    assert map_table([run()]) is None and map_table([run(by_map=[inside])]) is None
-    shown = cells(str(map_table([run(by_map=[inside, outside])])))
+    inside = MapRow(in_glyph_map=True, sen_acc=estimate(0.75, 0, 1), ned=estimate(0, 0, 0))
+    outside = MapRow(in_glyph_map=False, sen_acc=estimate(0.25, 0, 1), ned=estimate(0, 0, 0))
+    assert map_table([run()]) is None and map_table([run(by_map=(inside,))]) is None
+    shown = cells(str(map_table([run(by_map=(inside, outside))])))
     assert shown == {"in the map, 9 lines": "75.0\u00a0%", "out of it, 9 lines": "25.0\u00a0%"}
 
 
@@ -87,8 +89,8 @@ def test_a_verdict_is_given_where_the_interval_does_not_hold_0(
 
 def test_an_evaluation_with_colours_and_grounds_has_all_columns(crowded: Path) -> None:
     summary = gather(crowded, num_examples=0).summary
-    heads = re.findall(r'<th scope="col">(.*?)</th>', runs_table(summary["runs"]))
+    heads = re.findall(r'<th scope="col">(.*?)</th>', runs_table(summary.runs))
     assert heads[4:8] == ["colour", "ground ΔE", "FID", "CLIP score"]
-    heads = re.findall(r'<th scope="col">(.*?)</th>', differences_table(summary["differences"]))
+    heads = re.findall(r'<th scope="col">(.*?)</th>', differences_table(summary.differences))
     assert heads == ["", "Sen. Acc, points", "NED, points", "colour, points", "ground ΔE"]
-    assert any(row["sen_acc"]["high"] < -0.1 for row in summary["differences"])
+    assert any(row.sen_acc is not None and row.sen_acc.high < -0.1 for row in summary.differences)

@@ -1,0 +1,94 @@
+"""What a training run is to do, and whether configuration, shards, base and checkpoint fit each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from common.anytext2.fingerprint import fingerprint
+from common.config import Config
+from common.differences import require_same
+from shards.reading.reader import ShardSet
+from stage2_student.student.adapter import Card
+from stage2_student.student.shard_facts import ShardFacts, read_facts, require_base
+from stage2_student.training.checkpoint import Progression, read_state
+from stage2_student.training.phases import Phases, plan_phases
+from stage2_student.training.run_identity import identity_of_run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run is to do, checked before anything large is loaded."""
+
+    config: Config
+    """The resolved configuration."""
+    run: Path
+    """The run's folder."""
+    shards: ShardSet
+    """What it trains on."""
+    facts: ShardFacts
+    """Of the shards."""
+    phases: Phases
+    """Of their solves."""
+    card: Card
+    """Of the adapters that will be written."""
+    identity: dict[str, Any]
+    """Settings that a resumed run must share."""
+    progression: Progression
+    """Where the run stands: at its start, or where the checkpoint stood."""
+
+
+def make_plan(
+    config: Config, accelerator: Accelerator, shards: ShardSet, run: Path, checkpoint: Path | None
+) -> Plan:
+    """Check that configuration, shards, base and checkpoint fit each other.
+
+    Args:
+        config: the resolved configuration.
+        accelerator: of this launch.
+        shards: what is trained on.
+        run: the run's folder.
+        checkpoint: to go on from, or None to start.
+
+    Raises:
+        UsageError: objective, number of phases and shards do not fit each other.
+        DataError: the shards are of another base, or the checkpoint is of a run with other settings.
+    """
+    facts = read_facts(shards)
+    phases, timesteps = plan_phases(config.train, facts)
+    base_path = config.resolve(config.model.checkpoint, "model.checkpoint")
+    with accelerator.main_process_first():  # the others then find it cached
+        base = fingerprint(base_path, "base")
+    require_base(facts, base, "the shards")
+    identity = identity_of_run(
+        config, world=accelerator.num_processes, base_fingerprint=base, set_hash=shards.set_hash
+    )
+    progression = Progression()
+    if checkpoint is not None:
+        progression, saved = read_state(checkpoint)
+        remedy = "restore them, or start a new run in another --out folder"
+        require_same(identity, saved, f"{checkpoint}: cannot be resumed with other settings", remedy)
+    card = Card(
+        objective=config.train.objective,
+        sampler="lcm" if config.train.objective == "lcm" else "ddim",
+        timesteps=tuple(timesteps.tolist()),
+        step=progression.step,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        base_fingerprint=base,
+        set_hash=shards.set_hash,
+        config=config.as_dict(),
+    )
+    return Plan(
+        config=config,
+        run=run,
+        shards=shards,
+        facts=facts,
+        phases=phases,
+        card=card,
+        identity=identity,
+        progression=progression,
+    )
