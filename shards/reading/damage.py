@@ -11,6 +11,7 @@ from pathlib import Path
 
 import google_crc32c
 
+from common.errors import reason
 from shards.files.sidecar import Entry, Member, SidecarHeader
 
 _CHUNK = 1 << 20
