@@ -35,6 +35,7 @@ from stage1_teacher.teacher.recognizer import Recognizer
 from stage1_teacher.teacher.solver import record_rollout
 from stage1_teacher.teacher.text_encoder import CHUNK, chunk_tokens, encode_tokens, encode_with_lines, load_clip
 from tests.golden_rule import RuleCheckpoint
+from tests.upstream_config import network_config_from_upstream
 
 Results = Iterator[tuple[str, Tensor]]
 GIVEN = "in."
@@ -76,7 +77,7 @@ def read_golden(path: Path) -> Golden:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"golden file {path}: {error}; expected the layout of golden/README.md") from None
-    config = NetworkConfig.from_upstream(meta["network"])
+    config = network_config_from_upstream(meta["network"])
     return Golden(
         path=path, tensors=tensors, meta=meta, config=config, weights=RuleCheckpoint(teacher_shapes(config))
     )

@@ -40,7 +40,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     shutil.copy(STORED / "network.toml", folder)
     shapes = teacher_shapes(load_network_config(folder / "network.toml"))
-    write_checkpoint(folder / "teacher.safetensors", {key: rule_tensor(key, shape) for key, shape in shapes.items()})
+    write_checkpoint(
+        folder / "teacher.safetensors", {key: rule_tensor(key, shape) for key, shape in shapes.items()}
+    )
     return folder
 
 

@@ -182,13 +182,6 @@ class NetworkConfig:
         """Return the released AnyText2's sizes."""
         return cls()
 
-    @classmethod
-    def from_upstream(cls, network: Mapping[str, Any]) -> NetworkConfig:
-        """Read the settings as AnyText2's own YAML spells them (see `upstream_config`)."""
-        from common.anytext2.upstream_config import network_config_from_upstream
-
-        return network_config_from_upstream(network)
-
 
 def load_network_config(name_or_path: str | Path) -> NetworkConfig:
     """Return the network named "sd15", or read one from a TOML file with the fields of `NetworkConfig`.
