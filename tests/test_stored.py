@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from common.anytext2.checkpoint import write_checkpoint
 from common.anytext2.config import load_network_config
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config, load_config
+from common.errors import UsageError
 from shards.files.frozen import read_frozen
 from shards.files.manifest import create_or_check, read_manifest
 from stage1_teacher.measuring.held_out import describe_settings
@@ -60,11 +63,23 @@ def place(request: pytest.FixtureRequest, teacher: Path, monkeypatch: pytest.Mon
 
 
 def load(place: Path) -> Config:
-    return load_config(place / "before.toml", [f"model.checkpoint={place.parent / 'teacher.safetensors'}"])
+    return load_config(place / "after.toml", [f"model.checkpoint={place.parent / 'teacher.safetensors'}"])
 
 
 def no_uncond() -> Any:
     raise AssertionError("the set has its unconditional contexts")
+
+
+def test_the_settings_of_before_are_refused_and_say_where_each_is_now(place: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(place / "before.toml")
+    place_named, *said = re.split(": |; ", str(caught.value))
+    assert place_named == str(place / "before.toml")
+    before, after = (tomllib.loads((place / f"{name}.toml").read_text("utf-8")) for name in ("before", "after"))
+    sections = ("teacher", "precompute")
+    gone = {(name, key) for name in sections for key in before.get(name, {}).keys() - after.get(name, {}).keys()}
+    assert sorted(said) == sorted(f"{name}.{key} has moved to inputs.{key}" for name, key in gone)
+    assert {key for _, key in gone} == after["inputs"].keys()
 
 
 def test_a_stored_set_is_the_set_of_the_same_settings(place: Path) -> None:

@@ -36,7 +36,7 @@ def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_ha
     if config.train.schedule == "cosine":
         train["max_steps"] = config.train.max_steps
     found: dict[str, Any] = {f"train.{key}": value for key, value in train.items()}
-    found |= {f"lora.{key}": _plain(value) for key, value in values["lora"].items()}
+    found |= {f"lora.{key}": value for key, value in values["lora"].items()}
     return found | {
         "model.dtype": config.model.dtype,
         "shards.window_shards": config.shards.window_shards,
@@ -44,10 +44,6 @@ def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_ha
         "base_fingerprint": base_fingerprint,
         "set_hash": set_hash,
     }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def require_same(ours: Mapping[str, Any], saved: Mapping[str, Any], where: object) -> None:

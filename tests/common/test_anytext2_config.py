@@ -75,7 +75,7 @@ def test_a_toml_file_sets_sizes_and_the_rest_keeps_the_released_ones(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[unet]\nmodel_chanels = 32", "unknown key model_chanels; did you mean model_channels"),
+        ("[unet]\nmodel_chanels = 32", "unknown key unet.model_chanels; did you mean model_channels"),
         ('[unet]\nmodel_channels = "32"', "received '32', expected int"),
         ("[unet]\nmodel_channels = 40", "a multiple of 32"),
         ("[unet]\nnum_heads = 7", "unet.num_heads"),
