@@ -9,7 +9,6 @@ again); 1 a bug.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
@@ -801,9 +800,9 @@ def _images_to_score(
     from stage2_student.evaluation.image_folder import count_samples, folder_run
     from stage2_student.evaluation.runs import Plan
 
-    without_images = dataclasses.replace(config.precompute, use_images=False)
+    without_images = config.inputs.replace(use_images=False)
     inputs = open_inputs(annotations, prompts, without_images, configured_fonts(config))
-    layouts = layouts_of(read_undrawn(inputs, config.precompute.size))
+    layouts = layouts_of(read_undrawn(inputs, config.inputs.size))
     plan = Plan(
         layouts=layouts,
         samples_per_layout=count_samples(images, layouts),
@@ -834,7 +833,6 @@ def _runs_to_evaluate(
     from stage2_student.evaluation.drawers import Drawer, StudentDrawer, drawer_run
     from stage2_student.evaluation.runs import Drawn, Plan, Run
     from stage2_student.student.sample import decode
-    from stage2_student.student.student import network_of
 
     @functools.cache
     def load() -> tuple[Teacher, Uncond]:
@@ -842,15 +840,15 @@ def _runs_to_evaluate(
         return teacher, teacher.unconditional()
 
     settings = DrawSettings.from_config(config)
-    inputs = open_inputs(annotations, prompts, config.precompute, settings.fonts)
+    inputs = open_inputs(annotations, prompts, config.inputs, settings.fonts)
     grids = default_grids(config) if grids is None else grids
     held_out = HeldOut(inputs, settings, config.evaluate.num_samples)
     drawers: list[Drawer] = [*teacher_drawers(config, held_out, load, grids, without)]
     for name, path in adapters:
         condition = lambda ids: ConditioningBatch.stack(held_out.encode(load()[0], ids))  # noqa: E731
         drawers.append(StudentDrawer(config, path, name, condition))
-    network = network_of(config)
-    side = config.precompute.size // network.stride
+    network = config.load_network()
+    side = config.inputs.size // network.stride
 
     def true_images(jobs: Sequence[Job]) -> Drawn:
         return Drawn(images=[held_out.true_image(layout.layout_id) for layout, _ in jobs])

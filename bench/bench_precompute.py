@@ -69,7 +69,7 @@ def time_bare_loop(config: Config, annotations: Path, teacher: Teacher) -> float
     drawn = draw_inputs(config, annotations, config.precompute.batch_size)
     with torch.no_grad():
         predict = predict_branches(teacher.denoiser, teacher.encode(drawn), teacher.unconditional())
-        side = config.precompute.size // teacher.network.stride
+        side = config.inputs.size // teacher.network.stride
         z = torch.randn(len(drawn), teacher.network.latent_channels, side, side).to(teacher.device)
         t = torch.full((len(drawn),), 500, device=teacher.device)
         predict(z, t)  # warm up
@@ -93,7 +93,7 @@ def main() -> None:
     ratios, shares = [], []
     print(f"{'round':<7}{'precompute, rows/s':>20}{'bare loop, rows/s':>20}{'ratio':>8}{'share in UNet':>15}")
     with tempfile.TemporaryDirectory() as folder:
-        annotations = write_dataset(Path(folder), count=arguments.inputs, seed=1, size=config.precompute.size)
+        annotations = write_dataset(Path(folder), count=arguments.inputs, seed=1, size=config.inputs.size)
         if torch.cuda.is_available():
             time_precompute(config, annotations)
             print(f"stage one: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory", flush=True)

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -112,15 +111,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = read_config(arguments.config, arguments.set)
-        few_steps = replace(config.precompute, solver_steps=8, record_every=2)  # records look as after 40 steps
-        endless_run = replace(config.train, max_steps=10**6, log_every=10**6)
-        config = replace(config, precompute=few_steps, train=endless_run)
-        annotations = write_dataset(folder / "data", count=arguments.records, seed=1, size=config.precompute.size)
+        few_steps = config.precompute.replace(solver_steps=8, record_every=2)  # records look as after 40 steps
+        endless_run = config.train.replace(max_steps=10**6, log_every=10**6)
+        config = config.replace(precompute=few_steps, train=endless_run)
+        annotations = write_dataset(folder / "data", count=arguments.records, seed=1, size=config.inputs.size)
         precompute(config, folder / "shards", annotations=[annotations])
         dataset = ShardSet.open(folder / "shards")
         accelerator = make_accelerator(config)
         trainer, _ = prepare(config, accelerator, dataset, folder / "run", None)
-        loader = make_loader(replace(config, train=replace(config.train, num_workers=1)), accelerator, dataset)
+        loader = make_loader(config.replace(train=config.train.replace(num_workers=1)), accelerator, dataset)
         batch = next(iter(trainer.loader))
         from_memory = endless(itertools.repeat(batch), trainer)
         report_memory("student alone", from_memory)

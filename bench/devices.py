@@ -36,13 +36,13 @@ TIMESTEP = 500
 
 def load(config: Config, device: str, dtype: str) -> Teacher:
     """Load the teacher to a device."""
-    return Teacher.load(replace(config, model=replace(config.model, device=device, dtype=dtype)))
+    return Teacher.load(config.replace(model=config.model.replace(device=device, dtype=dtype)))
 
 
 def draw(config: Config) -> DrawnInput:
     """Draw one input with its image."""
     with tempfile.TemporaryDirectory() as folder:
-        annotations = write_dataset(Path(folder), count=1, seed=1, size=config.precompute.size)
+        annotations = write_dataset(Path(folder), count=1, seed=1, size=config.inputs.size)
         return draw_inputs(config, annotations, 1)[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,13 +16,13 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     """Read a configuration, and let it know the fonts that the data's lines name."""
     config = load_config(path, overrides)
     fonts = {Path(font).stem: str(FONT_FOLDER / font) for font in FONTS}
-    return replace(config, teacher=replace(config.teacher, fonts=fonts))
+    return config.replace(inputs=config.inputs.replace(fonts=fonts))
 
 
 def draw_inputs(config: Config, annotations: Path, count: int) -> list[DrawnInput]:
     """Draw the first inputs of a file, at most `count`."""
     settings = DrawSettings.from_config(config)
-    inputs = open_inputs([annotations], [], config.precompute, settings.fonts, count)
+    inputs = open_inputs([annotations], [], config.inputs, settings.fonts, count)
     return [draw_input(inputs[index], settings) for index in range(len(inputs))]
 
 

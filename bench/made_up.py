@@ -20,7 +20,6 @@ from common.anytext2.checkpoint import schedule_buffers, write_checkpoint
 from common.config import PROJECT_ROOT, load_config
 from common.scripts import run_script
 from stage1_teacher.teacher.keys import teacher_shapes
-from stage2_student.student.student import network_of
 
 LAST_LAYER = "model.diffusion_model.out.2.weight"
 """Made small, so that a solve from noise with guidance stays within float16."""
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "sd15.toml")
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors file")
     arguments = parser.parse_args()
-    network = network_of(load_config(arguments.config))
+    network = load_config(arguments.config).load_network()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(arguments.out, make_up(teacher_shapes(network)))
     print(arguments.out)

@@ -68,11 +68,9 @@ def main() -> None:
     """Print the table."""
     options = parse_options()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = load_config(options.config, [*options.set, "precompute.edit_fraction=0"])
+    config = load_config(options.config, [*options.set, "inputs.edit_fraction=0"])
     settings = DrawSettings.from_config(config)
-    held = HeldOut(
-        open_inputs([options.annotations], [], config.precompute, settings.fonts), settings, options.count
-    )
+    held = HeldOut(open_inputs([options.annotations], [], config.inputs, settings.fonts), settings, options.count)
     layouts = pipeline.layouts_of(held.items)
     teacher = Teacher.load(config)
     scale, grid = config.precompute.guidance_scale, parse_grid(options.grid)

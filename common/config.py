@@ -1,4 +1,4 @@
-"""The configuration: frozen dataclasses, read from strict TOML.
+"""The configuration: checked sections, read from strict TOML.
 
 Hyper-parameters live in TOML; `--set section.key=value` changes one for an invocation. An unknown key is an error
 with the nearest known one.
@@ -6,17 +6,18 @@ with the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from common.anytext2.config import NetworkConfig, load_network_config
 from common.errors import DataError, UsageError
 from common.sections import (
     EvaluateConfig,
+    InputsConfig,
     LoraConfig,
     ModelConfig,
     PrecomputeConfig,
@@ -24,11 +25,13 @@ from common.sections import (
     TeacherConfig,
     TrainConfig,
 )
+from common.toml import Section, build, read_toml
 
 __all__ = [
     "PROJECT_ROOT",
     "Config",
     "EvaluateConfig",
+    "InputsConfig",
     "LoraConfig",
     "ModelConfig",
     "PrecomputeConfig",
@@ -40,20 +43,35 @@ __all__ = [
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
+MOVED = {f"teacher.{key}": f"inputs.{key}" for key in ("font", "fonts", "font_hint_prob")} | {
+    f"precompute.{key}": f"inputs.{key}"
+    for key in (
+        "edit_fraction",
+        "ignore_fields",
+        "max_chars",
+        "max_lines",
+        "random_fonts",
+        "size",
+        "use_images",
+        "watermark_threshold",
+    )
+}
+"""Where keys of earlier versions are now."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+
+class Config(Section):
     """The whole configuration, and where it was read from."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
-    shards: ShardsConfig = field(default_factory=ShardsConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    source: Path | None = None
-    """The TOML file, against whose folder relative paths are resolved."""
+    model: ModelConfig = ModelConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    inputs: InputsConfig = InputsConfig()
+    precompute: PrecomputeConfig = PrecomputeConfig()
+    shards: ShardsConfig = ShardsConfig()
+    train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    source: Annotated[Path | None, Field(exclude=True)] = None
+    """The TOML file, against whose folder relative paths are resolved. No TOML value can be one."""
 
     def resolve(self, path: str, key: str) -> Path:
         """Find a file or folder named in the configuration.
@@ -75,9 +93,19 @@ class Config:
                 return candidate
         raise DataError(f"config {key}: no file or folder {path!r}; looked at {', '.join(map(str, tried))}")
 
+    def load_network(self) -> NetworkConfig:
+        """Return the sizes of the network that `model.network` names.
+
+        Raises:
+            UsageError: its file is not one of a network.
+            DataError: its file is missing.
+        """
+        name = self.model.network
+        return load_network_config(name if name == "sd15" else self.resolve(name, "model.network"))
+
     def as_dict(self) -> dict[str, Any]:
-        """Return the resolved configuration as plain values, without the file's path."""
-        return {name: values for name, values in asdict(self).items() if name != "source"}
+        """Return the resolved configuration as JSON values, without the file's path."""
+        return self.model_dump(mode="json")
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -90,31 +118,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UsageError: the file is missing or not TOML, or a section, key, type or value is wrong.
     """
-    tables: dict[str, Any] = {}
-    where = "--set"
-    if path is not None:
-        where = str(path)
-        try:
-            tables = tomllib.loads(path.read_text())
-        except FileNotFoundError:
-            raise UsageError(f"config file {path}: no such file") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UsageError(f"config file {path}: {error}") from None
-    for override in overrides:
-        _apply_override(tables, override)
-    sections = {f.name: f for f in fields(Config) if f.name != "source"}
-    built: dict[str, Any] = {}
-    for name, table in tables.items():
-        if name not in sections:
-            raise UsageError(f"{where}: unknown section [{name}]{_nearest(name, sections)}")
-        if not isinstance(table, dict):
-            raise UsageError(f"{where}: {name} must be a section, as in [{name}]; received {table!r}")
-        factory = typing.cast(Any, sections[name].default_factory)
-        built[name] = _build(factory, table, name, where)
-    return Config(**built, source=None if path is None else path.resolve())
+    tables = {} if path is None else read_toml(path, "config file")
+    overridden = [_apply_override(tables, override) for override in overrides]
+    where = "--set" if path is None else str(path)
+    config = build(Config, tables, where, overridden=overridden, moved=MOVED)
+    return config if path is None else config.replace(source=path.resolve())
 
 
-def _apply_override(tables: dict[str, Any], override: str) -> None:
+def _apply_override(tables: dict[str, Any], override: str) -> str:
+    """Put a value into the tables; returns its dotted key."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
@@ -123,42 +135,10 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    target = tables.setdefault(section, {})
-    *parents, last = key.split(".")
+    target: Any = tables
+    *parents, last = (section, *key.split("."))
     for parent in parents:
         target = target.setdefault(parent, {}) if isinstance(target, dict) else {}
     if isinstance(target, dict):
         target[last] = value
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
-
-
-def _build(kind: Any, table: dict[str, Any], section: str, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise UsageError(f"{where}: unknown key {section}.{key}{_nearest(key, hints)}")
-        values[key] = _coerce(value, hints[key], f"{where}: {section}.{key}")
-    return kind(**values)
-
-
-def _coerce(value: Any, hint: Any, what: str) -> Any:
-    """Check a TOML value against a field's type; an integer is fine where a float is asked for."""
-    origin = typing.get_origin(hint)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if origin is dict and isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
-        return dict(value)
-    if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    expected = {tuple: "a list of strings", dict: "a table of strings"}.get(origin) or getattr(
-        hint, "__name__", hint
-    )
-    raise UsageError(f"{what}: received {value!r}, expected {expected}")
+    return name.strip()

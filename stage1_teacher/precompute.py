@@ -24,7 +24,7 @@ from shards.files.manifest import create_or_check
 from shards.files.plan import Plan, extend_plan
 from shards.remote.upload import Uploader
 from stage1_teacher.inputs.files import open_inputs
-from stage1_teacher.recording.identity import build_identity, describe_machine, describe_run, load_network
+from stage1_teacher.recording.identity import build_identity, describe_machine, describe_run
 from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import ShardMaker
 from stage1_teacher.recording.share import Share, choose_share
@@ -93,7 +93,7 @@ def precompute(
     load_teacher = functools.cache(lambda: Teacher.load(config))  # a finished set needs none
     with StopFlag() as stop, _repeatable():
         settings = DrawSettings.from_config(config)
-        inputs = open_inputs(annotations, prompts, config.precompute, settings.fonts, limit)
+        inputs = open_inputs(annotations, prompts, config.inputs, settings.fonts, limit)
         manifest, uncond = create_or_check(
             out,
             build_identity(config, settings),
@@ -132,13 +132,13 @@ def _open_keeper(
 ) -> RolloutKeeper | None:
     if folder is None:
         return None
-    network, settings = load_network(config), config.precompute
-    side = settings.size // network.stride
+    network = config.load_network()
+    side = config.inputs.size // network.stride
     return RolloutKeeper.open(
         folder,
         identity=identity,
         plan=plan,
-        settings=settings,
+        settings=config.precompute,
         latent_shape=(network.latent_channels, side, side),
     )
 
@@ -163,10 +163,10 @@ def _check_task(task_index: int, num_tasks: int) -> None:
 
 
 def _check_size(config: Config) -> None:
-    multiple, size = load_network(config).size_multiple, config.precompute.size
+    multiple, size = config.load_network().size_multiple, config.inputs.size
     if size % multiple:
         raise UsageError(
-            f"config precompute.size: received {size}, expected a multiple of {multiple} for this network"
+            f"config inputs.size: received {size}, expected a multiple of {multiple} for this network"
         )
 
 

@@ -41,6 +41,7 @@ from stage1_teacher.teacher.text_encoder import (
     load_clip,
 )
 from tests.golden_rule import RuleCheckpoint
+from tests.upstream_config import network_config_from_upstream
 
 Results = Iterator[tuple[str, Tensor]]
 GIVEN = "in."
@@ -82,7 +83,7 @@ def read_golden(path: Path) -> Golden:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"golden file {path}: {error}; expected the layout of golden/README.md") from None
-    config = NetworkConfig.from_upstream(meta["network"])
+    config = network_config_from_upstream(meta["network"])
     return Golden(
         path=path, tensors=tensors, meta=meta, config=config, weights=RuleCheckpoint(teacher_shapes(config))
     )

@@ -77,7 +77,7 @@ def main() -> None:
         f"model.checkpoint={work / 'anytext_v2.0.ckpt'}",
         f"model.clip={work / 'clip'}",
         "model.dtype=float32",
-        "precompute.size=256",
+        "inputs.size=256",
         "precompute.solver_steps=2",
         "precompute.batch_size=1",
         "train.max_steps=2",

@@ -123,7 +123,7 @@ def test_without_brings_the_whole_teacher_and_every_part_left_out_changes_the_im
     write_annotations(tmp_path / "a.json", annotation(0, annotations=[line]))
     result = run(
         *("evaluate", "--config", folder / "config.toml", "--annotations", tmp_path / "a.json"),
-        *("--no-teacher", "--set", "precompute.edit_fraction=0", "--out", tmp_path / "out"),
+        *("--no-teacher", "--set", "inputs.edit_fraction=0", "--out", tmp_path / "out"),
         *("--set", "precompute.guidance_scale=50"),  # made-up weights hardly hear what they are told
         *(word for part in parts for word in ("--without", part)),
     )
@@ -144,7 +144,7 @@ def test_the_ground_is_compared_with_the_true_image_where_the_caption_alone_tell
 ) -> None:
     for share, compared in (("0", 3), ("1", 0)):
         out = tmp_path / share
-        more = ("--truth", "--teacher", "trailing:2", "--set", f"precompute.edit_fraction={share}")
+        more = ("--truth", "--teacher", "trailing:2", "--set", f"inputs.edit_fraction={share}")
         result = evaluate(folder, out, *more)
         assert result.exit_code == 0, result.output
         rows = summary_of(out)
@@ -202,7 +202,7 @@ def test_the_benchmarks_annotations_score_a_folder_of_its_images(tmp_path: Path)
 def test_fonts_of_scored_images_lie_beside_their_configuration(tmp_path: Path) -> None:
     images, layouts = draw_layouts("benchmark", 1, 96, (16, 20))
     shutil.copy("models/fonts/DejaVuSans.ttf", tmp_path / "mine.ttf")
-    (tmp_path / "config.toml").write_text('[teacher.fonts]\nmine = "mine.ttf"\n')
+    (tmp_path / "config.toml").write_text('[inputs.fonts]\nmine = "mine.ttf"\n')
     (tmp_path / "theirs").mkdir()
     Image.fromarray(images[0]).save(tmp_path / "theirs" / f"{layouts[0].name}_0.png")
     polygon = [list(corner) for corner in layouts[0].lines[0].polygon]
@@ -228,7 +228,7 @@ def test_fonts_of_scored_images_lie_beside_their_configuration(tmp_path: Path) -
         (("--without", ""), 2, "--without: received nothing, expected one of attnx, caption"),
         (("--adapter", "nowhere"), 3, "nowhere: no adapter there"),
         (("--set", "evaluate.recognizer=tesseract"), 2, "received 'tesseract'"),
-        (("--set", "evaluate.batch_size=0"), 2, "config evaluate.batch_size"),
+        (("--set", "evaluate.batch_size=0"), 2, "evaluate.batch_size: received 0, expected at least 1"),
         (("--images", "nowhere"), 3, "nowhere: no such folder"),
         (("--set", "evaluate.fid_weights=nowhere.pt"), 3, "config evaluate.fid_weights: no file or folder"),
         (("--set", "evaluate.fid_weights=README.md"), 2, "FID compares with the true images; add --truth"),

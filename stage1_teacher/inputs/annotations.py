@@ -4,7 +4,7 @@
     {"polygon": [[x, y], ...], "text": "...", "language": "Latin", "valid"?: true, "color"?: [r, g, b],
      "font"?: "...", "glyph_map"?: true, "pos"?: ..., "rec_score"?: ...}]}]}
 
-Two fields are our additions. `font`, for data that knows its fonts: a name of [teacher.fonts], or a file.
+Two fields are our additions. `font`, for data that knows its fonts: a name of [inputs.fonts], or a file.
 `glyph_map`: false leaves a line out of the glyph map, so that its embedding alone says what it reads.
 """
 

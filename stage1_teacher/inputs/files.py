@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from common.config import PrecomputeConfig
+from common.config import InputsConfig
 from common.errors import DataError
 from stage1_teacher.inputs.annotations import Annotations
 from stage1_teacher.inputs.input import Content
@@ -80,7 +80,7 @@ class Inputs:
 def open_inputs(
     annotations: Sequence[Path],
     prompts: Sequence[Path],
-    settings: PrecomputeConfig,
+    settings: InputsConfig,
     fonts: Mapping[str, Path],
     limit: int | None = None,
 ) -> Inputs:

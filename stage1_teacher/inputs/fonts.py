@@ -60,12 +60,12 @@ def font_sha256(path: Path) -> str:
 
 
 def configured_fonts(config: Config) -> dict[str, Path]:
-    """Return the files of [teacher.fonts] by name.
+    """Return the files of [inputs.fonts] by name.
 
     Raises:
         DataError: a file is missing.
     """
-    return {name: config.resolve(path, f"teacher.fonts.{name}") for name, path in config.teacher.fonts.items()}
+    return {name: config.resolve(path, f"inputs.fonts.{name}") for name, path in config.inputs.fonts.items()}
 
 
 def line_identity(line: Any, fields: Sequence[str], fonts: Mapping[str, Path], folder: Path) -> Any:
@@ -103,7 +103,7 @@ def find_font(font: Any, fonts: Mapping[str, Path], folder: Path, where: str) ->
     if path is None:
         raise InputFailure(
             "bad font",
-            f"{where}: font {font!r:.60} is no file and no font of [teacher.fonts];"
+            f"{where}: font {font!r:.60} is no file and no font of [inputs.fonts];"
             f" {nearest(font, fonts) if fonts else 'that table is empty: add NAME = FILE to it'}",
         )
     try:

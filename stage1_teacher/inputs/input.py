@@ -72,13 +72,13 @@ class Content:
     caption: str
     """Of the image, the watermark phrase included; may be empty."""
     lines: tuple[Line, ...]
-    """All of them, also those beyond `precompute.max_lines`."""
+    """All of them, also those beyond `inputs.max_lines`."""
     image: Path | None = None
     """Image file, checked to lie where it may; None if the input has none."""
     frame: float | None = None
     """Side in pixels of the square that polygons refer to; None: the image's own size."""
     mode: str | None = None
-    """"generate" or "edit"; None: `precompute.edit_fraction` decides."""
+    """"generate" or "edit"; None: `inputs.edit_fraction` decides."""
     seed: int | None = None
     """Keys the input's noise; None: `precompute.seed`."""
     name: str = ""
@@ -118,7 +118,7 @@ def check_fields(value: dict[str, Any], known: Collection[str], where: str, igno
     if unknown:
         raise DataError(
             f"{where}: unknown field {unknown[0]!r}; {nearest(unknown[0], known)}"
-            " (if it is harmless, add it to precompute.ignore_fields)"
+            " (if it is harmless, add it to inputs.ignore_fields)"
         )
 
 

@@ -6,10 +6,10 @@
 | --- | --- |
 | caption | what the image shows |
 | lines | each with text, and box [x0, y0, x1, y1] or polygon [[x, y], ...]; see below |
-| size | side in pixels of the square that boxes refer to; default `precompute.size` |
+| size | side in pixels of the square that boxes refer to; default `inputs.size` |
 | seed | keys this prompt's noise; default `precompute.seed` |
 | image | file beside the prompts file, for font hints and edit mode |
-| mode | "generate" or "edit"; default: `precompute.edit_fraction` decides where there is an image |
+| mode | "generate" or "edit"; default: `inputs.edit_fraction` decides where there is an image |
 
 A line may also have color, font, language, and glyph_map: false leaves it out of the glyph map, so that its
 embedding alone says what it reads.

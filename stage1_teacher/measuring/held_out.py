@@ -218,14 +218,10 @@ ABLATIONS: dict[str, Callable[[DrawnInput], DrawnInput]] = {
 
 def describe_settings(config: Config, settings: DrawSettings) -> dict[str, Any]:
     """Return what the drawing of held-out inputs depends on besides the inputs, as JSON values."""
-    names = ("seed", "size", "edit_fraction", "max_lines", "max_chars", "use_images", "random_fonts")
-    return {
-        "precompute": {name: getattr(config.precompute, name) for name in names},
-        "teacher": {
-            "prompt_suffix": config.teacher.prompt_suffix,
-            "negative_prompt": config.teacher.negative_prompt,
-            "font_hint_prob": config.teacher.font_hint_prob,
-        },
+    names = {"size", "edit_fraction", "max_lines", "max_chars", "use_images", "random_fonts"}
+    return {  # under the names that these keys had first: evaluations begun before go on
+        "precompute": {"seed": config.precompute.seed, **config.inputs.model_dump(include=names)},
+        "teacher": {**config.teacher.model_dump(), "font_hint_prob": config.inputs.font_hint_prob},
         "fonts": {
             "default": font_sha256(settings.font)[:16],
             "named": {name: font_sha256(path)[:16] for name, path in sorted(settings.fonts.items())},

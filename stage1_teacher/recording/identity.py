@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import socket
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from PIL import features
 
-from common.anytext2.config import NetworkConfig, load_network_config
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.machine import describe_device, installed_versions
@@ -28,8 +26,10 @@ from stage1_teacher.rendering.rendered_input import DrawSettings
 RECIPE = 1
 """Version of how inputs are drawn, captioned and solved; raised with every change that alters a record."""
 
-_NOT_IDENTITY = ("max_failures", "ignore_fields", "draw_workers")
-"""Settings of `precompute` that change no record."""
+_NOT_IDENTITY = {"ignore_fields", "max_failures", "draw_workers"}
+"""Settings of `inputs` and `precompute` that change no record."""
+_OTHERWISE = {"font", "fonts", "font_hint_prob"}
+"""Settings of `inputs` that the identity holds elsewhere: fonts by their content, the rest as of the teacher."""
 _PACKAGES = (
     "diffusers",
     "numpy",
@@ -43,12 +43,6 @@ _PACKAGES = (
 _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
-def load_network(config: Config) -> NetworkConfig:
-    """Return the network's sizes that a configuration names."""
-    name = config.model.network
-    return load_network_config(name if name == "sd15" else config.resolve(name, "model.network"))
-
-
 def build_identity(config: Config, settings: DrawSettings) -> dict[str, Any]:
     """Collect what decides the records.
 
@@ -60,8 +54,7 @@ def build_identity(config: Config, settings: DrawSettings) -> dict[str, Any]:
         DataError: one of them is missing or unreadable.
     """
     checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
-    precompute = {k: v for k, v in asdict(config.precompute).items() if k not in _NOT_IDENTITY}
-    teacher = {k: v for k, v in asdict(config.teacher).items() if k not in ("font", "fonts")}
+    inputs = config.inputs.model_dump(mode="json", exclude=_NOT_IDENTITY | _OTHERWISE)
     grid = trailing_timesteps(config.precompute.solver_steps).tolist()
     rollout = config.precompute.source == "rollout"
     return {
@@ -69,11 +62,11 @@ def build_identity(config: Config, settings: DrawSettings) -> dict[str, Any]:
         "teacher_fingerprint": fingerprint(checkpoint, "teacher"),
         "base_fingerprint": fingerprint(checkpoint, "base"),
         "tokenizer_sha256": _hash_tokenizer(config.resolve(config.model.clip, "model.clip")),
-        "network": asdict(load_network(config)),
-        "config": {
+        "network": config.load_network().model_dump(mode="json"),
+        "config": {  # under the names that these keys had first: sets begun before go on
             "model": {"dtype": config.model.dtype},
-            "teacher": teacher,
-            "precompute": precompute,
+            "teacher": {**config.teacher.model_dump(), "font_hint_prob": config.inputs.font_hint_prob},
+            "precompute": {**config.precompute.model_dump(exclude=_NOT_IDENTITY), **inputs},
             "shards": {"samples_per_shard": config.shards.samples_per_shard},
         },
         "fonts": {

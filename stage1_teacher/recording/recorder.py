@@ -98,9 +98,6 @@ class Recorder:
         """
         self._teacher, self._settings = teacher, settings
         self._uncond, self._whole_rollouts = uncond.to(teacher.device, torch.float32), whole_rollouts
-        network = teacher.network
-        side = settings.size // network.stride
-        self._latent_shape = (network.latent_channels, side, side)
         self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
 
@@ -137,7 +134,7 @@ class Recorder:
     def _draw_noise(self, item: _Item, count: int = 1) -> Tensor:
         """Draw on the CPU, so that devices agree, (count, C, h, w)."""
         generator = torch.Generator().manual_seed(item.seed)
-        return torch.randn((count, *self._latent_shape), generator=generator)
+        return torch.randn((count, *item.conditioning.masked_latents.shape), generator=generator)
 
     def _solve(self, batch: Sequence[_Item]) -> tuple[_Solved, Tensor | None]:
         rollout = solve(

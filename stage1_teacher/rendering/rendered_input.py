@@ -58,20 +58,20 @@ class DrawSettings:
         Raises:
             DataError: a font file is missing or no font.
         """
-        font = config.resolve(config.teacher.font, "teacher.font")
+        font = config.resolve(config.inputs.font, "inputs.font")
         fonts = configured_fonts(config)
         for path in (font, *fonts.values()):
             load_font(path, 32)
         return DrawSettings(
             seed=config.precompute.seed,
-            size=config.precompute.size,
+            size=config.inputs.size,
             font=font,
             fonts=fonts,
-            random_fonts=config.precompute.random_fonts,
-            font_hint_prob=config.teacher.font_hint_prob,
-            edit_fraction=config.precompute.edit_fraction,
-            max_lines=config.precompute.max_lines,
-            max_chars=config.precompute.max_chars,
+            random_fonts=config.inputs.random_fonts,
+            font_hint_prob=config.inputs.font_hint_prob,
+            edit_fraction=config.inputs.edit_fraction,
+            max_lines=config.inputs.max_lines,
+            max_chars=config.inputs.max_chars,
             prompt_suffix=config.teacher.prompt_suffix,
             needs_image=config.precompute.source == "noised",
         )

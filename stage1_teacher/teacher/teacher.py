@@ -17,7 +17,7 @@ from common.anytext2.checkpoint import (
     load_vae,
 )
 from common.anytext2.conditioning import Conditioning, Uncond
-from common.anytext2.config import NetworkConfig, load_network_config
+from common.anytext2.config import NetworkConfig
 from common.anytext2.denoiser import Denoiser
 from common.anytext2.vae import VAE
 from common.config import Config
@@ -51,9 +51,7 @@ class Teacher:
             UsageError: the configuration names no network or checkpoint.
             DataError: the checkpoint is missing, unreadable or of another network.
         """
-        model = config.model
-        name = model.network
-        network = load_network_config(name if name == "sd15" else config.resolve(name, "model.network"))
+        model, network = config.model, config.load_network()
         checkpoint = CheckpointFile(config.resolve(model.checkpoint, "model.checkpoint"))
         tokenizer_folder = config.resolve(model.clip, "model.clip")
         return cls.from_checkpoint(

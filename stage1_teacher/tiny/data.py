@@ -3,7 +3,7 @@
     python -m stage1_teacher.tiny.data --count 64 --out demo/data --seed 0
 
 Image `index` of a seed is the same whatever the count. Lines name their fonts as configs/tiny.toml does: a
-configuration of one's own needs its table [teacher.fonts].
+configuration of one's own needs its table [inputs.fonts].
 """
 
 from __future__ import annotations

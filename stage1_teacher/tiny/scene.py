@@ -32,7 +32,7 @@ FONTS = {
     "SourceSerifPro-Bold.otf": 0.08,
 }
 """Font files, and their shares of the lines. An annotation names the file without its extension, as the table
-[teacher.fonts] of configs/tiny.toml does."""
+[inputs.fonts] of configs/tiny.toml does."""
 CAPITALS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 SMALL = "abdefghkmnpqrtuy"
 DIGITS = "23456789"

@@ -45,7 +45,7 @@ def _train(run: Training) -> str:
 
 
 def _settings(config: Mapping[str, Any]) -> list[str]:
-    defaults = json.loads(json.dumps(Config().as_dict()))  # lists for tuples, as in the file
+    defaults = Config().as_dict()
     words = []
     for section in _SECTIONS:
         values = config.get(section)

@@ -18,7 +18,7 @@ from common.errors import DataError
 from common.files import write_bytes_atomic
 from stage2_student.student.adapter import Card, attach_adapter, load_tensors, read_card
 from stage2_student.student.lora import adapted_layers, merge
-from stage2_student.student.student import Student, load_base, network_of
+from stage2_student.student.student import Student, load_base
 
 FORMATS = ("diffusers", "kohya", "merged")
 KOHYA_PREFIXES = {"unet": "lora_unet", "writenet": "lora_controlnet"}
@@ -108,7 +108,7 @@ def export_merged(config: Config, adapter: Path, out: Path) -> int:
 
 def _merge(student: Student, config: Config) -> dict[str, Tensor]:
     """Merge the adapters and return the changed tensors, by the checkpoint's keys."""
-    network, changed = network_of(config), {}
+    network, changed = config.load_network(), {}
     parts: dict[str, nn.Module] = {"unet": student.unet, "writenet": student.writenet}
     for part, model in parts.items():
         merged = merge(model)

@@ -21,7 +21,7 @@ from common.schedule import diffuse
 from common.seeding import generator
 from stage2_student.student.adapter import Card, attach_adapter, find_adapter, read_card
 from stage2_student.student.lora import merge
-from stage2_student.student.student import DTYPES, Student, load_base, network_of
+from stage2_student.student.student import DTYPES, Student, load_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -121,7 +121,7 @@ def load_decoder(config: Config) -> VAE:
     """
     checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
     device = resolve_device(config.model.device)
-    return load_vae(network_of(config), checkpoint, DTYPES[config.model.dtype], device)
+    return load_vae(config.load_network(), checkpoint, DTYPES[config.model.dtype], device)
 
 
 @torch.no_grad()

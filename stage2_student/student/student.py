@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from common.anytext2.checkpoint import load_denoiser
-from common.anytext2.config import NetworkConfig, load_network_config
 from common.anytext2.denoiser import Denoiser
 from common.config import Config
 from stage2_student.student.lora import Adapted, adapt, find_targets, lora_parameters
@@ -44,17 +43,6 @@ def split_parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def network_of(config: Config) -> NetworkConfig:
-    """Return the sizes of the configured network.
-
-    Raises:
-        UsageError: the network file is not one.
-        DataError: it is missing.
-    """
-    name = config.model.network
-    return load_network_config(name if name == "sd15" else config.resolve(name, "model.network"))
-
-
 def training_dtype(config: Config) -> torch.dtype:
     """Return the frozen weights' type in training.
 
@@ -76,7 +64,7 @@ def load_base(config: Config, dtype: torch.dtype, device: torch.device | str) ->
     Raises:
         DataError: the checkpoint is missing, unreadable, or of another network.
     """
-    network = network_of(config)
+    network = config.load_network()
     checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
     base = load_denoiser(network, checkpoint, dtype, device)
     return Student(base.unet, base.writenet), checkpoint

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from common.anytext2.config import NetworkConfig, UNetConfig, VaeConfig, load_network_config
 from common.errors import DataError, UsageError
+from tests.upstream_config import network_config_from_upstream
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "tiny.safetensors"
 
@@ -21,7 +22,7 @@ def upstream() -> dict[str, Any]:
 
 
 def test_upstream_settings_of_the_golden_network_are_understood(upstream: dict[str, Any]) -> None:
-    config = NetworkConfig.from_upstream(upstream)
+    config = network_config_from_upstream(upstream)
     assert config.unet.block_channels == (64, 128, 128)
     assert config.unet.has_attention == (True, True, False)
     assert set(config.unet.attnx_levels) == {0, 1}
@@ -30,13 +31,13 @@ def test_upstream_settings_of_the_golden_network_are_understood(upstream: dict[s
 
 
 def test_absent_optional_upstream_settings_take_upstreams_defaults(upstream: dict[str, Any]) -> None:
-    full = NetworkConfig.from_upstream(upstream)
+    full = network_config_from_upstream(upstream)
     for key in ("use_checkpoint", "legacy", "input_attnx", "mid_attnx", "transformer_depth", "image_size"):
         del upstream["unet"][key]
     for key in ("glyph_scale", "fast_control", "num_heads"):
         del upstream["writenet"][key]
     del upstream["scale_factor"], upstream["clip"]["hidden_act"], upstream["vae"]["dropout"]
-    assert NetworkConfig.from_upstream(upstream) == full
+    assert network_config_from_upstream(upstream) == full
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_upstream_settings_that_no_network_of_ours_has_are_refused_by_name(
 ) -> None:
     upstream[table][key] = value
     with pytest.raises(DataError, match=key):
-        NetworkConfig.from_upstream(upstream)
+        network_config_from_upstream(upstream)
 
 
 def test_sd15_has_the_released_sizes() -> None:
@@ -74,7 +75,7 @@ def test_a_toml_file_sets_sizes_and_the_rest_keeps_the_released_ones(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[unet]\nmodel_chanels = 32", "unknown key model_chanels; did you mean model_channels"),
+        ("[unet]\nmodel_chanels = 32", "unknown key unet.model_chanels; did you mean model_channels"),
         ('[unet]\nmodel_channels = "32"', "received '32', expected int"),
         ("[unet]\nmodel_channels = 40", "a multiple of 32"),
         ("[unet]\nnum_heads = 7", "unet.num_heads"),

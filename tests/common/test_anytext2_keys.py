@@ -13,6 +13,7 @@ from common.anytext2.keys import PREFIXES, key_table, part_of
 from common.anytext2.unet import UNet
 from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
+from tests.upstream_config import network_config_from_upstream
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PARTS: dict[str, type[nn.Module]] = {"unet": UNet, "writenet": WriteNet, "vae": VAE}
@@ -22,7 +23,7 @@ def config_of(which: str) -> NetworkConfig:
     if which == "sd15":
         return NetworkConfig.sd15()
     with safe_open(GOLDEN / "tiny.safetensors", framework="pt") as file:
-        return NetworkConfig.from_upstream(json.loads(file.metadata()["meta"])["network"])
+        return network_config_from_upstream(json.loads(file.metadata()["meta"])["network"])
 
 
 @pytest.mark.parametrize("which", ["tiny", "sd15"])

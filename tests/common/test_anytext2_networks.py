@@ -13,9 +13,9 @@ from common.anytext2.checkpoint import load_unet, load_vae, load_writenet
 from common.anytext2.conditioning import pad_contexts
 from common.anytext2.config import NetworkConfig, VaeConfig
 from common.anytext2.hints import Hints
-from common.anytext2.initialise import zero_output_layers
 from common.anytext2.unet import AttnXBlock, UNet
 from common.anytext2.writenet import WriteNet
+from tests.initialise import zero_output_layers
 from tests.small_network import SMALL, base_checkpoint
 
 
@@ -186,7 +186,7 @@ def test_zeroed_output_layers_start_silent_and_learn() -> None:
 
 def test_the_network_definition_loads_no_text_encoder_and_no_ocr() -> None:
     code = (
-        "import sys, common.anytext2.checkpoint, common.anytext2.fingerprint, common.anytext2.initialise\n"
+        "import sys, common.anytext2.checkpoint, common.anytext2.fingerprint\n"
         "names = ('transformers.models.clip', 'onnxruntime', 'cv2', 'stage1_teacher', 'rapidocr_onnxruntime')\n"
         "print([m for m in sys.modules if m.startswith(names)])"
     )

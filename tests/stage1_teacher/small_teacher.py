@@ -50,14 +50,15 @@ clip = "{ROOT / "models" / "tiny" / "clip"}"
 device = "cpu"
 [teacher]
 prompt_suffix = "fine"
-font = "{FONT}"
-[precompute]
+[inputs]
 size = 64
+font = "{FONT}"
+edit_fraction = 0.5
+[precompute]
 solver_steps = 4
 record_every = 2
 guidance_scale = 3.0
 batch_size = 2
-edit_fraction = 0.5
 [shards]
 samples_per_shard = 3
 """

@@ -337,7 +337,7 @@ def test_a_run_with_other_settings_is_refused_and_the_difference_named(
         "precompute.seed=1": r"config\.precompute\.seed: received 1",
         "teacher.prompt_suffix=bad": r"config\.teacher\.prompt_suffix",
         "shards.samples_per_shard=4": r"samples_per_shard",
-        f"teacher.font={ROOT / 'models/fonts/DejaVuSans-Bold.ttf'}": r"fonts\.default",
+        f"inputs.font={ROOT / 'models/fonts/DejaVuSans-Bold.ttf'}": r"fonts\.default",
     }
     for override, message in cases.items():
         with pytest.raises(DataError, match=message):
@@ -377,7 +377,7 @@ def test_noised_records_hold_noised_data_latents(place: Place, tmp_path: Path) -
     ]
     config = load(place.config, *overrides)
     teacher, settings = Teacher.load(config), DrawSettings.from_config(config)
-    inputs = open_inputs([place.annotations], [], config.precompute, {})
+    inputs = open_inputs([place.annotations], [], config.inputs, {})
     all_timesteps = set()
     for index, record in enumerate(ShardSet.open(out)):
         timesteps = record.rollout_timesteps
@@ -401,7 +401,7 @@ def test_a_recorder_gives_one_record_per_input_in_any_company(place: Place, fini
     config = load(place.config)
     settings = DrawSettings.from_config(config)
     shards = ShardSet.open(finished)
-    inputs = open_inputs([place.annotations], [place.prompts], config.precompute, {})
+    inputs = open_inputs([place.annotations], [place.prompts], config.inputs, {})
     recorder = Recorder(Teacher.load(config), shards.uncond, config.precompute)
     (recorded,) = recorder.record([draw_input(inputs[5], settings)])
     (alone,) = recorded.records  # recorded beside a shorter caption
@@ -414,9 +414,9 @@ def test_a_recorder_gives_one_record_per_input_in_any_company(place: Place, fini
 
 def test_wrong_settings_are_one_line(place: Place, tmp_path: Path) -> None:
     cases: dict[str, tuple[type[Exception], str]] = {
-        "precompute.size=72": (UsageError, "precompute.size: received 72, expected a multiple of 16"),
-        "teacher.font=none.ttf": (DataError, "teacher.font: no file or folder 'none.ttf'"),
-        f"teacher.font={place.config}": (DataError, "expected a TrueType"),
+        "inputs.size=72": (UsageError, "inputs.size: received 72, expected a multiple of 16"),
+        "inputs.font=none.ttf": (DataError, "inputs.font: no file or folder 'none.ttf'"),
+        f"inputs.font={place.config}": (DataError, "expected a TrueType"),
         "model.checkpoint=": (UsageError, "model.checkpoint is empty"),
         "model.checkpoint=none.ckpt": (DataError, "model.checkpoint: no file"),
         "model.network=sd15": (DataError, "teacher.safetensors"),

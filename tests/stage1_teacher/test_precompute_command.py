@@ -79,7 +79,7 @@ def test_errors_are_one_line_with_the_documented_exit_code(folder: Path, tmp_pat
         (
             2,
             "model.checkpoint is empty",
-            (*prompts, "--out", tmp_path / "out", "--set", f"teacher.font={FONT}"),
+            (*prompts, "--out", tmp_path / "out", "--set", f"inputs.font={FONT}"),
         ),
     ]
     for code, message, arguments in cases:

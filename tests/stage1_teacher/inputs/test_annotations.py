@@ -160,7 +160,7 @@ def test_an_unknown_field_is_one_line_that_names_it_and_the_nearest(folder: Path
         with pytest.raises(DataError, match=message) as caught:
             Annotations(write(folder, *entries))
         assert not isinstance(caught.value, InputFailure)
-        assert "precompute.ignore_fields" in str(caught.value)
+        assert "inputs.ignore_fields" in str(caught.value)
     with pytest.raises(DataError, match=r"unknown field 'version'"):
         Annotations(write(folder, entry(), version=2))
     ignoring = Annotations(write(folder, entry(zzz=1), version=2), ignored_fields=["zzz", "version"])

@@ -36,7 +36,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held_out_of(config_path: Path, annotations: Path, count: int = 10, *overrides: str) -> HeldOut:
     config = load(config_path, *overrides)
     settings = DrawSettings.from_config(config)
-    return HeldOut(open_inputs([annotations], [], config.precompute, settings.fonts), settings, count)
+    return HeldOut(open_inputs([annotations], [], config.inputs, settings.fonts), settings, count)
 
 
 def test_items_say_what_is_drawn_in_pixels_of_the_image(config_path: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_true_image_is_the_file_at_the_drawn_size_and_prompts_have_none(
     assert abs(image.mean() - file.mean()) < 3
     config = load(config_path)
     settings = DrawSettings.from_config(config)
-    prompts = open_inputs([], [write_prompts(tmp_path / "p.jsonl", 1)], config.precompute, settings.fonts)
+    prompts = open_inputs([], [write_prompts(tmp_path / "p.jsonl", 1)], config.inputs, settings.fonts)
     without = HeldOut(prompts, settings, 1)
     with pytest.raises(UsageError, match="there is no true image"):
         without.true_image(without.items[0].input_id)
@@ -160,8 +160,8 @@ def test_every_part_left_out_changes_what_the_embedded_teacher_draws(tmp_path: P
     (tmp_path / "imgs").mkdir()
     entry = write_scene(tmp_path, scene, "a.png")
     (tmp_path / "a.json").write_text(json.dumps({"data_root": "imgs", "data_list": [entry]}))
-    config = load(ROOT / "configs" / "tiny.toml", "precompute.edit_fraction=0")
-    held_out = held_out_of(ROOT / "configs" / "tiny.toml", tmp_path / "a.json", 1, "precompute.edit_fraction=0")
+    config = load(ROOT / "configs" / "tiny.toml", "inputs.edit_fraction=0")
+    held_out = held_out_of(ROOT / "configs" / "tiny.toml", tmp_path / "a.json", 1, "inputs.edit_fraction=0")
     teacher, ids = Teacher.load(config), [held_out.items[0].input_id]
     parts = [*ABLATIONS, "attnx+writenet", "glyph-embedding+caption"]
     drawers = teacher_drawers(config, held_out, lambda: (teacher, teacher.unconditional()), [], parts)
@@ -185,8 +185,8 @@ def test_undrawn_items_follow_the_benchmarks_cut_and_names(tmp_path: Path) -> No
     lines = [{"polygon": polygon, "text": f"line {i} {'x' * 30}", "language": "Latin"} for i in range(25)]
     lines[0]["valid"], lines[3]["glyph_map"] = False, False
     path = write_annotations(tmp_path / "a.json", annotation(0, img_name="000123.new.jpg", annotations=lines))
-    config = load(None, "precompute.use_images=false")  # type: ignore[arg-type]
-    (item,) = read_undrawn(open_inputs([path], [], config.precompute, {}), 64)
+    config = load(None, "inputs.use_images=false")  # type: ignore[arg-type]
+    (item,) = read_undrawn(open_inputs([path], [], config.inputs, {}), 64)
     assert item.name == image_stem("some/000123.new.jpg") == "000123"
     assert len(item.texts) == 20
     assert [place for place, shown in enumerate(item.in_glyph_map) if not shown] == [2]

@@ -226,8 +226,8 @@ def test_noised_records_need_an_image(tmp_path: Path) -> None:
 
 def test_settings_check_their_fonts(tmp_path: Path) -> None:
     shutil.copy(FONT, tmp_path / "copy.ttf")
-    (tmp_path / "config.toml").write_text('[teacher]\nfont = "copy.ttf"\n[teacher.fonts]\nbold = "bold.ttf"\n')
-    with pytest.raises(DataError, match=r"teacher\.fonts\.bold: no file or folder 'bold\.ttf'"):
+    (tmp_path / "config.toml").write_text('[inputs]\nfont = "copy.ttf"\n[inputs.fonts]\nbold = "bold.ttf"\n')
+    with pytest.raises(DataError, match=r"inputs\.fonts\.bold: no file or folder 'bold\.ttf'"):
         DrawSettings.from_config(load_config(tmp_path / "config.toml"))
     shutil.copy(BOLD, tmp_path / "bold.ttf")
     settings = DrawSettings.from_config(load_config(tmp_path / "config.toml"))

@@ -11,6 +11,7 @@ from common.anytext2.checkpoint import export_state
 from common.anytext2.config import NetworkConfig
 from common.anytext2.keys import PREFIXES
 from stage1_teacher.teacher.keys import part_builders, teacher_shapes
+from tests.upstream_config import network_config_from_upstream
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -19,7 +20,7 @@ def config_of(which: str) -> NetworkConfig:
     if which == "sd15":
         return NetworkConfig.sd15()
     with safe_open(GOLDEN / "tiny.safetensors", framework="pt") as file:
-        return NetworkConfig.from_upstream(json.loads(file.metadata()["meta"])["network"])
+        return network_config_from_upstream(json.loads(file.metadata()["meta"])["network"])
 
 
 @pytest.mark.parametrize(("which", "count"), [("tiny", 1271), ("sd15", 2047)])

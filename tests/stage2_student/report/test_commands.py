@@ -41,7 +41,7 @@ def training_of(folder: Path, config: dict[str, object], location: str, **exclud
 def test_a_training_command_resolves_to_the_same_configuration(tmp_path: Path) -> None:
     sets = ('lora.targets=["to_q","ff.*"]', "train.loss=l2", 'model.checkpoint="true"', "train.learning_rate=1e-5")
     config = load_config(PROJECT_ROOT / "configs" / "tiny.toml", sets)
-    kept = json.loads(json.dumps(config.as_dict()))
+    kept = config.as_dict()
     command, *_ = commands(data_of(tmp_path, training_of(tmp_path / "a run", kept, "s3://bucket/set")), OUT, "t")
     program, script, *arguments = shlex.split(command)
     assert (program, script) == ("python", "pipeline.py")

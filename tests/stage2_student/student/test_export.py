@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,4 +142,4 @@ def test_merging_with_another_base_or_over_it_is_refused(config: Config, adapter
         card.replace(fingerprint(base_folder / "base.safetensors", "base"), "f" * 64)
     )
     with pytest.raises(DataError, match="trained on the base ffffffffffff"):
-        export_merged(replace(config), adapter, base_folder / "merged.safetensors")
+        export_merged(config, adapter, base_folder / "merged.safetensors")

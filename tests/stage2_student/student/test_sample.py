@@ -147,7 +147,7 @@ def test_an_adapter_of_another_base_is_refused(
     tensors["model.diffusion_model.out.2.bias"] += 1
     write_checkpoint(tmp_path / "other.safetensors", tensors)
     other = configure()
-    other = replace(other, model=replace(other.model, checkpoint=str(tmp_path / "other.safetensors")))
+    other = other.replace(model=other.model.replace(checkpoint=str(tmp_path / "other.safetensors")))
     with pytest.raises(DataError, match=r"trained on the base .* received the base"):
         Sampler.load(other, adapter)
 
