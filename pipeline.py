@@ -27,9 +27,7 @@ from common.signals import StopFlag
 
 if TYPE_CHECKING:
     from common.anytext2.conditioning import Uncond
-    from stage1_teacher.measuring.held_out import Item
     from stage1_teacher.teacher.teacher import Teacher
-    from stage2_student.evaluation.layouts import Layout
     from stage2_student.evaluation.runs import Drawn, Job, Plan, Run
 
 TRUE_IMAGES = "true images"
@@ -769,27 +767,6 @@ def _named_path(text: str) -> tuple[str, Path]:
     return Path(text).resolve().name, Path(text)
 
 
-def layouts_of(items: Iterable[Item]) -> list[Layout]:
-    """Hand stage one's held-out inputs over to stage two's measurement."""
-    from stage2_student.evaluation.layouts import Layout, Line
-
-    return [
-        Layout(
-            layout_id=item.input_id,
-            size=item.size,
-            lines=tuple(
-                Line(text=text, polygon=polygon, color=color, in_glyph_map=in_glyph_map)
-                for text, polygon, color, in_glyph_map in zip(
-                    item.texts, item.polygons, item.colors, item.in_glyph_map, strict=True
-                )
-            ),
-            caption=item.caption,
-            name=item.name,
-        )
-        for item in items
-    ]
-
-
 def _images_to_score(
     config: Config, annotations: tuple[Path, ...], prompts: tuple[Path, ...], images: Path
 ) -> tuple[Plan, dict[str, Any], Iterable[Run]]:
@@ -802,7 +779,7 @@ def _images_to_score(
 
     without_images = config.inputs.replace(use_images=False)
     inputs = open_inputs(annotations, prompts, without_images, configured_fonts(config))
-    layouts = layouts_of(read_undrawn(inputs, config.inputs.size))
+    layouts = read_undrawn(inputs, config.inputs.size)
     plan = Plan(
         layouts=layouts,
         samples_per_layout=count_samples(images, layouts),
@@ -871,10 +848,9 @@ def _runs_to_evaluate(
                 decode=lambda latents: decode(load()[0].vae, latents),
             )
 
-    told = {item.input_id for item in held_out.items if item.ground_is_told}
     plan = Plan(
-        layouts=layouts_of(held_out.items),
-        truth=lambda layout: held_out.true_image(layout.layout_id) if layout.layout_id in told else None,
+        layouts=held_out.layouts,
+        truth=lambda layout: held_out.true_ground(layout.layout_id),
         samples_per_layout=config.evaluate.samples_per_layout,
         batch_size=config.evaluate.batch_size,
         keep_images=config.evaluate.keep_images,

@@ -16,7 +16,7 @@ from PIL import Image
 from common.anytext2.fingerprint import fingerprint
 from common.schedule import trailing_timesteps
 from pipeline import cli
-from stage1_teacher.measuring.held_out import ABLATIONS
+from stage1_teacher.measuring.ablations import ABLATIONS
 from stage2_student.student.adapter import Card, save_adapter
 from stage2_student.student.student import add_adapters, load_base
 from tests.stage1_teacher.small_teacher import annotation, load, write_annotations, write_teacher
