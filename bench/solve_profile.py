@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import pipeline
 from common.anytext2.denoiser import guide, predict_branches
 from common.config import PROJECT_ROOT, load_config
 from common.ddim import Predict, integrate, parse_grid
@@ -71,13 +70,13 @@ def main() -> None:
     config = load_config(options.config, [*options.set, "inputs.edit_fraction=0"])
     settings = DrawSettings.from_config(config)
     held = HeldOut(open_inputs([options.annotations], [], config.inputs, settings.fonts), settings, options.count)
-    layouts = pipeline.layouts_of(held.items)
+    layouts = held.layouts
     teacher = Teacher.load(config)
     scale, grid = config.precompute.guidance_scale, parse_grid(options.grid)
     uncond = teacher.unconditional() if scale != 1 else None
     on_the_way, from_truth = list[Tensor](), list[Tensor]()  # per batch: (N, B, C, h, w)
     truths, boxes = [], []
-    ids = [item.input_id for item in held.items]
+    ids = [layout.layout_id for layout in layouts]
     with torch.no_grad(), Progress(len(ids), "solving", "layout") as progress:
         for start in range(0, len(ids), options.batch):
             chunk = ids[start : start + options.batch]

@@ -9,16 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from common.anytext2.fingerprint import fingerprint
-from common.schedule import trailing_timesteps
 from pipeline import cli
-from stage1_teacher.measuring.held_out import ABLATIONS
-from stage2_student.student.adapter import Card, save_adapter
-from stage2_student.student.student import add_adapters, load_base
+from stage1_teacher.measuring.ablations import ABLATIONS
+from tests.fresh_student import write_fresh_student
 from tests.stage1_teacher.small_teacher import annotation, load, write_annotations, write_teacher
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
 
@@ -33,20 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     config = load(write_teacher(folder), "lora.rank=2")
     write_annotations(folder / "held_out.json", *map(annotation, range(3)))
-    student, checkpoint = load_base(config, torch.float32, "cpu")
-    add_adapters(student, config)
-    card = Card(
-        objective="phased",
-        sampler="ddim",
-        timesteps=tuple(trailing_timesteps(2).tolist()),
-        step=0,
-        rank=2,
-        alpha=config.lora.alpha,
-        base_fingerprint=fingerprint(checkpoint, "base"),
-        set_hash="none",
-        config={},
-    )
-    save_adapter(folder / "fresh", {name: p.detach() for name, p in student.trainable().items()}, card)
+    write_fresh_student(folder / "fresh", config)
     return folder
 
 

@@ -32,13 +32,28 @@ def test_help_starts_no_heavy_library() -> None:
         "import sys, pipeline\n"
         "try: pipeline.cli(args=['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'stage1_teacher', 'stage2_student'} & set(sys.modules)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'both_stages', 'stage1_teacher', 'stage2_student'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "inspect", "verify"])
+def test_looking_at_a_set_loads_no_torch(command: str, tmp_path: Path) -> None:
+    code = (
+        "import sys, pipeline\n"
+        f"try: pipeline.cli(args=['{command}', '--shards', sys.argv[1]])\n"
+        "except SystemExit as end: code = end.code\n"
+        "sys.exit(99 if 'torch' in sys.modules else code)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 3, result.stderr  # there is no set
 
 
 def test_dry_run_prints_the_resolved_configuration(tmp_path: Path) -> None:

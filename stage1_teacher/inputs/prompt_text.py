@@ -16,7 +16,7 @@ _QUOTED = re.compile('"([^"]*)"|“([^”]*)”|«([^»]*)»')
 
 def prompt_from_text(
     prompt: str,
-    boxes: Sequence[str],
+    boxes: Sequence[str | Sequence[float]],
     *,
     size: int,
     fonts: Mapping[str, Path] | None = None,
@@ -29,7 +29,8 @@ def prompt_from_text(
 
     Args:
         prompt: the sentence; it is also the image's caption, as it stands.
-        boxes: "x0,y0,x1,y1" in pixels of the image, one for each quoted text, in order.
+        boxes: x0, y0, x1, y1 in pixels of the image, as numbers or as "x0,y0,x1,y1", one for each quoted text, in
+            order.
         size: side of the image in pixels.
         fonts: configured font files by name.
         colors: "#rrggbb" for each text, none at all, or one for all.
@@ -68,8 +69,8 @@ def prompt_from_text(
         raise UsageError(str(error)) from None
 
 
-def _numbers(box: str) -> list[float]:
-    try:
-        return [float(number) for number in box.split(",")]
+def _numbers(box: str | Sequence[float]) -> list[float]:
+    try:  # 8 and "8" are one input, of one id
+        return [float(number) for number in (box.split(",") if isinstance(box, str) else box)]
     except ValueError:
         raise UsageError(f"--box {box}: expected x0,y0,x1,y1 in pixels, e.g. --box 76,75,436,165") from None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,10 +15,12 @@ from torch import Tensor
 from common.anytext2.conditioning import Conditioning
 from common.config import Config
 from common.errors import DataError, UsageError
+from common.layouts import Color, Layout, Line
 from common.progress import Progress
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.fonts import font_sha256
-from stage1_teacher.inputs.input import UNKNOWN_COLOR, Content, InputFailure, Polygon
+from stage1_teacher.inputs.input import UNKNOWN_COLOR, Content, InputFailure
+from stage1_teacher.measuring.ablations import leave_out
 from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
 from stage1_teacher.teacher.teacher import Teacher
 
@@ -31,48 +32,24 @@ BENCHMARK_MAX_LINES, BENCHMARK_MAX_CHARS = 20, 20
 """What AnyText-benchmark draws and scores of an image: its first lines, the first characters of each."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """What one held-out input asks for."""
-
-    input_id: str
-    name: str
-    """Of its image, without folder and extension; empty if it has none."""
-    caption: str
-    """Of the image, as annotated."""
-    texts: tuple[str, ...]
-    """Lines with text, as drawn."""
-    polygons: tuple[Polygon, ...]
-    """In pixels of `size`."""
-    colors: tuple[tuple[float, float, float] | None, ...]
-    """r, g, b in 0-255; None where no colour is asked for."""
-    in_glyph_map: tuple[bool, ...]
-    """Which lines the glyph map shows."""
-    size: tuple[int, int]
-    """(H, W), pixels."""
-    ground_is_told: bool
-    """Whether there is a true image and the caption alone tells its ground: in edit mode the image itself does."""
-
-
-def describe(content: Content, drawn: DrawnInput) -> Item:
+def describe(content: Content, drawn: DrawnInput) -> Layout:
     """Say what an input asks for, as it is drawn."""
-    texts = [text.strip() for text in drawn.texts]  # a reader cannot see a space at an end, where a line was cut
-    colors = [tuple(color) for color in drawn.colors.tolist()]
-    kept = [place for place, text in enumerate(texts) if text]
-    return Item(
-        input_id=content.input_id,
-        name=image_stem(content.name),
-        caption=content.caption,
-        texts=tuple(texts[place] for place in kept),
-        polygons=tuple(drawn.polygons[place] for place in kept),
-        colors=tuple(None if colors[place] == UNKNOWN_COLOR else _rgb(colors[place]) for place in kept),
-        in_glyph_map=tuple(drawn.in_glyph_map[place] for place in kept),
+    lines = zip(drawn.texts, drawn.polygons, drawn.colors.tolist(), drawn.in_glyph_map, strict=True)
+    return Layout(
+        layout_id=content.input_id,
         size=drawn.size,
-        ground_is_told=drawn.image is not None and drawn.mode == "generate",
+        lines=tuple(
+            # A reader cannot see a space at an end, where a line was cut.
+            Line(text=text.strip(), polygon=polygon, color=_asked_color(color), in_glyph_map=in_glyph_map)
+            for text, polygon, color, in_glyph_map in lines
+            if text.strip()
+        ),
+        caption=content.caption,
+        name=image_stem(content.name),
     )
 
 
-def describe_undrawn(content: Content, side: int) -> Item:
+def describe_undrawn(content: Content, side: int) -> Layout:
     """Say what an input asks for by AnyText-benchmark's rule: its first lines, each cut.
 
     Args:
@@ -80,18 +57,26 @@ def describe_undrawn(content: Content, side: int) -> Item:
         side: of the square that polygons refer to where the content does not say, pixels.
     """
     frame = side if content.frame is None else round(content.frame)
-    lines = content.lines[:BENCHMARK_MAX_LINES]
-    return Item(
-        input_id=content.input_id,
-        name=image_stem(content.name),
-        caption=content.caption,
-        texts=tuple(line.text[:BENCHMARK_MAX_CHARS] for line in lines),
-        polygons=tuple(line.polygon for line in lines),
-        colors=tuple(None if line.color == UNKNOWN_COLOR else line.color for line in lines),
-        in_glyph_map=tuple(line.in_glyph_map for line in lines),
+    return Layout(
+        layout_id=content.input_id,
         size=(frame, frame),
-        ground_is_told=False,
+        lines=tuple(
+            Line(
+                text=line.text[:BENCHMARK_MAX_CHARS],
+                polygon=line.polygon,
+                color=_asked_color(line.color),
+                in_glyph_map=line.in_glyph_map,
+            )
+            for line in content.lines[:BENCHMARK_MAX_LINES]
+        ),
+        caption=content.caption,
+        name=image_stem(content.name),
     )
+
+
+def _asked_color(color: Sequence[float]) -> Color | None:
+    red, green, blue = color
+    return None if (red, green, blue) == UNKNOWN_COLOR else (red, green, blue)
 
 
 def image_stem(name: str) -> str:
@@ -99,7 +84,7 @@ def image_stem(name: str) -> str:
     return PurePosixPath(name).name.split(".")[0]
 
 
-def read_undrawn(inputs: Inputs, side: int) -> list[Item]:
+def read_undrawn(inputs: Inputs, side: int) -> list[Layout]:
     """Describe all inputs by `describe_undrawn`.
 
     Raises:
@@ -125,25 +110,39 @@ class HeldOut:
         self._settings = settings
         self._contents: dict[str, Content] = {}
         self._encoded: dict[tuple[str, str], Conditioning] = {}
-        self.items: list[Item] = []
+        self.layouts: list[Layout] = []
         """What the inputs ask for, in order."""
+        self._ground_known: set[str] = set()
         self.failures: list[str] = []
         """Why others cannot be used."""
         with Progress(min(count, len(inputs)), "held-out inputs", "input") as progress:
             for index in range(len(inputs)):
-                if len(self.items) == count:
+                if len(self.layouts) == count:
                     break
                 try:
                     content = inputs[index]
                     if content.input_id not in self._contents:
-                        self.items.append(describe(content, draw_input(content, settings)))
-                        self._contents[content.input_id] = content
+                        self._add(content)
                         progress.update()
                 except InputFailure as failure:
                     self.failures.append(str(failure))
                     logger.warning("left out: %s", failure)
-        if not self.items:
+        if not self.layouts:
             raise DataError(f"none of {len(inputs)} inputs can be used; the first: {self.failures[0]}")
+
+    def _add(self, content: Content) -> None:
+        drawn = draw_input(content, self._settings)
+        self.layouts.append(describe(content, drawn))
+        self._contents[content.input_id] = content
+        if drawn.image is not None and drawn.mode == "generate":  # in edit mode the image itself tells its ground
+            self._ground_known.add(content.input_id)
+
+    def true_ground(self, input_id: str) -> NDArray[np.uint8] | None:
+        """Return the true image if there is one and the caption alone tells its ground, else None.
+
+        Only then does it say something that a drawn image's ground is like it.
+        """
+        return self.true_image(input_id) if input_id in self._ground_known else None
 
     def true_image(self, input_id: str) -> NDArray[np.uint8]:
         """Return an input's image, (H, W, 3) uint8 RGB, scaled to the size at which it is drawn.
@@ -176,44 +175,16 @@ class HeldOut:
         Args:
             teacher: encodes.
             input_ids: may repeat.
-            without: what to leave out, see `split_parts`.
+            without: what to leave out, see `ablations.split_parts`.
         """
         missing = [name for name in dict.fromkeys(input_ids) if (name, without) not in self._encoded]
-        drawn = [_leave_out(without, self.draw(name)) for name in missing]
+        drawn = [leave_out(without, self.draw(name)) for name in missing]
         fresh = dict(zip(missing, teacher.encode(drawn) if drawn else [], strict=True))
         found = [fresh.get(name) or self._encoded[name, without] for name in input_ids]
         for name, conditioning in fresh.items():
             if len(self._encoded) < MOST_ENCODED:
                 self._encoded[name, without] = conditioning
         return found
-
-
-def _unchanged(drawn: DrawnInput) -> DrawnInput:
-    return drawn
-
-
-def _leave_out(without: str, drawn: DrawnInput) -> DrawnInput:
-    for part in split_parts(without):
-        drawn = ABLATIONS[part](drawn)
-    return drawn
-
-
-def _rgb(color: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = color
-    return red, green, blue
-
-
-ABLATIONS: dict[str, Callable[[DrawnInput], DrawnInput]] = {
-    "caption": lambda drawn: replace(drawn, caption=""),
-    "color": lambda drawn: replace(drawn, colors=torch.full_like(drawn.colors, UNKNOWN_COLOR[0])),
-    "glyph-embedding": lambda drawn: replace(
-        drawn, glyph_lines=torch.zeros_like(drawn.glyph_lines), font_hint=torch.zeros_like(drawn.font_hint)
-    ),
-    "glyph-map": lambda drawn: replace(drawn, glyphs=torch.zeros_like(drawn.glyphs)),
-    "writenet": _unchanged,  # these two are left out of the network, not of its input
-    "attnx": _unchanged,
-}
-"""Parts of AnyText2 without which an evaluation can be run, and what each changes in an input."""
 
 
 def describe_settings(config: Config, settings: DrawSettings) -> dict[str, Any]:
@@ -227,21 +198,3 @@ def describe_settings(config: Config, settings: DrawSettings) -> dict[str, Any]:
             "named": {name: font_sha256(path)[:16] for name, path in sorted(settings.fonts.items())},
         },
     }
-
-
-def split_parts(without: str) -> list[str]:
-    """Split parts to leave out together, joined by "+", and sort them; none of an empty name.
-
-    Raises:
-        UsageError: one is not in `ABLATIONS`, or comes twice.
-    """
-    parts = sorted(without.split("+")) if without else []
-    for part in parts:
-        if part not in ABLATIONS:
-            known = ", ".join(sorted(ABLATIONS))
-            raise UsageError(
-                f"--without {without}: received {part!r}, expected one of {known}, or several joined by +"
-            )
-    if len(set(parts)) < len(parts):
-        raise UsageError(f"--without {without}: received a part twice, expected different ones")
-    return parts

@@ -17,7 +17,8 @@ from common.anytext2.writenet import WriteNet
 from common.config import Config
 from common.ddim import Grid, parse_grid
 from common.errors import UsageError
-from stage1_teacher.measuring.held_out import ABLATIONS, HeldOut, split_parts
+from stage1_teacher.measuring.ablations import ABLATIONS, split_parts
+from stage1_teacher.measuring.held_out import HeldOut
 from stage1_teacher.teacher.solver import record_rollout
 from stage1_teacher.teacher.teacher import Teacher
 

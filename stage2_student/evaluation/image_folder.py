@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from common.errors import DataError, reason
 from common.files import canonical_json, sha256_file
+from common.layouts import Layout
 from common.progress import Progress
-from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.runs import Drawn, Job, Run
 
 EXTENSIONS = ("jpg", "png", "jpeg", "webp")

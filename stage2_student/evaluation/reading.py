@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from common.layouts import Color, Layout, Line
 from stage2_student.evaluation.crops import MARGIN, cut_line, ink_mask, line_height
-from stage2_student.evaluation.layouts import Color, Layout, Line
 from stage2_student.evaluation.recognizers import Reading, Recognizer
 
 PUREST = 70

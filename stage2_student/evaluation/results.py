@@ -18,7 +18,7 @@ from common.differences import require_same
 from common.errors import DataError, reason
 from common.files import canonical_json, create_once
 from common.jsonl import LineWriter, read_lines
-from stage2_student.evaluation.layouts import Layout, Line, hash_layouts
+from common.layouts import Layout, Line, hash_layouts
 from stage2_student.evaluation.reading import LineResult
 
 LAYOUTS_FILE, RUN_FILE, RESULTS_FILE = "layouts.json", "run.json", "results.jsonl"

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError
+from common.layouts import Layout
 from common.progress import Progress
 from common.signals import StopFlag
-from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.reading import ground_difference, read_images
 from stage2_student.evaluation.recognizers import Recognizer
 from stage2_student.evaluation.results import (

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import DataError
 from common.files import canonical_json, write_bytes_atomic
-from stage2_student.evaluation.layouts import Color, palette_of
+from common.layouts import Color, palette_of
 from stage2_student.evaluation.metrics import Estimate, Grouped, estimate, fold, ned, paired_difference
 from stage2_student.evaluation.reading import LineResult, color_right
 from stage2_student.evaluation.results import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stage2_student.evaluation.layouts import Color
+from common.layouts import Color
 from stage2_student.evaluation.metrics import Estimate
 
 

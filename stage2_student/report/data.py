@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 
 from common.errors import DataError, reason
+from common.layouts import Layout
 from shards.files.frozen import FrozenSet, read_frozen
 from shards.files.names import FROZEN
 from stage2_student.evaluation.invocation import read_invocations
-from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.results import RESULTS_FILE, ImageResult, load_layouts, load_results
 from stage2_student.evaluation.summary import summarise
 from stage2_student.evaluation.table import Summary

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from common.anytext2.checkpoint import load_vae
-from common.anytext2.conditioning import ConditioningBatch
+from common.anytext2.conditioning import Conditioning, ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.anytext2.vae import VAE
 from common.config import Config
 from common.ddim import CLEAN, Crossing, Grid, consistency_value, cross_by_ddim, integrate
+from common.errors import UsageError
 from common.machine import resolve_device
 from common.pictures import Picture
 from common.schedule import diffuse
 from common.seeding import generator
+from shards.reading.reader import ShardSet
 from stage2_student.student.adapter import Card, attach_adapter, find_adapter, read_card
 from stage2_student.student.lora import merge
+from stage2_student.student.shard_facts import read_facts, require_base
 from stage2_student.student.student import DTYPES, Student, load_base
 
 
@@ -111,6 +114,48 @@ class Sampler:
 def draw_noise(seed: int, number: int, shape: tuple[int, ...], count: int = 1) -> Tensor:
     """Draw the noise of one numbered image, (count, C, h, w); more of it leaves the first unchanged."""
     return torch.randn((count, *shape), generator=generator(seed, "sample", number))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Start:
+    """What images are sampled from."""
+
+    conditioning: Conditioning
+    """Of all of them."""
+    noise: Tensor | None = None
+    """The noise that the teacher had, (B, C, h, w) float32; None if any will do."""
+    x0: Tensor | None = None
+    """What the teacher made of it, likewise."""
+
+
+def read_start(config: Config, location: str, index: int, seed: int | None, num_images: int) -> Start:
+    """Read a record to sample from; its own noise and solved latents unless a seed asks for others.
+
+    Args:
+        config: its [model] section.
+        location: the set's folder or URL.
+        index: of the record.
+        seed: chosen by the user; None for the recorded noise.
+        num_images: B.
+
+    Raises:
+        UsageError: there is no such record, or it holds fewer solves.
+        DataError: the set cannot be read, or belongs to another base.
+    """
+    shards = ShardSet.open(location, allow_incomplete=True)
+    if not 0 <= index < len(shards):
+        raise UsageError(f"--record {index}: {location} holds records 0 to {len(shards) - 1}")
+    base = fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "base")
+    require_base(read_facts(shards), base, location)
+    record = shards[index]
+    if seed is not None or record.meta.source != "rollout":
+        return Start(conditioning=record.conditioning)
+    if num_images > record.num_rollouts:
+        raise UsageError(
+            f"--num-images {num_images}: the record holds {record.num_rollouts} solves; give --seed for more"
+        )
+    solves = record.rollout_latents[:num_images].float()  # (B, S + 1, C, h, w)
+    return Start(conditioning=record.conditioning, noise=solves[:, 0], x0=solves[:, -1])
 
 
 def load_decoder(config: Config) -> VAE:

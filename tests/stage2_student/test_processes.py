@@ -114,7 +114,14 @@ def story(base_folder: Path, shards: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_training_loads_nothing_of_the_teacher(story: Story) -> None:
     assert "stage2_student.train" in story.modules
-    forbidden = ("stage1_teacher", "transformers.models.clip", "onnxruntime", "rapidocr_onnxruntime", "cv2")
+    forbidden = (
+        "stage1_teacher",
+        "both_stages",
+        "transformers.models.clip",
+        "onnxruntime",
+        "rapidocr_onnxruntime",
+        "cv2",
+    )
     assert [
         m for m in story.modules if m.startswith(forbidden) or "recognizer" in m or "ocr" in m.split(".")
     ] == []

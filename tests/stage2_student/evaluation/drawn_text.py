@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from common.config import PROJECT_ROOT
-from stage2_student.evaluation.layouts import Layout, Line
+from common.layouts import Layout, Line
 
 FONTS = [
     PROJECT_ROOT / "models" / "fonts" / name

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-import pipeline
+from both_stages import evaluating
 from common.errors import DataError, Stopped
 from common.signals import StopFlag
+from pipeline import cli
 from stage2_student.evaluation import image_quality
 from stage2_student.evaluation.image_quality import (
     clip_score,
@@ -225,7 +226,7 @@ def test_a_reference_folder_without_images_is_refused(tmp_path: Path) -> None:
 
 
 def run_command(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(pipeline.cli, ["evaluate", *map(str, arguments)])
+    return CliRunner().invoke(cli, ["evaluate", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +317,7 @@ def test_a_signal_during_fid_stops_the_command_and_it_goes_on(
         return read(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "StopFlag", Flag)
+        patched.setattr(evaluating, "StopFlag", Flag)
         patched.setattr(image_quality, "_read", read_and_signal)
         stopped = run_command(*command)
     assert stopped.exit_code == 75, stopped.output

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stage2_student.evaluation.layouts import Layout, Line, palette_of
+from common.layouts import Layout, Line, palette_of
 from stage2_student.evaluation.reading import (
     LineResult,
     color_right,

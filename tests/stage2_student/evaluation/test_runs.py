@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn, zeros
 
 from common.errors import DataError, Stopped
+from common.layouts import Layout
 from common.signals import StopFlag
 from stage2_student.evaluation.counting import EvaluationCounter
 from stage2_student.evaluation.image_folder import count_samples, folder_run
-from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.recognizers import Recognizer
 from stage2_student.evaluation.results import load_layouts, load_results, save_layouts, slug
 from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run, run_folder

@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from common.layouts import Layout, Line
 from shards.files.frozen import FrozenSet, write_frozen
 from stage2_student.evaluation.invocation import note_invocation
-from stage2_student.evaluation.layouts import Layout, Line
 from stage2_student.evaluation.reading import LineResult
 from stage2_student.evaluation.results import RESULTS_FILE, RUN_FILE, ImageResult, open_results, save_layouts
 from stage2_student.evaluation.results import check_or_create as describe

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from common.errors import DataError
+from common.layouts import Layout
 from pipeline import cli
 from stage2_student.evaluation.invocation import INVOCATIONS_FILE
-from stage2_student.evaluation.layouts import Layout
 from stage2_student.evaluation.results import (
     RESULTS_FILE,
     RUN_FILE,

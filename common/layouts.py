@@ -1,4 +1,4 @@
-"""What an evaluation asks for: which text, where, in which colour; independent of who draws it."""
+"""What an image should show: which text, where, in which colour; independent of who draws it."""
 
 from __future__ import annotations
 

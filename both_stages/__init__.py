@@ -1,0 +1,1 @@
+"""What needs both stages at once: sampling with either, the composition of an evaluation, the demo."""

@@ -1,0 +1,201 @@
+"""An evaluation: stage one's held-out inputs and teacher, stage two's students and measurement."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.anytext2.conditioning import ConditioningBatch, Uncond
+from common.anytext2.fingerprint import fingerprint
+from common.config import Config
+from common.errors import UsageError
+from common.layouts import Layout
+from common.pictures import Picture
+from common.signals import StopFlag
+from stage1_teacher.inputs.annotations import caption_as_annotated
+from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.inputs.fonts import configured_fonts
+from stage1_teacher.measuring.held_out import HeldOut, describe_settings, read_undrawn
+from stage1_teacher.measuring.teacher_sampler import default_grids, teacher_drawers
+from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.teacher.teacher import Teacher
+from stage2_student.evaluation.drawers import Drawer, StudentDrawer, drawer_run
+from stage2_student.evaluation.image_folder import count_samples, folder_run
+from stage2_student.evaluation.invocation import note_invocation
+from stage2_student.evaluation.recognizers import load_recognizer
+from stage2_student.evaluation.results import save_layouts
+from stage2_student.evaluation.run_quality import TRUE_IMAGES, prepare_quality
+from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run
+from stage2_student.evaluation.summary import summarise
+from stage2_student.evaluation.table import Summary
+from stage2_student.student.sample import decode
+
+Prepared = tuple[Plan, dict[str, Any], list[Run]]
+"""An evaluation about to begin: its plan, what all runs share besides the layouts as JSON values, and the runs."""
+Networks = Callable[[], tuple[Teacher, Uncond]]
+"""Loads the teacher once, when it is needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is to be evaluated, on which inputs."""
+
+    annotations: tuple[Path, ...] = ()
+    """AnyWord json files."""
+    prompts: tuple[Path, ...] = ()
+    """Prompts JSONL files."""
+    grids: tuple[str, ...] = ()
+    """Of the teacher, like "upstream:20"; empty for the usual ones."""
+    no_teacher: bool = False
+    """Leave the teacher out, but for what `without` asks for."""
+    adapters: tuple[tuple[str, Path], ...] = ()
+    """Students: a name for the tables, and a run's folder, a checkpoint, or an adapter's folder."""
+    truth: bool = False
+    """Whether to read the true images too, and these through the VAE."""
+    without: tuple[str, ...] = ()
+    """What to leave out of the teacher, each as `ablations.split_parts` takes it."""
+    images: Path | None = None
+    """Score this folder's images, and draw nothing."""
+
+
+def evaluate(config: Config, question: Question, out: Path, command: Sequence[str]) -> Summary:
+    """Draw, read and score; go on where an earlier call on the same folder stopped.
+
+    Args:
+        config: model, teacher, inputs, precompute and evaluate are used.
+        question: who draws what.
+        out: the evaluation's folder.
+        command: of this process, the program first; noted in the folder.
+
+    Returns:
+        What `evaluation.json` then has.
+
+    Raises:
+        UsageError: what is asked for does not fit together.
+        DataError: the inputs, an adapter or a checkpoint is wrong, or the folder is of other settings.
+        Stopped: a signal came; finished batches are on disk.
+    """
+    if question.images is not None:
+        _check_scoring(config, question)
+    recognizer = load_recognizer(config.evaluate.recognizer)
+    prepare = _prepare_drawing if question.images is None else _prepare_scoring
+    plan, settings, runs = prepare(config, question)
+    settings = {**settings, "samples_per_layout": plan.samples_per_layout, "recognizer": recognizer.identity}
+    captions = {layout.layout_id: caption_as_annotated(layout.caption) for layout in plan.layouts}
+    measure = prepare_quality(config, out, plan, captions, question.truth)
+    save_layouts(out, plan.layouts, settings)
+    note_invocation(out, command, config.as_dict())
+    with StopFlag() as stop:
+        for run in runs:
+            evaluate_run(run, plan, recognizer, out, stop)
+            if measure is not None:
+                measure(run, stop)
+    return summarise(out)
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """Split [NAME=]PATH; without a name it is the folder's."""
+    name, equals, path = text.partition("=")
+    if equals and name and "/" not in name:
+        return name, Path(path)
+    return Path(text).resolve().name, Path(text)
+
+
+def _check_scoring(config: Config, question: Question) -> None:
+    """Refuse what does not go with a folder of images."""
+    draws = {
+        "--truth": question.truth,
+        "--adapter": question.adapters,
+        "--teacher": question.grids,
+        "--no-teacher": question.no_teacher,
+        "--without": question.without,
+    }
+    if others := ", ".join(option for option, value in draws.items() if value):
+        raise UsageError(
+            f"--images {question.images}: received {others} too, expected none of these, as only the folder is"
+            f" scored; leave {others} out, or leave --images out and give another --out"
+        )
+    if config.evaluate.fid_weights and not config.evaluate.fid_reference:
+        raise UsageError(
+            "evaluate.fid_weights: received no evaluate.fid_reference, expected one with --images, as there"
+            " are no true images; give --set evaluate.fid_reference=FOLDER, or leave evaluate.fid_weights out"
+        )
+
+
+def _prepare_scoring(config: Config, question: Question) -> Prepared:
+    """Prepare the scoring of images that someone else drew."""
+    images = question.images
+    assert images is not None
+    without_images = config.inputs.replace(use_images=False)
+    inputs = open_inputs(question.annotations, question.prompts, without_images, configured_fonts(config))
+    layouts = read_undrawn(inputs, config.inputs.size)
+    plan = _plan(config, layouts, samples_per_layout=count_samples(images, layouts))
+    return plan, {}, [folder_run(images, images.resolve().name, plan.jobs())]
+
+
+def _prepare_drawing(config: Config, question: Question) -> Prepared:
+    """Prepare the teacher, the students and the true images of held-out inputs."""
+    settings = DrawSettings.from_config(config)
+    inputs = open_inputs(question.annotations, question.prompts, config.inputs, settings.fonts)
+    grids = () if question.no_teacher else question.grids or default_grids(config)
+    held_out = HeldOut(inputs, settings, config.evaluate.num_samples)
+
+    @functools.cache
+    def load() -> tuple[Teacher, Uncond]:
+        teacher = Teacher.load(config)
+        return teacher, teacher.unconditional()
+
+    def condition(ids: Sequence[str]) -> ConditioningBatch:
+        return ConditioningBatch.stack(held_out.encode(load()[0], ids))
+
+    drawers: list[Drawer] = [*teacher_drawers(config, held_out, load, grids, question.without)]
+    drawers += [StudentDrawer(config, path, name, condition) for name, path in question.adapters]
+    plan = _plan(
+        config,
+        held_out.layouts,
+        samples_per_layout=config.evaluate.samples_per_layout,
+        truth=lambda layout: held_out.true_ground(layout.layout_id),
+    )
+    shared = {"inputs": describe_settings(config, settings), "seed": config.evaluate.seed}
+    return plan, shared, _runs(config, held_out, load, drawers, question.truth)
+
+
+def _plan(config: Config, layouts: Sequence[Layout], **more: Any) -> Plan:
+    return Plan(
+        layouts=layouts,
+        batch_size=config.evaluate.batch_size,
+        keep_images=config.evaluate.keep_images,
+        keep_all=bool(config.evaluate.fid_weights or config.evaluate.clip_score_model),
+        **more,
+    )
+
+
+def _runs(config: Config, held_out: HeldOut, load: Networks, drawers: Sequence[Drawer], truth: bool) -> list[Run]:
+    network = config.load_network()
+    side = config.inputs.size // network.stride
+    shape = (network.latent_channels, side, side)
+
+    def decode_latents(latents: Tensor) -> Sequence[Picture]:
+        return decode(load()[0].vae, latents)
+
+    def true_images(jobs: Sequence[Job]) -> Drawn:
+        return Drawn(images=[held_out.true_image(layout.layout_id) for layout, _ in jobs])
+
+    def through_vae(jobs: Sequence[Job]) -> Drawn:
+        latents = held_out.reconstruct(load()[0], [layout.layout_id for layout, _ in jobs])
+        return Drawn(images=decode_latents(latents))
+
+    runs = []
+    if truth:
+        vae = {"teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher")}
+        runs = [
+            Run(label=TRUE_IMAGES, kind="truth", draw=true_images),
+            Run(label="true images through the VAE", kind="vae", draw=through_vae, settings=vae),
+        ]
+    seed = config.evaluate.seed
+    return runs + [drawer_run(drawer, seed=seed, shape=shape, decode=decode_latents) for drawer in drawers]

@@ -1,0 +1,134 @@
+"""What all commands share: how an error ends one, logging, the configuration, and options that several have.
+
+Each option is declared once; where commands mean different things by it, they give its help.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.config import load_config
+from common.errors import AppError, UsageError, explain
+
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
+
+# Whether a path is there is checked by the command, with an error that says the remedy.
+PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+class Cli(click.Group):
+    """A group that turns an `AppError` into one line and its exit code, and takes --debug anywhere."""
+
+    def __init__(self, *args: Any, program: str, packages: Sequence[str], **kwargs: Any) -> None:
+        """Make the group.
+
+        Args:
+            *args: of `click.Group`.
+            program: its name in messages.
+            packages: those whose progress is logged.
+            **kwargs: of `click.Group`.
+        """
+        context = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+        epilog = "--debug, anywhere, shows the traceback of an error."
+        super().__init__(*args, **{"context_settings": context, "epilog": epilog, **kwargs})
+        self.program, self.packages = program, packages
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; with --debug errors keep their traceback."""
+        arguments = list(kwargs.pop("args", None) or (args[0] if args else sys.argv[1:]))
+        debug = "--debug" in arguments
+        arguments = [argument for argument in arguments if argument != "--debug"]
+        _set_up_logging(self.packages, debug)
+        try:
+            return super().main(args=arguments, **{**kwargs, "prog_name": self.program})
+        except (AppError, OSError) as error:
+            if debug or isinstance(error, BrokenPipeError):
+                raise
+            message, code = explain(error)
+            click.echo(f"error: {message}", err=True)
+            sys.exit(code)
+
+
+def _set_up_logging(packages: Sequence[str], debug: bool) -> None:
+    """Log to stderr: only warnings of other libraries, and of a run's other processes than the first."""
+    rank = os.environ.get("RANK", "0")
+    level = logging.DEBUG if debug else logging.INFO if rank == "0" else logging.WARNING
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for package in packages:
+        logging.getLogger(package).setLevel(level)
+
+
+def config_options(command: Command) -> Command:
+    """Add --config, --set and --dry-run; the command receives `config: Config`."""
+
+    @click.option("--config", "config_path", type=PATH, help="TOML file, e.g. configs/tiny.toml.")
+    @click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Change one configuration value.",
+    )
+    @click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
+    @functools.wraps(command)
+    def wrapper(config_path: Path | None, overrides: tuple[str, ...], dry_run: bool, **kwargs: Any) -> None:
+        config = load_config(config_path, overrides)
+        if dry_run:
+            click.echo(json.dumps(config.as_dict(), indent=2))
+            return
+        command(config=config, **kwargs)
+
+    return wrapper
+
+
+def input_options(command: Command) -> Command:
+    """Add --annotations and --prompts, of which one must be given; the command receives tuples of paths."""
+
+    @click.option("--annotations", multiple=True, type=FILE, help="AnyWord json; again for more files.")
+    @click.option("--prompts", multiple=True, type=FILE, help="Prompts JSONL; again for more files.")
+    @functools.wraps(command)
+    def wrapper(annotations: tuple[Path, ...], prompts: tuple[Path, ...], **kwargs: Any) -> None:
+        if not annotations and not prompts:
+            raise UsageError("no inputs; give --annotations FILE or --prompts FILE")
+        command(annotations=annotations, prompts=prompts, **kwargs)
+
+    return wrapper
+
+
+def shards_folder_option(command: Command) -> Command:
+    """Add --shards for a set on disk; the command receives `shards: Path`."""
+    return click.option("--shards", type=FOLDER, required=True, help="Folder of the shards.")(command)
+
+
+def shards_option(help_text: str = "A set that precompute wrote.", *, required: bool = True) -> Decorator:
+    """Add --shards for a set on disk or at a URL; the command receives `shards: str`."""
+    return click.option("--shards", required=required, metavar="DIR_OR_URL", help=help_text)
+
+
+def adapter_option(
+    help_text: str = "A run's folder, a checkpoint, an adapter.", *, required: bool = True
+) -> Decorator:
+    """Add --adapter for one student; the command receives `adapter: Path`."""
+    return click.option("--adapter", type=PATH, required=required, help=help_text)
+
+
+def out_option(help_text: str, kind: click.Path, **attributes: Any) -> Decorator:
+    """Add --out, required unless it is said otherwise; the command receives `out: Path`."""
+    return click.option("--out", type=kind, help=help_text, **{"required": True, **attributes})

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from both_stages.sampling import ImageSampler, Prompt, RecordOf
+from common.config import PROJECT_ROOT, Config
+from common.errors import UsageError
+from pipeline import cli
+from tests.fresh_student import write_fresh_student
+from tests.stage1_teacher.small_teacher import load, write_prompts, write_teacher
+
+PROMPT = Prompt(text='a sign that says "OPEN"', boxes=[(8, 16, 56, 40)], colors=["#d01818"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples name: configs/tiny.toml, demo/shards and demo/run, as small as can be."""
+    folder = tmp_path_factory.mktemp("sampling")
+    torch.set_num_threads(1)
+    (folder / "configs").mkdir()
+    path = write_teacher(folder / "configs").rename(folder / "configs" / "tiny.toml")
+    command = [
+        "--config",
+        path,
+        "--prompts",
+        write_prompts(folder / "p.jsonl", 2),
+        "--out",
+        folder / "demo/shards",
+    ]
+    result = CliRunner().invoke(cli, ["precompute", *map(str, command), "--set", "precompute.num_rollouts=2"])
+    assert result.exit_code == 0, result.output
+    write_fresh_student(folder / "demo" / "run", load(path, "lora.rank=2"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Config:
+    return load(folder / "configs" / "tiny.toml")
+
+
+@pytest.fixture(scope="module")
+def student(folder: Path, config: Config) -> ImageSampler:
+    return ImageSampler(config, adapter=folder / "demo" / "run")
+
+
+@pytest.fixture(scope="module")
+def teacher(config: Config) -> ImageSampler:
+    return ImageSampler(config)
+
+
+@pytest.fixture
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(folder)
+    yield folder
+
+
+def test_the_documented_example_runs(in_folder: Path) -> None:
+    text = ImageSampler.__doc__ or ""
+    example = doctest.DocTestParser().get_doctest(text, {}, "ImageSampler", None, None)
+    results = doctest.DocTestRunner().run(example)
+    assert results.attempted > 5 and results.failed == 0
+
+
+def test_the_readmes_example_runs(in_folder: Path) -> None:
+    blocks = re.findall(
+        r"```python\n(.*?)```", (PROJECT_ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    (example,) = (block for block in blocks if "both_stages" in block)
+    exec(example, {})
+    assert (in_folder / "open.png").stat().st_size > 100
+
+
+def test_boxes_may_be_numbers_or_as_typed(student: ImageSampler) -> None:
+    typed = Prompt(text=PROMPT.text, boxes=["8,16,56,40"], colors=PROMPT.colors)
+    assert torch.equal(student.sample(PROMPT).latents, student.sample(typed).latents)
+
+
+def test_an_image_depends_on_its_seed_and_number_alone(student: ImageSampler) -> None:
+    three = student.sample(PROMPT, seed=3, num_images=3)
+    assert three.latents.shape[0] == len(three.pictures) == 3
+    assert all(picture.shape == (64, 64, 3) and picture.dtype == np.uint8 for picture in three.pictures)
+    torch.testing.assert_close(student.sample(PROMPT, seed=3).latents[0], three.latents[0], atol=1e-4, rtol=1e-4)
+    other = student.sample(PROMPT, seed=4).latents[0]
+    for latents in (*three.latents[1:], other):
+        assert float((latents - three.latents[0]).abs().max()) > 0.1
+
+
+def test_the_teacher_beside_a_student_is_the_teacher_alone(student: ImageSampler, teacher: ImageSampler) -> None:
+    both, alone = student.sample(PROMPT, seed=5, compare=True), teacher.sample(PROMPT, seed=5)
+    assert both.teacher is not None and alone.teacher is None
+    assert np.array_equal(both.teacher[0], alone.pictures[0])
+    assert not np.array_equal(both.pictures[0], alone.pictures[0])
+
+
+def test_a_record_is_sampled_from_the_noise_that_the_teacher_had(
+    folder: Path, student: ImageSampler, teacher: ImageSampler
+) -> None:
+    record = RecordOf(shards=str(folder / "demo" / "shards"), index=1)
+    both, alone = student.sample(record, num_images=2, compare=True), teacher.sample(record, num_images=2)
+    assert both.teacher is not None
+    for recorded, solved in zip(both.teacher, alone.pictures, strict=True):
+        assert np.abs(recorded.astype(int) - solved).max() <= 8  # the record rounded its states to float16
+    with pytest.raises(UsageError, match="leave --seed out"):
+        student.sample(record, seed=1, compare=True)
+    with pytest.raises(UsageError, match="holds records 0 to 1"):
+        student.sample(RecordOf(shards=record.shards, index=-1))
+
+
+def test_a_teacher_is_not_compared_with_itself(teacher: ImageSampler) -> None:
+    with pytest.raises(UsageError, match="--compare goes with --adapter"):
+        teacher.sample(PROMPT, compare=True)
+
+
+def test_a_student_samples_a_record_without_the_teachers_code(folder: Path) -> None:
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from both_stages.sampling import ImageSampler, RecordOf\n"
+        "from common.config import load_config\n"
+        "student = ImageSampler(load_config(Path('configs/tiny.toml')), adapter=Path('demo/run'))\n"
+        "student.sample(RecordOf(shards='demo/shards', index=0), compare=True)\n"
+        "sys.exit(str([name for name in sys.modules if name.startswith('stage1_teacher')] or '') or None)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
