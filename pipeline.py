@@ -132,7 +132,7 @@ def status(shards: Path) -> None:
 
 @cli.command()
 @shards_option()
-@out_option("Draw a contact sheet too; needs the teacher's VAE.", PATH, metavar="FILE", required=False)
+@out_option("Make a contact sheet too; needs the teacher's VAE.", PATH, metavar="FILE", required=False)
 @click.option("--records", default=4, show_default=True, type=click.IntRange(min=1), help="Rows of the sheet.")
 @config_options
 def inspect(config: Config, shards: str, out: Path | None, records: int) -> None:
@@ -149,12 +149,12 @@ def inspect(config: Config, shards: str, out: Path | None, records: int) -> None
     for line in describe_set(found, failures):
         click.echo(line)
     if out is not None:
-        from shards.looking.contact_sheet import draw_contact_sheet
+        from shards.looking.contact_sheet import make_contact_sheet
         from stage2_student.student.sample import decode, load_decoder
 
         step = max(len(found) // records, 1)
         rows = [found[index] for index in range(0, len(found), step)][:records]
-        sheet = draw_contact_sheet(rows, functools.partial(decode, load_decoder(config)))
+        sheet = make_contact_sheet(rows, functools.partial(decode, load_decoder(config)))
         out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(out)
         click.echo(f"{out}")
@@ -249,12 +249,12 @@ def train(
 
 @cli.command()
 @config_options
-@adapter_option("Draw with a student: a run's folder, a checkpoint, an adapter.", required=False)
-@click.option("--teacher", "with_teacher", is_flag=True, help="Draw with the teacher: DDIM with guidance.")
+@adapter_option("Sample with a student: a run's folder, a checkpoint, an adapter.", required=False)
+@click.option("--teacher", "with_teacher", is_flag=True, help="Sample with the teacher: DDIM with guidance.")
 @click.option(
     "--compare", is_flag=True, help="With --adapter: the teacher's picture of the same noise to its left."
 )
-@click.option("--prompt", help="Caption; the texts to draw stand in it in quotation marks.")
+@click.option("--prompt", help="Caption; the texts to show stand in it in quotation marks.")
 @click.option(
     "--box", "boxes", multiple=True, metavar="X0,Y0,X1,Y1", help="Where each text goes, pixels; again for more."
 )
@@ -286,7 +286,7 @@ def sample(
     num_images: int,
     out: Path,
 ) -> None:
-    """Draw images: with the teacher or a student, from a prompt with boxes or from a record.
+    """Sample images: with the teacher or a student, from a prompt with boxes or from a record.
 
     From a record a student needs no part of the teacher; --compare then shows the teacher's picture as recorded.
 
@@ -294,9 +294,9 @@ def sample(
     --box 16,40,112,88 --out open.png
     """
     if (adapter is None) != with_teacher:
-        raise UsageError("who draws? Give one of --adapter RUN and --teacher; --compare puts both side by side")
+        raise UsageError("who samples? Give one of --adapter RUN and --teacher; --compare puts both side by side")
     if (prompt is None) == (record is None) or (record is None) != (shards is None):
-        raise UsageError("draw what? Give --prompt with a --box for each text, or --record with --shards")
+        raise UsageError("sample what? Give --prompt with a --box for each text, or --record with --shards")
     from both_stages.sampling import ImageSampler, Prompt, RecordOf
     from common.pictures import beside, write_png
 
@@ -317,11 +317,11 @@ def sample(
 @cli.command()
 @shards_option("A set of recorded solves.")
 @adapter_option()
-@click.option("--records", default="0,1,2,3", show_default=True, metavar="I,J,...", help="Which records to draw.")
+@click.option("--records", default="0,1,2,3", show_default=True, metavar="I,J,...", help="Which records to show.")
 @out_option("PNG file.", PATH, metavar="FILE")
 @config_options
 def compare(config: Config, shards: str, adapter: Path, records: str, out: Path) -> None:
-    """Draw layout, teacher and student side by side, from the same noise, for some records.
+    """Show layout, teacher and student side by side, from the same noise, for some records.
 
     Example: pipeline.py compare --config configs/tiny.toml --shards demo/shards --adapter demo/run --out out.png
     """
@@ -331,9 +331,9 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
         raise UsageError(f"--records: received {records!r}, expected numbers such as 0,1,2") from None
     from common.pictures import write_png
     from shards.reading.reader import ShardSet
-    from stage2_student.student.compare import compare as draw
+    from stage2_student.student.compare import compare as make_sheet
 
-    write_png(out, draw(config, ShardSet.open(shards, allow_incomplete=True), adapter, indices))
+    write_png(out, make_sheet(config, ShardSet.open(shards, allow_incomplete=True), adapter, indices))
     click.echo(f"{out}")
 
 
@@ -414,8 +414,8 @@ def evaluate(
 ) -> None:
     """Measure text accuracy on held-out inputs: teacher and students on the same layouts and noise.
 
-    Images are drawn, read by an independent recogniser, and scored. Run it again to go on after a stop, or to add
-    runs to the same folder. With --images nothing is drawn: a folder of images named as AnyText-benchmark names
+    Images are sampled, read by an independent judge, and scored. Run it again to go on after a stop, or to add
+    runs to the same folder. With --images nothing is sampled: a folder of images named as AnyText-benchmark names
     them is scored against its annotations.
 
     Example: pipeline.py evaluate --config configs/tiny.toml --annotations held_out.json --adapter run --out eval
@@ -444,7 +444,7 @@ def evaluate(
 @click.option("--run", "runs", multiple=True, type=FOLDER, help="Training run, for its curve.")
 @out_option("The HTML file.", FILE)
 @click.option("--examples", type=click.IntRange(min=0), default=12, show_default=True, help="Layouts shown.")
-@click.option("--title", default="AnyText2 in few steps: how well text is drawn", help="Heading of the page.")
+@click.option("--title", default="AnyText2 in few steps: how well text comes out", help="Heading of the page.")
 def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, title: str) -> None:
     """Write an evaluation as one self-contained HTML page: table, plots, images with what was read, settings.
 

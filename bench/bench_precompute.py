@@ -2,7 +2,7 @@
 
     python bench/bench_precompute.py
 
-Both run in this process, in turn, at the same batch size: a whole `precompute` (drawing, encoding, WriteNet,
+Both run in this process, in turn, at the same batch size: a whole `precompute` (rendering, encoding, WriteNet,
 the solve, rounding, writing and verifying the shard) and a loop that does nothing but call the UNet on batches of
 conditional and unconditional rows. An evaluation is one row through the UNet. Aim: at least 0.9. (On a GPU, which
 works on while Python goes on, the share in the UNet says nothing.)
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.inputs import draw_inputs, finish, read_config
+from bench.inputs import finish, read_config, render_inputs
 from common.anytext2.denoiser import Denoiser, predict_branches
 from common.config import PROJECT_ROOT, Config
 from common.scripts import run_script
@@ -66,19 +66,19 @@ def time_precompute(config: Config, annotations: Path) -> tuple[float, float, fl
 
 def time_bare_loop(config: Config, annotations: Path, teacher: Teacher) -> float:
     """Return the rows per second of UNet calls alone, at the same batch and the same number of steps."""
-    drawn = draw_inputs(config, annotations, config.precompute.batch_size)
+    rendered = render_inputs(config, annotations, config.precompute.batch_size)
     with torch.no_grad():
-        predict = predict_branches(teacher.denoiser, teacher.encode(drawn), teacher.unconditional())
+        predict = predict_branches(teacher.denoiser, teacher.encode(rendered), teacher.unconditional())
         side = config.inputs.size // teacher.network.stride
-        z = torch.randn(len(drawn), teacher.network.latent_channels, side, side).to(teacher.device)
-        t = torch.full((len(drawn),), 500, device=teacher.device)
+        z = torch.randn(len(rendered), teacher.network.latent_channels, side, side).to(teacher.device)
+        t = torch.full((len(rendered),), 500, device=teacher.device)
         predict(z, t)  # warm up
         finish()
         started = time.perf_counter()
         for _ in range(config.precompute.solver_steps):
             predict(z, t)
         finish()
-    return 2 * len(drawn) * config.precompute.solver_steps / (time.perf_counter() - started)
+    return 2 * len(rendered) * config.precompute.solver_steps / (time.perf_counter() - started)
 
 
 def main() -> None:

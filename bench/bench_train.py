@@ -4,8 +4,9 @@
 
 All in this process, in turn, with the same student, batch size and optimizer. A step from shards
 reads, checks and decodes its records. The online step does what diffusers' LCM-LoRA script does: it encodes
-images (VAE), captions (CLIP) and lines (OCR), calls the teacher twice and the target once besides the student; the
-drawing of its inputs is not counted. Aims: at least 0.95 of the rate in memory, at least 2 times the online rate.
+images (VAE), captions (CLIP) and lines (OCR), calls the teacher twice and the target once besides the
+student; the rendering of its inputs is not counted. Aims: at least 0.95 of the rate in memory, at least 2 times
+the online rate.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.inputs import draw_inputs, finish, read_config
+from bench.inputs import finish, read_config, render_inputs
 from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.denoiser import guide, predict_branches
 from common.config import PROJECT_ROOT
@@ -32,7 +33,7 @@ from common.schedule import alphas_at, diffuse, make_alphas_cumprod, predict_x0
 from common.scripts import run_script
 from shards.reading.reader import ShardSet
 from stage1_teacher.precompute import precompute
-from stage1_teacher.rendering.rendered_input import DrawnInput
+from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
 from stage2_student.train import make_accelerator
@@ -43,7 +44,7 @@ from stage2_student.training.trainer import Trainer
 Step = Callable[[], None]
 
 
-def make_online_step(trainer: Trainer, teacher: Teacher, inputs: list[DrawnInput]) -> Step:
+def make_online_step(trainer: Trainer, teacher: Teacher, inputs: list[RenderedInput]) -> Step:
     """Return a step of latent consistency distillation with the teacher in the process."""
     table = make_alphas_cumprod().to(teacher.device)
     images = torch.stack([item.image for item in inputs if item.image is not None])
@@ -123,12 +124,12 @@ def main() -> None:
         batch = next(iter(trainer.loader))
         from_memory = endless(itertools.repeat(batch), trainer)
         report_memory("student alone", from_memory)
-        drawn = draw_inputs(config, annotations, config.train.batch_size)
+        rendered = render_inputs(config, annotations, config.train.batch_size)
         steps = {
             "one batch in memory": from_memory,
             "from shards": endless(iter(trainer.loader), trainer),
             "from shards, 1 worker": endless(iter(loader), trainer),
-            "teacher online": make_online_step(trainer, Teacher.load(config), drawn),
+            "teacher online": make_online_step(trainer, Teacher.load(config), rendered),
         }
         report_memory("teacher online", steps["teacher online"])
         seconds = measure(steps, arguments.rounds)

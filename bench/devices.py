@@ -3,7 +3,7 @@
     python bench/devices.py
 
 The networks get what the CPU computed before them, so that an error shows where it arises; only the text's context
-has the recogniser's error in it, and the UNet's row WriteNet's. Printed are norm(difference) / norm(CPU's); for
+has the recognizer's error in it, and the UNet's row WriteNet's. Printed are norm(difference) / norm(CPU's); for
 CUDA in float32 with and without TF32, which PyTorch by default takes for convolutions.
 """
 
@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from bench.inputs import draw_inputs, read_config
+from bench.inputs import read_config, render_inputs
 from common.anytext2.conditioning import ConditioningBatch
 from common.config import PROJECT_ROOT, Config
 from common.schedule import diffuse
 from common.scripts import run_script
-from stage1_teacher.rendering.rendered_input import DrawnInput
+from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
 
@@ -39,11 +39,11 @@ def load(config: Config, device: str, dtype: str) -> Teacher:
     return Teacher.load(config.replace(model=config.model.replace(device=device, dtype=dtype)))
 
 
-def draw(config: Config) -> DrawnInput:
+def draw(config: Config) -> RenderedInput:
     """Draw one input with its image."""
     with tempfile.TemporaryDirectory() as folder:
         annotations = write_dataset(Path(folder), count=1, seed=1, size=config.inputs.size)
-        return draw_inputs(config, annotations, 1)[0]
+        return render_inputs(config, annotations, 1)[0]
 
 
 @contextmanager
@@ -58,18 +58,18 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compute(teacher: Teacher, drawn: DrawnInput, reference: dict[str, Tensor]) -> dict[str, Tensor]:
+def compute(teacher: Teacher, rendered: RenderedInput, reference: dict[str, Tensor]) -> dict[str, Tensor]:
     """Run the networks one by one, each on what the CPU computed before it.
 
     Args:
         teacher: the networks.
-        drawn: one input with its image.
+        rendered: one input with its image.
         reference: what this returned for the CPU; empty to compute it.
 
     Returns:
         Outputs by the network's name, float32 on the CPU.
     """
-    assert drawn.image is not None
+    assert rendered.image is not None
     found: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> Tensor:
@@ -77,14 +77,16 @@ def compute(teacher: Teacher, drawn: DrawnInput, reference: dict[str, Tensor]) -
         found[name] = value.float().cpu()
         return reference.get(name, found[name])
 
-    own = teacher.encode([drawn])[0]
+    own = teacher.encode([rendered])[0]
     given = replace(
         own,
         image_context=keep("caption's context", own.image_context),
         text_context=keep("text's context", own.text_context),
         masked_latents=keep("VAE encoder, masked image", own.masked_latents),
     )
-    latents = keep("VAE encoder, image", teacher.vae.encode(drawn.image[None].to(teacher.device, teacher.dtype)))
+    latents = keep(
+        "VAE encoder, image", teacher.vae.encode(rendered.image[None].to(teacher.device, teacher.dtype))
+    )
     batch = ConditioningBatch.stack([given.to(teacher.device, teacher.dtype)])
     control = teacher.denoiser.control(batch)
     keep("WriteNet's first residual", control[0])
@@ -104,8 +106,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     config = read_config(arguments.config, arguments.set)
-    drawn = draw(config)
-    reference = compute(load(config, "cpu", "float32"), drawn, {})
+    rendered = draw(config)
+    reference = compute(load(config, "cpu", "float32"), rendered, {})
     cases = [("cpu", "bfloat16", False)]
     if torch.cuda.is_available():
         cases = [("cuda", "float32", False), ("cuda", "float32", True)]
@@ -113,7 +115,7 @@ def main() -> None:
     columns = {}
     for device, dtype, allowed in cases:
         with tf32(allowed):
-            outputs = compute(load(config, device, dtype), drawn, reference)
+            outputs = compute(load(config, device, dtype), rendered, reference)
         name = f"{device} {dtype}" + (" TF32" if allowed else "")
         columns[name] = {
             key: float((value - reference[key]).norm() / reference[key].norm()) for key, value in outputs.items()

@@ -8,7 +8,7 @@ import torch
 
 from common.config import Config, load_config
 from stage1_teacher.inputs.files import open_inputs
-from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS
 
 
@@ -19,11 +19,11 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     return config.replace(inputs=config.inputs.replace(fonts=fonts))
 
 
-def draw_inputs(config: Config, annotations: Path, count: int) -> list[DrawnInput]:
+def render_inputs(config: Config, annotations: Path, count: int) -> list[RenderedInput]:
     """Draw the first inputs of a file, at most `count`."""
-    settings = DrawSettings.from_config(config)
+    settings = RenderSettings.from_config(config)
     inputs = open_inputs([annotations], [], config.inputs, settings.fonts, count)
-    return [draw_input(inputs[index], settings) for index in range(len(inputs))]
+    return [render_input(inputs[index], settings) for index in range(len(inputs))]
 
 
 def finish() -> None:

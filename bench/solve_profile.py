@@ -32,10 +32,10 @@ from common.scripts import run_script
 from common.seeding import generator
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.measuring.held_out import HeldOut
-from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
+from stage2_student.evaluation.judges import load_judge
 from stage2_student.evaluation.reading import read_images
-from stage2_student.evaluation.recognizers import load_recognizer
 from stage2_student.student.sample import decode
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     options = parse_options()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = load_config(options.config, [*options.set, "inputs.edit_fraction=0"])
-    settings = DrawSettings.from_config(config)
+    settings = RenderSettings.from_config(config)
     held = HeldOut(open_inputs([options.annotations], [], config.inputs, settings.fonts), settings, options.count)
     layouts = held.layouts
     teacher = Teacher.load(config)
@@ -99,7 +99,7 @@ def main() -> None:
             boxes.append(functional.max_pool2d(positions.float(), teacher.network.stride) > 0)
             progress.update(len(chunk))
     true, inside = torch.cat(truths), torch.cat(boxes)
-    recognizer = load_recognizer(config.evaluate.recognizer)
+    recognizer = load_judge(config.evaluate.judge)
 
     def measure(x0: Tensor) -> str:
         results = read_images(recognizer, decode(teacher.vae, x0), layouts)

@@ -21,16 +21,16 @@ from stage1_teacher.inputs.annotations import caption_as_annotated
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.inputs.fonts import configured_fonts
 from stage1_teacher.measuring.held_out import HeldOut, describe_settings, read_undrawn
-from stage1_teacher.measuring.teacher_sampler import default_grids, teacher_drawers
-from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.measuring.teacher_sampler import default_grids, teacher_samplers
+from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
-from stage2_student.evaluation.drawers import Drawer, StudentDrawer, drawer_run
 from stage2_student.evaluation.image_folder import count_samples, folder_run
 from stage2_student.evaluation.invocation import note_invocation
-from stage2_student.evaluation.recognizers import load_recognizer
+from stage2_student.evaluation.judges import load_judge
 from stage2_student.evaluation.results import save_layouts
 from stage2_student.evaluation.run_quality import TRUE_IMAGES, prepare_quality
-from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run
+from stage2_student.evaluation.runs import Job, Plan, Run, Sampled, evaluate_run
+from stage2_student.evaluation.samplers import Sampler, StudentSampler, sampler_run
 from stage2_student.evaluation.summary import summarise
 from stage2_student.evaluation.table import Summary
 from stage2_student.student.sample import decode
@@ -60,15 +60,15 @@ class Question:
     without: tuple[str, ...] = ()
     """What to leave out of the teacher, each as `ablations.split_parts` takes it."""
     images: Path | None = None
-    """Score this folder's images, and draw nothing."""
+    """Score this folder's images, and sample nothing."""
 
 
 def evaluate(config: Config, question: Question, out: Path, command: Sequence[str]) -> Summary:
-    """Draw, read and score; go on where an earlier call on the same folder stopped.
+    """Sample, read and score; go on where an earlier call on the same folder stopped.
 
     Args:
         config: model, teacher, inputs, precompute and evaluate are used.
-        question: who draws what.
+        question: who samples what.
         out: the evaluation's folder.
         command: of this process, the program first; noted in the folder.
 
@@ -82,17 +82,17 @@ def evaluate(config: Config, question: Question, out: Path, command: Sequence[st
     """
     if question.images is not None:
         _check_scoring(config, question)
-    recognizer = load_recognizer(config.evaluate.recognizer)
+    judge = load_judge(config.evaluate.judge)
     prepare = _prepare_drawing if question.images is None else _prepare_scoring
     plan, settings, runs = prepare(config, question)
-    settings = {**settings, "samples_per_layout": plan.samples_per_layout, "recognizer": recognizer.identity}
+    settings = {**settings, "samples_per_layout": plan.samples_per_layout, "judge": judge.identity}
     captions = {layout.layout_id: caption_as_annotated(layout.caption) for layout in plan.layouts}
     measure = prepare_quality(config, out, plan, captions, question.truth)
     save_layouts(out, plan.layouts, settings)
     note_invocation(out, command, config.as_dict())
     with StopFlag() as stop:
         for run in runs:
-            evaluate_run(run, plan, recognizer, out, stop)
+            evaluate_run(run, plan, judge, out, stop)
             if measure is not None:
                 measure(run, stop)
     return summarise(out)
@@ -108,14 +108,14 @@ def named_path(text: str) -> tuple[str, Path]:
 
 def _check_scoring(config: Config, question: Question) -> None:
     """Refuse what does not go with a folder of images."""
-    draws = {
+    samples = {
         "--truth": question.truth,
         "--adapter": question.adapters,
         "--teacher": question.grids,
         "--no-teacher": question.no_teacher,
         "--without": question.without,
     }
-    if others := ", ".join(option for option, value in draws.items() if value):
+    if others := ", ".join(option for option, value in samples.items() if value):
         raise UsageError(
             f"--images {question.images}: received {others} too, expected none of these, as only the folder is"
             f" scored; leave {others} out, or leave --images out and give another --out"
@@ -128,7 +128,7 @@ def _check_scoring(config: Config, question: Question) -> None:
 
 
 def _prepare_scoring(config: Config, question: Question) -> Prepared:
-    """Prepare the scoring of images that someone else drew."""
+    """Prepare the scoring of images that someone else sampled."""
     images = question.images
     assert images is not None
     without_images = config.inputs.replace(use_images=False)
@@ -140,7 +140,7 @@ def _prepare_scoring(config: Config, question: Question) -> Prepared:
 
 def _prepare_drawing(config: Config, question: Question) -> Prepared:
     """Prepare the teacher, the students and the true images of held-out inputs."""
-    settings = DrawSettings.from_config(config)
+    settings = RenderSettings.from_config(config)
     inputs = open_inputs(question.annotations, question.prompts, config.inputs, settings.fonts)
     grids = () if question.no_teacher else question.grids or default_grids(config)
     held_out = HeldOut(inputs, settings, config.evaluate.num_samples)
@@ -153,8 +153,8 @@ def _prepare_drawing(config: Config, question: Question) -> Prepared:
     def condition(ids: Sequence[str]) -> ConditioningBatch:
         return ConditioningBatch.stack(held_out.encode(load()[0], ids))
 
-    drawers: list[Drawer] = [*teacher_drawers(config, held_out, load, grids, question.without)]
-    drawers += [StudentDrawer(config, path, name, condition) for name, path in question.adapters]
+    samplers: list[Sampler] = [*teacher_samplers(config, held_out, load, grids, question.without)]
+    samplers += [StudentSampler(config, path, name, condition) for name, path in question.adapters]
     plan = _plan(
         config,
         held_out.layouts,
@@ -162,7 +162,7 @@ def _prepare_drawing(config: Config, question: Question) -> Prepared:
         truth=lambda layout: held_out.true_ground(layout.layout_id),
     )
     shared = {"inputs": describe_settings(config, settings), "seed": config.evaluate.seed}
-    return plan, shared, _runs(config, held_out, load, drawers, question.truth)
+    return plan, shared, _runs(config, held_out, load, samplers, question.truth)
 
 
 def _plan(config: Config, layouts: Sequence[Layout], **more: Any) -> Plan:
@@ -175,7 +175,9 @@ def _plan(config: Config, layouts: Sequence[Layout], **more: Any) -> Plan:
     )
 
 
-def _runs(config: Config, held_out: HeldOut, load: Networks, drawers: Sequence[Drawer], truth: bool) -> list[Run]:
+def _runs(
+    config: Config, held_out: HeldOut, load: Networks, samplers: Sequence[Sampler], truth: bool
+) -> list[Run]:
     network = config.load_network()
     side = config.inputs.size // network.stride
     shape = (network.latent_channels, side, side)
@@ -183,19 +185,19 @@ def _runs(config: Config, held_out: HeldOut, load: Networks, drawers: Sequence[D
     def decode_latents(latents: Tensor) -> Sequence[Picture]:
         return decode(load()[0].vae, latents)
 
-    def true_images(jobs: Sequence[Job]) -> Drawn:
-        return Drawn(images=[held_out.true_image(layout.layout_id) for layout, _ in jobs])
+    def true_images(jobs: Sequence[Job]) -> Sampled:
+        return Sampled(images=[held_out.true_image(layout.layout_id) for layout, _ in jobs])
 
-    def through_vae(jobs: Sequence[Job]) -> Drawn:
+    def through_vae(jobs: Sequence[Job]) -> Sampled:
         latents = held_out.reconstruct(load()[0], [layout.layout_id for layout, _ in jobs])
-        return Drawn(images=decode_latents(latents))
+        return Sampled(images=decode_latents(latents))
 
     runs = []
     if truth:
         vae = {"teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher")}
         runs = [
-            Run(label=TRUE_IMAGES, kind="truth", draw=true_images),
-            Run(label="true images through the VAE", kind="vae", draw=through_vae, settings=vae),
+            Run(label=TRUE_IMAGES, kind="truth", sample=true_images),
+            Run(label="true images through the VAE", kind="vae", sample=through_vae, settings=vae),
         ]
     seed = config.evaluate.seed
-    return runs + [drawer_run(drawer, seed=seed, shape=shape, decode=decode_latents) for drawer in drawers]
+    return runs + [sampler_run(sampler, seed=seed, shape=shape, decode=decode_latents) for sampler in samplers]

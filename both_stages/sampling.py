@@ -16,7 +16,7 @@ from common.anytext2.vae import VAE
 from common.config import Config
 from common.errors import UsageError
 from common.pictures import Picture
-from stage2_student.student.sample import Sampler, Start, decode, draw_noise, load_decoder, read_start
+from stage2_student.student.sample import LoadedStudent, Start, decode, draw_noise, load_decoder, read_start
 
 if TYPE_CHECKING:
     from stage1_teacher.teacher.teacher import Teacher
@@ -27,7 +27,7 @@ class Prompt:
     """A sentence, and where its quoted texts go."""
 
     text: str
-    """The caption; the texts to draw stand in it in quotation marks."""
+    """The caption; the texts to show stand in it in quotation marks."""
     boxes: Sequence[str | Sequence[float]] = ()
     """Of each quoted text x0, y0, x1, y1 in pixels of the image, as numbers or as "x0,y0,x1,y1"."""
     colors: Sequence[str] = ()
@@ -90,7 +90,7 @@ class ImageSampler:
             DataError: no adapter there, or it belongs to another base.
         """
         self._config, self._steps = config, steps
-        self._student = None if adapter is None else Sampler.load(config, adapter, steps)
+        self._student = None if adapter is None else LoadedStudent.load(config, adapter, steps)
 
     def sample(
         self, what: Prompt | RecordOf, *, seed: int | None = None, num_images: int = 1, compare: bool = False
@@ -114,7 +114,7 @@ class ImageSampler:
         start = self._start(what, seed, num_images)
         if compare and isinstance(what, RecordOf) and start.x0 is None:
             raise UsageError(
-                "--compare with --record shows what was recorded: leave --seed out, or draw with --teacher"
+                "--compare with --record shows what was recorded: leave --seed out, or sample with --teacher"
             )
         shape = tuple(start.conditioning.masked_latents.shape)
         needed = 1 if self._student is None else self._student.noises_needed

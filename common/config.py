@@ -43,19 +43,23 @@ __all__ = [
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
-MOVED = {f"teacher.{key}": f"inputs.{key}" for key in ("font", "fonts", "font_hint_prob")} | {
-    f"precompute.{key}": f"inputs.{key}"
-    for key in (
-        "edit_fraction",
-        "ignore_fields",
-        "max_chars",
-        "max_lines",
-        "random_fonts",
-        "size",
-        "use_images",
-        "watermark_threshold",
-    )
-}
+MOVED = (
+    {f"teacher.{key}": f"inputs.{key}" for key in ("font", "fonts", "font_hint_prob")}
+    | {
+        f"precompute.{key}": f"inputs.{key}"
+        for key in (
+            "edit_fraction",
+            "ignore_fields",
+            "max_chars",
+            "max_lines",
+            "random_fonts",
+            "size",
+            "use_images",
+            "watermark_threshold",
+        )
+    }
+    | {"precompute.draw_workers": "precompute.render_workers", "evaluate.recognizer": "evaluate.judge"}
+)
 """Where keys of earlier versions are now."""
 
 

@@ -1,4 +1,4 @@
-"""What an image should show: which text, where, in which colour; independent of who draws it."""
+"""What an image should show: which text, where, in which colour; independent of who samples it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """One image to be drawn and read."""
+    """One image to be sampled and read."""
 
     layout_id: str
     """The input's id; keys the noise, so that runs are compared on the same."""

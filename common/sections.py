@@ -45,18 +45,18 @@ class TeacherConfig(Section):
 
 
 class InputsConfig(Section):
-    """How inputs are read and drawn, by `precompute` and `evaluate` alike."""
+    """How inputs are read and rendered, by `precompute` and `evaluate` alike."""
 
     size: Annotated[int, Field(ge=64, multiple_of=8)] = 512
     """Side of the square images, pixels."""
     font: str = ""
-    """Font file that draws glyph lines and glyph maps."""
+    """Font file that renders glyph lines and glyph maps."""
     fonts: dict[str, str] = Field(default_factory=dict)
     """Further fonts by name, for lines that ask for one."""
     random_fonts: bool = False
-    """Draw each line in a font chosen from `font` and `fonts`, where it does not name one."""
+    """Render each line in a font chosen from `font` and `fonts`, where it does not name one."""
     font_hint_prob: Share = 1.0
-    """Share of lines with a font hint (their look in the image, or as drawn in the font they name), 0 to 1."""
+    """Share of lines with a font hint (their look in the image, or as rendered in the font they name), 0 to 1."""
     edit_fraction: Share = 0.0
     """Share of inputs with an image that are recorded in edit mode, 0 to 1."""
     max_lines: Annotated[int, Field(ge=1, le=30)] = 5
@@ -75,12 +75,12 @@ class PrecomputeConfig(Section):
     """What stage one solves of each input, and how."""
 
     seed: int = 0
-    """Keys every random choice of a record, the drawing's and the solve's, with the input's id and the choice's
+    """Keys every random choice of a record, the rendering's and the solve's, with the input's id and the choice's
     purpose. One seed for both, so it is here and not in [inputs]."""
     source: Literal["rollout", "noised"] = "rollout"
     """"rollout" (the teacher's solves) or "noised" (data latents noised at drawn timesteps, for `lcm`)."""
     num_rollouts: Count = 1
-    """Solves recorded per input, each from its own noise."""
+    """Rollouts recorded per input, each from its own noise."""
     solver_steps: Annotated[int, Field(ge=1, le=1000)] = 40
     """DDIM steps of a solve, on the trailing grid."""
     record_every: Annotated[int, Field(ge=0, validate_default=True)] = 0
@@ -89,13 +89,13 @@ class PrecomputeConfig(Section):
     guidance_scale: float = 7.5
     """s in eps_u + s (eps_c - eps_u)."""
     batch_size: Count = 8
-    """Solves run side by side."""
+    """Rollouts run side by side."""
     store_predictions: bool = False
     """Store the one-step predictions x0_cond and x0_uncond (needed by objectives `lcm` and `x0`)."""
     max_failures: NonNegativeInt = 100
     """Failed inputs in one task after which it stops."""
-    draw_workers: Count = 2
-    """Threads that read images and draw while the teacher works."""
+    render_workers: Count = 2
+    """Threads that read images and render while the teacher works."""
 
     @field_validator("record_every")
     @classmethod
@@ -231,8 +231,8 @@ class EvaluateConfig(Section):
     """Held-out layouts: the first this many inputs that can be used."""
     samples_per_layout: Count = 1
     """Images of each layout, each from its own noise; AnyText-benchmark has 4."""
-    recognizer: str = "ppocr_v4"
-    """Reads the images; never the recogniser that conditions the model."""
+    judge: str = "ppocr_v4"
+    """Reads the images; never the recognizer that conditions the model."""
     batch_size: Count = 8
     """Images sampled side by side."""
     seed: int = 0

@@ -29,7 +29,7 @@ from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import ShardMaker
 from stage1_teacher.recording.share import Share, choose_share
 from stage1_teacher.recording.trajectories import RolloutKeeper, check_has_rollouts
-from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 
 
@@ -92,7 +92,7 @@ def precompute(
     device = resolve_device(config.model.device)
     load_teacher = functools.cache(lambda: Teacher.load(config))  # a finished set needs none
     with StopFlag() as stop, _repeatable():
-        settings = DrawSettings.from_config(config)
+        settings = RenderSettings.from_config(config)
         inputs = open_inputs(annotations, prompts, config.inputs, settings.fonts, limit)
         manifest, uncond = create_or_check(
             out,
@@ -121,7 +121,7 @@ def precompute(
         )
         maker.send_found()
         if share.todo:
-            stop.raise_if_requested(share.standing)
+            stop.raise_if_requested(share.committed_so_far)
             recorder = Recorder(load_teacher(), uncond, config.precompute, whole_rollouts=keeper is not None)
             maker.make_all(inputs, settings, recorder)
     return _count(plan, share)

@@ -1,4 +1,4 @@
-"""`pipeline.py evaluate` end to end, on a teacher small enough for tests: it draws noise, which is enough."""
+"""`pipeline.py evaluate` end to end, on a teacher small enough for tests: it samples noise, which is enough."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_fonts_of_scored_images_lie_beside_their_configuration(tmp_path: Path) -
         ),
         (("--without", ""), 2, "--without: received nothing, expected one of attnx, caption"),
         (("--adapter", "nowhere"), 3, "nowhere: no adapter there"),
-        (("--set", "evaluate.recognizer=tesseract"), 2, "received 'tesseract'"),
+        (("--set", "evaluate.judge=tesseract"), 2, "received 'tesseract'"),
         (("--set", "evaluate.batch_size=0"), 2, "evaluate.batch_size: received 0, expected at least 1"),
         (("--images", "nowhere"), 3, "nowhere: no such folder"),
         (("--set", "evaluate.fid_weights=nowhere.pt"), 3, "config evaluate.fid_weights: no file or folder"),

@@ -24,7 +24,7 @@ from shards.files.manifest import create_or_check, read_manifest
 from stage1_teacher.measuring.held_out import describe_settings
 from stage1_teacher.precompute import precompute
 from stage1_teacher.recording.identity import build_identity
-from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.keys import teacher_shapes
 from stage2_student.report.commands import commands
 from stage2_student.report.data import ReportData, Training
@@ -85,7 +85,7 @@ def test_the_settings_of_before_are_refused_and_say_where_each_is_now(place: Pat
 
 def test_a_stored_set_is_the_set_of_the_same_settings(place: Path) -> None:
     config = load(place)
-    identity = build_identity(config, DrawSettings.from_config(config))
+    identity = build_identity(config, RenderSettings.from_config(config))
     stored = read_manifest(place / "set").identity
     assert json.loads(json.dumps(identity)) == {
         key: value for key, value in stored.items() if key not in ("schema", "uncond_sha256")
@@ -102,7 +102,7 @@ def test_a_stored_set_is_the_set_of_the_same_settings(place: Path) -> None:
 def test_an_evaluation_begun_before_goes_on(place: Path) -> None:
     config = load(place)
     stored = json.loads((place / "evaluation.json").read_bytes())
-    assert describe_settings(config, DrawSettings.from_config(config)) == stored
+    assert describe_settings(config, RenderSettings.from_config(config)) == stored
 
 
 def test_a_stored_run_is_the_run_of_the_same_settings(place: Path) -> None:

@@ -13,7 +13,7 @@ class Hints:
     """Glyphs, positions and masked latents of a batch, all of one float type and device."""
 
     glyphs: Tensor
-    """Union of the drawn lines, (B, 1, H, W), 0 or 1."""
+    """Union of the rendered lines, (B, 1, H, W), 0 or 1."""
     positions: Tensor
     """Sum of the lines' position masks, (B, 1, H, W): 0, 1, 2 ..."""
     masked_latents: Tensor

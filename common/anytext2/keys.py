@@ -178,7 +178,7 @@ def _vae_entry(name: str, levels: int) -> Entry:
 
 
 def _recognizer_key(name: str) -> str:
-    """Rewrite a name of the recogniser, or of the line embedding with the recogniser inside."""
+    """Rewrite a name of the recognizer, or of the line embedding with the recognizer inside."""
     inner = name.removeprefix("font_predictor.")
     if inner.startswith(("backbone.", "neck.", "head.")):
         rewritten = inner

@@ -37,14 +37,14 @@ def implied_x0(states: Tensor, timesteps: Tensor) -> Tensor:
     return phase_target_x0(states[:-1], states[1:], alphas_at(table, timesteps), alphas_at(table, ends))
 
 
-def draw_contact_sheet(records: Sequence[Record], decode: Decode) -> Image.Image:
-    """Draw one row a record: glyphs, positions, the solved image, the image at each state of the first rollout.
+def make_contact_sheet(records: Sequence[Record], decode: Decode) -> Image.Image:
+    """Show one row a record: glyphs, positions, the solved image, the image at each state of the first rollout.
 
     Args:
         records: one or more of one size.
         decode: called once a record.
     """
-    rows = [_draw_row(record, decode) for record in records]
+    rows = [_make_row(record, decode) for record in records]
     width, height = max(row.width for row in rows), sum(row.height for row in rows)
     sheet = Image.new("RGB", (width, height), "white")
     top = 0
@@ -54,7 +54,7 @@ def draw_contact_sheet(records: Sequence[Record], decode: Decode) -> Image.Image
     return sheet
 
 
-def _draw_row(record: Record, decode: Decode) -> Image.Image:
+def _make_row(record: Record, decode: Decode) -> Image.Image:
     states = record.rollout_latents[0].float()  # (S + 1, C, h, w)
     if record.meta.source == "rollout":
         shown = torch.cat([states[-1:], implied_x0(states, record.rollout_timesteps)])
@@ -82,5 +82,5 @@ def _draw_row(record: Record, decode: Decode) -> Image.Image:
 
 
 def _printable(text: str) -> str:
-    """Replace what the built-in font of the captions cannot draw."""
+    """Replace what the built-in font of the captions lacks."""
     return text.encode("latin-1", "replace").decode("latin-1")

@@ -68,7 +68,7 @@ class Record:
 
     @property
     def num_rollouts(self) -> int:
-        """Solves of the input, R."""
+        """Rollouts of the input, R."""
         return int(self.rollout_latents.shape[0])
 
     @property

@@ -1,4 +1,4 @@
-"""Convert PP-OCRv3's recogniser from ONNX to our checkpoint keys; run once by hand, its output is shipped.
+"""Convert PP-OCRv3's recognizer from ONNX to our checkpoint keys; run once by hand, its output is shipped.
 
     pip install onnx
     pip download --no-deps rapidocr-onnxruntime==1.2.13     # Apache-2.0; a wheel is a zip file
@@ -59,7 +59,7 @@ def read_onnx(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def assign_in_order(weights: dict[str, Tensor]) -> Recognizer:
-    """Give our recogniser the weights, layer by layer of each kind, strictly.
+    """Give our recognizer the weights, layer by layer of each kind, strictly.
 
     Raises:
         DataError: a layer is missing, left over, or of another shape.

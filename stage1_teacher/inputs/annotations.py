@@ -22,7 +22,7 @@ from stage1_teacher.inputs.fonts import find_font, line_identity
 from stage1_teacher.inputs.input import (
     ID_DIGITS,
     UNKNOWN_COLOR,
-    Content,
+    Input,
     InputFailure,
     Line,
     check_caption,
@@ -31,8 +31,8 @@ from stage1_teacher.inputs.input import (
     check_in_glyph_map,
     check_polygon,
     check_text,
-    content_id,
     is_number,
+    make_input_id,
 )
 from stage1_teacher.inputs.json_entries import JsonEntries
 
@@ -108,7 +108,7 @@ class Annotations:
     def _id_of(self, entry: Any) -> str:
         """Hash the fields that matter to a record."""
         if not isinstance(entry, dict):
-            return content_id("annotation", entry)
+            return make_input_id("annotation", entry)
         value = {name: entry[name] for name in ENTRY_FIELDS if name in entry}
         if not self._use_images:
             value.pop("img_name", None)
@@ -117,7 +117,7 @@ class Annotations:
                 line_identity(line, _ID_LINE_FIELDS, self._fonts, self._path.parent)
                 for line in entry["annotations"]
             ]
-        return content_id("annotation" if self._use_images else "annotation without image", value)
+        return make_input_id("annotation" if self._use_images else "annotation without image", value)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -131,7 +131,7 @@ class Annotations:
         """Name the index-th input for messages."""
         return f"{self._path.name}: data_list[{self._entries.number(index)}]"
 
-    def __getitem__(self, index: int) -> Content:
+    def __getitem__(self, index: int) -> Input:
         """Read the index-th input; its image is located but not opened.
 
         Raises:
@@ -147,7 +147,7 @@ class Annotations:
         if score is not None and not is_number(score):
             raise InputFailure("bad entry", f"{where}: wm_score is {score!r:.40}, expected a number")
         lines = self._lines(entry.get("annotations", []), where)
-        return Content(
+        return Input(
             where=where,
             input_id=self.input_id(index),
             caption=describe_watermark(check_caption(entry.get("caption", ""), where), score),
@@ -169,7 +169,7 @@ class Annotations:
                 continue  # upstream's way of saying "no place known"
             if annotation.get("valid") is False:
                 check_polygon(annotation["polygon"], at)
-                continue  # it is in the image and is not drawn
+                continue  # it is in the image and is not rendered
             language = annotation.get("language")
             if language is not None and not isinstance(language, str):
                 raise InputFailure("bad entry", f"{at}: language is {language!r:.40}, expected a name")

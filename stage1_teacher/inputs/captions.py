@@ -12,7 +12,7 @@ from typing import Any
 from common.seeding import rng
 
 PLACEHOLDER = "*"
-"""Stands for one drawn line in a text caption; its token's embedding is replaced."""
+"""Stands for one rendered line in a text caption; its token's embedding is replaced."""
 TEXT_PHRASES = (
     "Text says ",
     "Image with words ",
@@ -82,7 +82,7 @@ def _cut(caption: str, seed: int, input_id: str) -> str:
 
 
 def text_caption(num_lines: int, *, seed: int, input_id: str) -> str:
-    """Make the caption that announces the drawn lines, one placeholder each, e.g. "Text says * , * . "."""
+    """Make the caption that announces the rendered lines, one placeholder each, e.g. "Text says * , * . "."""
     phrase = rng(seed, input_id, "caption phrase").choice(TEXT_PHRASES)
     return phrase + " , ".join([PLACEHOLDER] * num_lines) + " . "
 

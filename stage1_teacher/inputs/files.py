@@ -11,7 +11,7 @@ from typing import Protocol
 from common.config import InputsConfig
 from common.errors import DataError
 from stage1_teacher.inputs.annotations import Annotations
-from stage1_teacher.inputs.input import Content
+from stage1_teacher.inputs.input import Input
 from stage1_teacher.inputs.prompts import Prompts
 
 
@@ -26,7 +26,7 @@ class Source(Protocol):
     def where(self, index: int) -> str:
         """Name the index-th input for messages."""
 
-    def __getitem__(self, index: int) -> Content:
+    def __getitem__(self, index: int) -> Input:
         """Read the index-th input.
 
         Raises:
@@ -67,7 +67,7 @@ class Inputs:
         source, place = self._find(index)
         return source.where(place)
 
-    def __getitem__(self, index: int) -> Content:
+    def __getitem__(self, index: int) -> Input:
         """Read an input.
 
         Raises:

@@ -24,13 +24,13 @@ _PROBE_SIZE = 32
 def text_layout() -> str:
     """Return how Pillow places characters on this machine: "raqm" (kerned and shaped) or "basic".
 
-    Pillow has Raqm only where the system has libfribidi. Text drawn with the other layout differs, so the
+    Pillow has Raqm only where the system has libfribidi. Text rendered with the other layout differs, so the
     choice is part of a shard set's identity.
     """
     if features.check("raqm"):
         return "raqm"
     logger.warning(
-        "text is drawn without kerning or shaping: Pillow finds no libfribidi (Debian: apt install libfribidi0)"
+        "text is rendered without kerning or shaping: Pillow finds no libfribidi (Debian: apt install libfribidi0)"
     )
     return "basic"
 
@@ -138,6 +138,6 @@ def _has_character(path: Path, character: str) -> bool:
     return character.isspace() or _ink(path, character) != _missing_glyph(path)
 
 
-def can_draw(path: Path, text: str) -> bool:
+def has_glyphs(path: Path, text: str) -> bool:
     """Tell whether a font has a glyph of its own for every character of a text."""
     return all(_has_character(path, character) for character in text)

@@ -1,4 +1,4 @@
-"""What an input says, before anything is drawn: its caption, its lines, where its image lies.
+"""What an input says, before anything is rendered: its caption, its lines, where its image lies.
 
 Two kinds of trouble, the same for annotations and prompts: a file whose structure is wrong (not JSON, a field that
 nobody knows) is a `DataError` before any work starts; an input whose values are wrong (no image, a two-point
@@ -45,7 +45,7 @@ class InputFailure(DataError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One line of text to be drawn."""
+    """One line of text to be rendered."""
 
     text: str
     """Not empty, no control characters."""
@@ -62,13 +62,13 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Content:
+class Input:
     """One input."""
 
     where: str
     """File and entry, for messages."""
     input_id: str
-    """Hash of what the annotation or prompt says, see `content_id`."""
+    """Hash of what the annotation or prompt says, see `make_input_id`."""
     caption: str
     """Of the image, the watermark phrase included; may be empty."""
     lines: tuple[Line, ...]
@@ -85,7 +85,7 @@ class Content:
     """The image's name as annotated; empty if there is none."""
 
 
-def content_id(kind: str, value: Any) -> str:
+def make_input_id(kind: str, value: Any) -> str:
     """Hash what an input says; where its file lies and what else is in that file do not matter.
 
     The image counts by the name that the annotation gives it: reading millions of images before the first one is
@@ -126,7 +126,7 @@ def check_text(text: Any, where: str) -> str:
     """Return a line's text.
 
     Raises:
-        InputFailure: it is not a string, is empty, or holds what cannot be drawn on one line.
+        InputFailure: it is not a string, is empty, or holds what cannot be rendered on one line.
     """
     if not isinstance(text, str):
         raise InputFailure("bad text", f"{where}: text is {text!r:.40}, expected a string")

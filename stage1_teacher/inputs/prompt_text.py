@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError
-from stage1_teacher.inputs.input import Content, InputFailure
+from stage1_teacher.inputs.input import Input, InputFailure
 from stage1_teacher.inputs.prompts import parse_prompt
 
 _QUOTED = re.compile('"([^"]*)"|“([^”]*)”|«([^»]*)»')
@@ -24,7 +24,7 @@ def prompt_from_text(
     font: str | None = None,
     image: Path | None = None,
     seed: int | None = None,
-) -> Content:
+) -> Input:
     """Read a sentence such as 'a sign that says "OPEN" and "24H"', with one box for each quoted text.
 
     Args:

@@ -29,7 +29,7 @@ from stage1_teacher.inputs.annotations import locate_image
 from stage1_teacher.inputs.fonts import find_font, line_identity
 from stage1_teacher.inputs.input import (
     UNKNOWN_COLOR,
-    Content,
+    Input,
     InputFailure,
     Line,
     box_corners,
@@ -39,8 +39,8 @@ from stage1_teacher.inputs.input import (
     check_in_glyph_map,
     check_polygon,
     check_text,
-    content_id,
     is_number,
+    make_input_id,
 )
 
 PROMPT_FIELDS = ("caption", "lines", "size", "seed", "image", "mode")
@@ -114,7 +114,7 @@ class Prompts:
         """Name the index-th input for messages."""
         return f"{self._path.name}:{self._numbers[index]}"
 
-    def __getitem__(self, index: int) -> Content:
+    def __getitem__(self, index: int) -> Input:
         """Read the index-th prompt.
 
         Raises:
@@ -144,7 +144,7 @@ def prompt_id(prompt: Mapping[str, Any], fonts: Mapping[str, Path], folder: Path
         value.pop("image", None)
     if isinstance(prompt.get("lines"), list):
         value["lines"] = [line_identity(line, LINE_FIELDS, fonts, folder) for line in prompt["lines"]]
-    return content_id("prompt" if use_images else "prompt without image", value)
+    return make_input_id("prompt" if use_images else "prompt without image", value)
 
 
 def parse_prompt(
@@ -155,7 +155,7 @@ def parse_prompt(
     fonts: Mapping[str, Path],
     folder: Path,
     use_images: bool = True,
-) -> Content:
+) -> Input:
     """Check a prompt's values.
 
     Args:
@@ -184,7 +184,7 @@ def parse_prompt(
         raise InputFailure(
             "bad prompt", f'{where}: mode is {mode!r:.40}, expected "generate", or "edit" with an image'
         )
-    return Content(
+    return Input(
         where=where,
         input_id=prompt_id(prompt, fonts, folder, use_images),
         caption=check_caption(prompt.get("caption"), where),

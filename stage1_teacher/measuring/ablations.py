@@ -9,20 +9,22 @@ import torch
 
 from common.errors import UsageError
 from stage1_teacher.inputs.input import UNKNOWN_COLOR
-from stage1_teacher.rendering.rendered_input import DrawnInput
+from stage1_teacher.rendering.rendered_input import RenderedInput
 
 
-def _unchanged(drawn: DrawnInput) -> DrawnInput:
-    return drawn
+def _unchanged(rendered: RenderedInput) -> RenderedInput:
+    return rendered
 
 
-ABLATIONS: dict[str, Callable[[DrawnInput], DrawnInput]] = {
-    "caption": lambda drawn: replace(drawn, caption=""),
-    "color": lambda drawn: replace(drawn, colors=torch.full_like(drawn.colors, UNKNOWN_COLOR[0])),
-    "glyph-embedding": lambda drawn: replace(
-        drawn, glyph_lines=torch.zeros_like(drawn.glyph_lines), font_hint=torch.zeros_like(drawn.font_hint)
+ABLATIONS: dict[str, Callable[[RenderedInput], RenderedInput]] = {
+    "caption": lambda rendered: replace(rendered, caption=""),
+    "color": lambda rendered: replace(rendered, colors=torch.full_like(rendered.colors, UNKNOWN_COLOR[0])),
+    "glyph-embedding": lambda rendered: replace(
+        rendered,
+        glyph_lines=torch.zeros_like(rendered.glyph_lines),
+        font_hint=torch.zeros_like(rendered.font_hint),
     ),
-    "glyph-map": lambda drawn: replace(drawn, glyphs=torch.zeros_like(drawn.glyphs)),
+    "glyph-map": lambda rendered: replace(rendered, glyphs=torch.zeros_like(rendered.glyphs)),
     "writenet": _unchanged,  # these two are left out of the network, not of its input
     "attnx": _unchanged,
 }
@@ -47,13 +49,13 @@ def split_parts(without: str) -> list[str]:
     return parts
 
 
-def leave_out(without: str, drawn: DrawnInput) -> DrawnInput:
+def leave_out(without: str, rendered: RenderedInput) -> RenderedInput:
     """Take parts out of an input.
 
     Args:
         without: as `split_parts` takes it; empty leaves the input as it is.
-        drawn: stays as it is.
+        rendered: stays as it is.
     """
     for part in split_parts(without):
-        drawn = ABLATIONS[part](drawn)
-    return drawn
+        rendered = ABLATIONS[part](rendered)
+    return rendered

@@ -1,4 +1,4 @@
-"""The held-out inputs of an evaluation: scanned once, drawn and encoded when their turn comes."""
+"""The held-out inputs of an evaluation: scanned once, rendered and encoded when their turn comes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from common.layouts import Color, Layout, Line
 from common.progress import Progress
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.fonts import font_sha256
-from stage1_teacher.inputs.input import UNKNOWN_COLOR, Content, InputFailure
+from stage1_teacher.inputs.input import UNKNOWN_COLOR, Input, InputFailure
 from stage1_teacher.measuring.ablations import leave_out
-from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 from stage1_teacher.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -29,36 +29,36 @@ logger = logging.getLogger(__name__)
 MOST_ENCODED = 512
 """Encoded inputs kept for the next run; about 2.5 MB each at 512 px."""
 BENCHMARK_MAX_LINES, BENCHMARK_MAX_CHARS = 20, 20
-"""What AnyText-benchmark draws and scores of an image: its first lines, the first characters of each."""
+"""What AnyText-benchmark samples and scores of an image: its first lines, the first characters of each."""
 
 
-def describe(content: Content, drawn: DrawnInput) -> Layout:
-    """Say what an input asks for, as it is drawn."""
-    lines = zip(drawn.texts, drawn.polygons, drawn.colors.tolist(), drawn.in_glyph_map, strict=True)
+def describe(input_: Input, rendered: RenderedInput) -> Layout:
+    """Say what an input asks for, as it is rendered."""
+    lines = zip(rendered.texts, rendered.polygons, rendered.colors.tolist(), rendered.in_glyph_map, strict=True)
     return Layout(
-        layout_id=content.input_id,
-        size=drawn.size,
+        layout_id=input_.input_id,
+        size=rendered.size,
         lines=tuple(
             # A reader cannot see a space at an end, where a line was cut.
             Line(text=text.strip(), polygon=polygon, color=_asked_color(color), in_glyph_map=in_glyph_map)
             for text, polygon, color, in_glyph_map in lines
             if text.strip()
         ),
-        caption=content.caption,
-        name=image_stem(content.name),
+        caption=input_.caption,
+        name=image_stem(input_.name),
     )
 
 
-def describe_undrawn(content: Content, side: int) -> Layout:
+def describe_undrawn(input_: Input, side: int) -> Layout:
     """Say what an input asks for by AnyText-benchmark's rule: its first lines, each cut.
 
     Args:
-        content: read without its image.
-        side: of the square that polygons refer to where the content does not say, pixels.
+        input_: read without its image.
+        side: of the square that polygons refer to where the input_ does not say, pixels.
     """
-    frame = side if content.frame is None else round(content.frame)
+    frame = side if input_.frame is None else round(input_.frame)
     return Layout(
-        layout_id=content.input_id,
+        layout_id=input_.input_id,
         size=(frame, frame),
         lines=tuple(
             Line(
@@ -67,10 +67,10 @@ def describe_undrawn(content: Content, side: int) -> Layout:
                 color=_asked_color(line.color),
                 in_glyph_map=line.in_glyph_map,
             )
-            for line in content.lines[:BENCHMARK_MAX_LINES]
+            for line in input_.lines[:BENCHMARK_MAX_LINES]
         ),
-        caption=content.caption,
-        name=image_stem(content.name),
+        caption=input_.caption,
+        name=image_stem(input_.name),
     )
 
 
@@ -96,19 +96,19 @@ def read_undrawn(inputs: Inputs, side: int) -> list[Layout]:
 class HeldOut:
     """Held-out inputs by their ids."""
 
-    def __init__(self, inputs: Inputs, settings: DrawSettings, count: int) -> None:
-        """Draw every input once, to see which can be used and what they ask for.
+    def __init__(self, inputs: Inputs, settings: RenderSettings, count: int) -> None:
+        """Render every input once, to see which can be used and what they ask for.
 
         Args:
             inputs: in order; one that says the same as an earlier one is left out.
-            settings: how they are drawn.
+            settings: how they are rendered.
             count: inputs wanted; the first ones that can be used are taken.
 
         Raises:
             DataError: none can be used.
         """
         self._settings = settings
-        self._contents: dict[str, Content] = {}
+        self._inputs_by_id: dict[str, Input] = {}
         self._encoded: dict[tuple[str, str], Conditioning] = {}
         self.layouts: list[Layout] = []
         """What the inputs ask for, in order."""
@@ -120,9 +120,9 @@ class HeldOut:
                 if len(self.layouts) == count:
                     break
                 try:
-                    content = inputs[index]
-                    if content.input_id not in self._contents:
-                        self._add(content)
+                    input_ = inputs[index]
+                    if input_.input_id not in self._inputs_by_id:
+                        self._add(input_)
                         progress.update()
                 except InputFailure as failure:
                     self.failures.append(str(failure))
@@ -130,30 +130,31 @@ class HeldOut:
         if not self.layouts:
             raise DataError(f"none of {len(inputs)} inputs can be used; the first: {self.failures[0]}")
 
-    def _add(self, content: Content) -> None:
-        drawn = draw_input(content, self._settings)
-        self.layouts.append(describe(content, drawn))
-        self._contents[content.input_id] = content
-        if drawn.image is not None and drawn.mode == "generate":  # in edit mode the image itself tells its ground
-            self._ground_known.add(content.input_id)
+    def _add(self, input_: Input) -> None:
+        rendered = render_input(input_, self._settings)
+        self.layouts.append(describe(input_, rendered))
+        self._inputs_by_id[input_.input_id] = input_
+        # In edit mode the image itself tells its ground.
+        if rendered.image is not None and rendered.mode == "generate":
+            self._ground_known.add(input_.input_id)
 
     def true_ground(self, input_id: str) -> NDArray[np.uint8] | None:
         """Return the true image if there is one and the caption alone tells its ground, else None.
 
-        Only then does it say something that a drawn image's ground is like it.
+        Only then does it say something that a rendered image's ground is like it.
         """
         return self.true_image(input_id) if input_id in self._ground_known else None
 
     def true_image(self, input_id: str) -> NDArray[np.uint8]:
-        """Return an input's image, (H, W, 3) uint8 RGB, scaled to the size at which it is drawn.
+        """Return an input's image, (H, W, 3) uint8 RGB, scaled to the size at which it is rendered.
 
         Raises:
             UsageError: it has none.
         """
-        image = self.draw(input_id).image
+        image = self.render(input_id).image
         if image is None:
             raise UsageError(
-                f"{self._contents[input_id].where}: there is no true image to read; leave --truth out"
+                f"{self._inputs_by_id[input_id].where}: there is no true image to read; leave --truth out"
             )
         pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
         return np.ascontiguousarray(pixels.numpy())
@@ -165,9 +166,9 @@ class HeldOut:
         batch = (torch.stack(images) / 127.5 - 1).to(teacher.device, teacher.dtype)  # (B, 3, H, W)
         return teacher.vae.encode(batch).float()
 
-    def draw(self, input_id: str) -> DrawnInput:
-        """Draw an input again; the same id gives the same drawing."""
-        return draw_input(self._contents[input_id], self._settings)
+    def render(self, input_id: str) -> RenderedInput:
+        """Render an input again; the same id gives the same rendering."""
+        return render_input(self._inputs_by_id[input_id], self._settings)
 
     def encode(self, teacher: Teacher, input_ids: Sequence[str], without: str = "") -> list[Conditioning]:
         """Encode inputs, those not at hand in one batch.
@@ -178,8 +179,8 @@ class HeldOut:
             without: what to leave out, see `ablations.split_parts`.
         """
         missing = [name for name in dict.fromkeys(input_ids) if (name, without) not in self._encoded]
-        drawn = [leave_out(without, self.draw(name)) for name in missing]
-        fresh = dict(zip(missing, teacher.encode(drawn) if drawn else [], strict=True))
+        rendered = [leave_out(without, self.render(name)) for name in missing]
+        fresh = dict(zip(missing, teacher.encode(rendered) if rendered else [], strict=True))
         found = [fresh.get(name) or self._encoded[name, without] for name in input_ids]
         for name, conditioning in fresh.items():
             if len(self._encoded) < MOST_ENCODED:
@@ -187,8 +188,8 @@ class HeldOut:
         return found
 
 
-def describe_settings(config: Config, settings: DrawSettings) -> dict[str, Any]:
-    """Return what the drawing of held-out inputs depends on besides the inputs, as JSON values."""
+def describe_settings(config: Config, settings: RenderSettings) -> dict[str, Any]:
+    """Return what the rendering of held-out inputs depends on besides the inputs, as JSON values."""
     names = {"size", "edit_fraction", "max_lines", "max_chars", "use_images", "random_fonts"}
     return {  # under the names that these keys had first: evaluations begun before go on
         "precompute": {"seed": config.precompute.seed, **config.inputs.model_dump(include=names)},

@@ -1,4 +1,4 @@
-"""The teacher as one who draws in an evaluation: on any grid, also with a part of it left out."""
+"""The teacher as one who samples in an evaluation: on any grid, also with a part of it left out."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ABLATION_GRID = "upstream:20"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TeacherDrawer:
-    """The teacher, set to draw in one way."""
+class TeacherSampler:
+    """The teacher, set to sample in one way."""
 
     label: str
     """For the tables."""
@@ -48,7 +48,7 @@ class TeacherDrawer:
 
     @property
     def kind(self) -> str:
-        """Say who draws."""
+        """Say who samples."""
         return "teacher"
 
     @property
@@ -87,7 +87,7 @@ class TeacherDrawer:
         teacher, uncond = self.load()
         rounds, left_out = self.record_every > 0, split_parts(self.without)
         # As objects of their own: images that share an input must not share its WriteNet evaluations, or the cost
-        # of an image would depend on how many are drawn of it.
+        # of an image would depend on how many are rendered of it.
         predict = predict_branches(
             teacher.denoiser,
             [replace(item) for item in conditionings],
@@ -106,20 +106,20 @@ class TeacherDrawer:
         return rollout.states[:, -1].float()
 
 
-def teacher_drawers(
+def teacher_samplers(
     config: Config,
     held_out: HeldOut,
     load: Callable[[], tuple[Teacher, Uncond]],
     grids: Sequence[str],
     without: Sequence[str],
-) -> list[TeacherDrawer]:
-    """Return the ways in which the teacher is to draw.
+) -> list[TeacherSampler]:
+    """Return the ways in which the teacher is to sample.
 
     Args:
         config: model and precompute are used.
         held_out: the inputs.
-        load: loads the networks; called when the first image is drawn.
-        grids: like "upstream:20". The one that stage one records on draws as it does there, rounding included.
+        load: loads the networks; called when the first image is rendered.
+        grids: like "upstream:20". The one that stage one records on samples as it does there, rounding included.
         without: what to leave out, each as `split_parts` takes it, on `ABLATION_GRID`.
 
     Raises:
@@ -131,12 +131,12 @@ def teacher_drawers(
         "guidance_scale": config.precompute.guidance_scale,
     }
 
-    def make(name: str, part: str = "") -> TeacherDrawer:
+    def make(name: str, part: str = "") -> TeacherSampler:
         grid = parse_grid(name)
         recorded = name == recorded_grid(config) and not part
         notes = "as recorded" if recorded else f"{name.partition(':')[0]} grid"
         left_out = f" without {part.replace('-', ' ').replace('+', ' and ')}" if part else ""
-        return TeacherDrawer(
+        return TeacherSampler(
             label=f"teacher, {grid.num_steps} step{'s' if grid.num_steps > 1 else ''} ({notes}){left_out}",
             held_out=held_out,
             load=load,

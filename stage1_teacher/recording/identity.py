@@ -21,12 +21,12 @@ from common.config import Config
 from common.machine import describe_device, installed_versions
 from common.schedule import make_alphas_cumprod, trailing_timesteps
 from stage1_teacher.inputs.fonts import font_sha256, text_layout
-from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.rendering.rendered_input import RenderSettings
 
 RECIPE = 1
-"""Version of how inputs are drawn, captioned and solved; raised with every change that alters a record."""
+"""Version of how inputs are rendered, captioned and solved; raised with every change that alters a record."""
 
-_NOT_IDENTITY = {"ignore_fields", "max_failures", "draw_workers"}
+_NOT_IDENTITY = {"ignore_fields", "max_failures", "render_workers"}
 """Settings of `inputs` and `precompute` that change no record."""
 _OTHERWISE = {"font", "fonts", "font_hint_prob"}
 """Settings of `inputs` that the identity holds elsewhere: fonts by their content, the rest as of the teacher."""
@@ -43,7 +43,7 @@ _PACKAGES = (
 _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
-def build_identity(config: Config, settings: DrawSettings) -> dict[str, Any]:
+def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
     """Collect what decides the records.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From drawn inputs to records: encode, solve or noise, round to what is stored."""
+"""From rendered inputs to records: encode, solve or noise, round to what is stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.schedule import diffuse, make_alphas_cumprod, predict_x0
 from common.seeding import derive_seed, rng
 from shards.records.meta import SampleMeta
 from shards.records.record import Record
-from stage1_teacher.rendering.rendered_input import DrawnInput
+from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 
@@ -30,13 +30,13 @@ def round_half(values: Tensor) -> Tensor:
 class _Item:
     """One solve: an input and which of its rollouts."""
 
-    drawn: DrawnInput
+    rendered: RenderedInput
     conditioning: Conditioning
     rollout: int
 
     @property
     def seed(self) -> int:
-        return derive_seed(self.drawn.seed, self.drawn.input_id, "noise", self.rollout)
+        return derive_seed(self.rendered.seed, self.rendered.input_id, "noise", self.rollout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,7 +101,7 @@ class Recorder:
         self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
 
-    def record(self, inputs: Sequence[DrawnInput]) -> Iterator[Recorded]:
+    def record(self, inputs: Sequence[RenderedInput]) -> Iterator[Recorded]:
         """Encode and solve inputs; yields after every batch of solves, so that the caller may stop in between.
 
         What a record holds depends on which inputs are given together, to about 1e-6 of its values.
@@ -158,12 +158,12 @@ class Recorder:
 
     @torch.no_grad()
     def _noise(self, batch: Sequence[_Item]) -> _Solved:
-        """Noise data latents at timesteps drawn from the whole grid: z_t = alpha_t x0 + sigma_t eps.
+        """Noise data latents at timesteps rendered from the whole grid: z_t = alpha_t x0 + sigma_t eps.
 
         Source: Luo et al. 2023 (LCM), algorithm 1.
         """
         teacher, steps = self._teacher, len(self._keep)
-        images = torch.stack([item.drawn.image for item in batch if item.drawn.image is not None])
+        images = torch.stack([item.rendered.image for item in batch if item.rendered.image is not None])
         x0 = round_half(teacher.vae.encode(images.to(teacher.device, teacher.dtype)).float())  # (B, C, h, w)
         noise = torch.stack([self._draw_noise(item, steps) for item in batch]).to(x0.device)  # (B, S, C, h, w)
         timesteps = torch.stack([self._draw_timesteps(item) for item in batch])  # (B, S)
@@ -177,7 +177,7 @@ class Recorder:
 
     def _draw_timesteps(self, item: _Item) -> Tensor:
         """Draw S different timesteps of the solver's grid, the same for all rollouts, descending, (S,)."""
-        random, grid = rng(item.drawn.seed, item.drawn.input_id, "timesteps"), self._grid.timesteps.tolist()
+        random, grid = rng(item.rendered.seed, item.rendered.input_id, "timesteps"), self._grid.timesteps.tolist()
         return torch.tensor(sorted(random.sample(grid, len(self._keep)), reverse=True))
 
     def _predict(
@@ -197,19 +197,19 @@ class Recorder:
 
     def _assemble(self, items: Sequence[_Item], solved: _Solved) -> Record:
         """Join an input and its R rollouts to its record."""
-        drawn, conditioning = items[0].drawn, items[0].conditioning
+        rendered, conditioning = items[0].rendered, items[0].conditioning
         return Record(
             meta=SampleMeta(
-                input_id=drawn.input_id,
-                caption=drawn.caption,
-                text_caption=drawn.text_caption,
-                texts=drawn.texts,
-                languages=drawn.languages,
-                polygons=drawn.polygons,
-                mode=drawn.mode,
+                input_id=rendered.input_id,
+                caption=rendered.caption,
+                text_caption=rendered.text_caption,
+                texts=rendered.texts,
+                languages=rendered.languages,
+                polygons=rendered.polygons,
+                mode=rendered.mode,
                 source=self._settings.source,
                 seeds=tuple(item.seed for item in items),
-                size=drawn.size,
+                size=rendered.size,
                 guidance_scale=self._settings.guidance_scale,
             ),
             image_context=conditioning.image_context.half().cpu(),
@@ -219,8 +219,8 @@ class Recorder:
             rollout_timesteps=solved.timesteps[0],
             x0_cond=solved.x0_cond,
             x0_uncond=solved.x0_uncond,
-            glyphs=drawn.glyphs,
-            positions=drawn.positions.sum(0, keepdim=True, dtype=torch.uint8),
+            glyphs=rendered.glyphs,
+            positions=rendered.positions.sum(0, keepdim=True, dtype=torch.uint8),
         )
 
 

@@ -29,8 +29,8 @@ from stage1_teacher.inputs.input import InputFailure
 from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.share import Share
 from stage1_teacher.recording.trajectories import RolloutKeeper
-from stage1_teacher.rendering.ahead import Outcome, draw_ahead
-from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings
+from stage1_teacher.rendering.ahead import Outcome, render_ahead
+from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class ShardMaker:
         """
         self._send(self._share.found)
 
-    def make_all(self, inputs: Inputs, draw_settings: DrawSettings, recorder: Recorder) -> None:
+    def make_all(self, inputs: Inputs, render_settings: RenderSettings, recorder: Recorder) -> None:
         """Make every shard that is left.
 
         Raises:
@@ -85,14 +85,16 @@ class ShardMaker:
         """
         todo = self._share.todo
         indices = (index for item in todo for index in item.indices)
-        ahead = 2 * self._settings.batch_size + self._settings.draw_workers
+        ahead = 2 * self._settings.batch_size + self._settings.render_workers
         with (
             Progress(sum(len(item.indices) for item in todo), "precompute", "input") as progress,
-            draw_ahead(inputs, indices, draw_settings, workers=self._settings.draw_workers, ahead=ahead) as drawn,
+            render_ahead(
+                inputs, indices, render_settings, workers=self._settings.render_workers, ahead=ahead
+            ) as rendered,
         ):
             for item in todo:
                 self.check_stop()
-                self._make(item.shard, drawn, recorder, progress)
+                self._make(item.shard, rendered, recorder, progress)
 
     def check_stop(self) -> None:
         """Ask whether to go on; done between shards and between batches.
@@ -100,9 +102,11 @@ class ShardMaker:
         Raises:
             Stopped: a signal came.
         """
-        self._stop.raise_if_requested(self._share.standing)
+        self._stop.raise_if_requested(self._share.committed_so_far)
 
-    def _make(self, shard: PlannedShard, drawn: Iterator[Outcome], recorder: Recorder, progress: Progress) -> None:
+    def _make(
+        self, shard: PlannedShard, rendered: Iterator[Outcome], recorder: Recorder, progress: Progress
+    ) -> None:
         writer = ShardWriter(
             self._folder, shard.shard_index, identity_sha256=self._identity_sha256, provenance=self._machine
         )
@@ -110,11 +114,11 @@ class ShardMaker:
         failed: list[int] = []
         first = 0  # place within the shard
         with writer:
-            for group in group_by_drawn(drawn, len(shard.input_ids), self._settings.batch_size):
+            for group in group_by_rendered(rendered, len(shard.input_ids), self._settings.batch_size):
                 records, states = self._record_group(shard, first, group, recorder)
                 rollouts += states
                 for place, outcome in enumerate(group, start=first):
-                    if isinstance(outcome, DrawnInput):
+                    if isinstance(outcome, RenderedInput):
                         writer.add(shard.first_index + place, records.popleft())
                     else:
                         writer.fail(self._note(shard, place, outcome))
@@ -142,7 +146,7 @@ class ShardMaker:
                 self.check_stop()
                 self._share.uploaded += self._uploader.upload_shard(shard)
         except DataError as error:
-            raise DataError(f"{error} ({self._share.standing} in {self._folder})") from None
+            raise DataError(f"{error} ({self._share.committed_so_far} in {self._folder})") from None
 
     def _record_group(
         self, shard: PlannedShard, first: int, group: list[Outcome], recorder: Recorder
@@ -151,7 +155,7 @@ class ShardMaker:
         records: deque[Record] = deque()
         rollouts: list[Tensor] = []
         try:
-            for recorded in recorder.record([item for item in group if isinstance(item, DrawnInput)]):
+            for recorded in recorder.record([item for item in group if isinstance(item, RenderedInput)]):
                 self.check_stop()
                 records += recorded.records
                 rollouts += [] if recorded.rollouts is None else [recorded.rollouts]
@@ -185,12 +189,12 @@ class ShardMaker:
         )
 
 
-def group_by_drawn(drawn: Iterator[Outcome], count: int, batch_size: int) -> Iterator[list[Outcome]]:
-    """Cut the next `count` outcomes into groups with `batch_size` drawn inputs, failures where they fall."""
+def group_by_rendered(rendered: Iterator[Outcome], count: int, batch_size: int) -> Iterator[list[Outcome]]:
+    """Cut the next `count` outcomes into groups with `batch_size` rendered inputs, failures where they fall."""
     group: list[Outcome] = []
     for _ in range(count):
-        group.append(next(drawn))
-        if sum(isinstance(item, DrawnInput) for item in group) == batch_size:
+        group.append(next(rendered))
+        if sum(isinstance(item, RenderedInput) for item in group) == batch_size:
             yield group
             group = []
     if group:

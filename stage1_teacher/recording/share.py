@@ -46,7 +46,7 @@ class Share:
     """Shards uploaded by this run."""
 
     @property
-    def standing(self) -> str:
+    def committed_so_far(self) -> str:
         """What is safe, in words."""
         return f"{len(self.found) + self.written} of this task's {self.shards} shards are committed"
 

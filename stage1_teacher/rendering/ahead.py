@@ -1,4 +1,4 @@
-"""Drawing beside the teacher: threads read images and draw the inputs that come next."""
+"""Rendering beside the teacher: threads read images and render the inputs that come next."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from itertools import islice
 
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import InputFailure
-from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 
-Outcome = DrawnInput | InputFailure
+Outcome = RenderedInput | InputFailure
 
 
 @contextmanager
-def draw_ahead(
-    inputs: Inputs, indices: Iterable[int], settings: DrawSettings, *, workers: int, ahead: int
+def render_ahead(
+    inputs: Inputs, indices: Iterable[int], settings: RenderSettings, *, workers: int, ahead: int
 ) -> Iterator[Iterator[Outcome]]:
-    """Draw inputs in the given order, some before they are asked for.
+    """Render inputs in the given order, some before they are asked for.
 
     Args:
         inputs: all inputs of the run.
-        indices: which to draw.
+        indices: which to render.
         settings: how.
         workers: threads.
-        ahead: drawn inputs kept ready at most; at 512 pixels each holds about 10 MB.
+        ahead: rendered inputs kept ready at most; at 512 pixels each holds about 10 MB.
 
     Yields:
-        An iterator over the drawn inputs; one that cannot be drawn is its failure instead.
+        An iterator over the rendered inputs; one that cannot be rendered is its failure instead.
     """
 
-    def draw(index: int) -> Outcome:
+    def render(index: int) -> Outcome:
         try:
-            return draw_input(inputs[index], settings)
+            return render_input(inputs[index], settings)
         except InputFailure as failure:
             return failure
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="draw")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="render")
     rest = iter(indices)
-    waiting: deque[Future[Outcome]] = deque(pool.submit(draw, index) for index in islice(rest, ahead))
+    waiting: deque[Future[Outcome]] = deque(pool.submit(render, index) for index in islice(rest, ahead))
 
     def outcomes() -> Iterator[Outcome]:
         while waiting:
             outcome = waiting.popleft().result()
-            waiting.extend(pool.submit(draw, index) for index in islice(rest, 1))
+            waiting.extend(pool.submit(render, index) for index in islice(rest, 1))
             yield outcome
 
     try:

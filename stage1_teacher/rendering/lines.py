@@ -1,4 +1,4 @@
-"""What AnyText2 sees of a line of text, drawn: glyph line, glyph map, position mask, font hint, masked image.
+"""What AnyText2 sees of a line of text, rendered: glyph line, glyph map, position mask, font hint, masked image.
 
 Behaviour follows upstream's dataset class (UPSTREAM names in brackets); what is random there (dilated positions,
 partial font hints) is an augmentation of its training and absent here.
@@ -24,7 +24,7 @@ GLYPH_LINE_HEIGHT, GLYPH_LINE_WIDTH = 80, 512
 _FILL = 0.9
 """Share of the glyph line's width or height that the text fills."""
 _MIN_INK = 10
-"""Upstream lifts a drawn colour's channels to at least this, so that black text is not lost on black."""
+"""Upstream lifts a rendered colour's channels to at least this, so that black text is not lost on black."""
 _UPRIGHT_WITHIN = 10.0
 """Degrees from an axis within which a box that is higher than wide is written from top to bottom."""
 _MAX_SPACES = 99
@@ -33,8 +33,8 @@ Array = NDArray[np.float32]
 Mask = NDArray[np.uint8]
 
 
-def draw_glyph_line(text: str, font: Path) -> Array:
-    """Draw a line of text for the OCR encoder [draw_glyph].
+def render_glyph_line(text: str, font: Path) -> Array:
+    """Render a line of text for the OCR encoder [draw_glyph].
 
     Args:
         text: one line.
@@ -150,29 +150,29 @@ def _write_downwards(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeT
         y += height + gap
 
 
-def draw_glyph_map(text: str, polygon: Array, font: Path, color: Sequence[float], size: tuple[int, int]) -> Mask:
-    """Draw a line of text into its polygon, spread along it, rotated with it [draw_glyph2].
+def render_glyph_map(text: str, polygon: Array, font: Path, color: Sequence[float], size: tuple[int, int]) -> Mask:
+    """Render a line of text into its polygon, spread along it, rotated with it [draw_glyph2].
 
     Args:
         text: one line.
         polygon: (n, 2) x, y in pixels of `size`.
         font: font file.
         color: r, g, b in 0-255, or 500 for unknown. It decides how faint an anti-aliased pixel still counts:
-            upstream draws in colour and takes what is not black.
+            upstream renders in colour and takes what is not black.
         size: (H, W), pixels.
 
     Returns:
         (H, W) uint8, 0 or 1; all 0 where the polygon is too small for one pixel of text.
     """
-    coverage = draw_coverage(text, polygon, font, size)
+    coverage = render_coverage(text, polygon, font, size)
     brightest = min(max(*color, _MIN_INK), 255)
     return (brightest * coverage >= 0.5).astype(np.uint8)
 
 
-def draw_coverage(
+def render_coverage(
     text: str, polygon: Array, font: Path, size: tuple[int, int], *, resample: Resampling = Resampling.NEAREST
 ) -> Array:
-    """Draw the anti-aliased line of text that a glyph map is made of.
+    """Render the anti-aliased line of text that a glyph map is made of.
 
     Args:
         text: one line.
@@ -207,7 +207,7 @@ def _rotate(layer: Image.Image, box: Box, resample: Resampling) -> Image.Image:
     return whole
 
 
-def draw_mask(polygon: Array, size: tuple[int, int]) -> Mask:
+def render_mask(polygon: Array, size: tuple[int, int]) -> Mask:
     """Fill a polygon, its outline included [draw_pos, draw_inv_mask].
 
     Args:
@@ -222,7 +222,7 @@ def draw_mask(polygon: Array, size: tuple[int, int]) -> Mask:
     return mask
 
 
-def draw_font_hint(image: Array, polygon: Array) -> Array:
+def cut_font_hint(image: Array, polygon: Array) -> Array:
     """Take the look of a line from an image: what is darker than its neighbourhood, inside the polygon.
 
     Args:
@@ -240,7 +240,7 @@ def draw_font_hint(image: Array, polygon: Array) -> Array:
     brighter = cv2.adaptiveThreshold(gray, 255, cv2.ADAPTIVE_THRESH_GAUSSIAN_C, cv2.THRESH_BINARY, 11, 2)
     hint = np.zeros((height, width), np.float32)
     hint[y : y + h, x : x + w] = brighter == 0
-    return hint * draw_mask(inside.astype(np.float32), (height, width))
+    return hint * render_mask(inside.astype(np.float32), (height, width))
 
 
 def mask_image(image: Array | None, positions: Mask, mode: str) -> Array:

@@ -39,7 +39,7 @@ def _projection(source: int, width: int) -> nn.Sequential:
 
 
 class GlyphEmbedding(nn.Module):
-    """Sums four encodings of each line; the recogniser that reads the glyphs is an argument, not a part."""
+    """Sums four encodings of each line; the recognizer that reads the glyphs is an argument, not a part."""
 
     def __init__(self, width: int) -> None:
         """Build with PyTorch's initial weights.
@@ -59,7 +59,7 @@ class GlyphEmbedding(nn.Module):
         """Embed N lines.
 
         Args:
-            glyph_features: the recogniser's neck on the glyph lines, (N, 40, 64).
+            glyph_features: the recognizer's neck on the glyph lines, (N, 40, 64).
             positions: each line's mask, (N, 1, H, W).
             font_lines: from `font_lines`, (N, 3, 48, 320).
             colors: rgb from 0 to 255, or 500 for unknown, (N, 3).
@@ -74,7 +74,7 @@ class GlyphEmbedding(nn.Module):
         """Sum the encodings of N lines, where the frozen encoders' outputs are at hand.
 
         Args:
-            glyph_features: the recogniser's neck on the glyph lines, (N, 40, 64).
+            glyph_features: the recognizer's neck on the glyph lines, (N, 40, 64).
             where: from the position encoder, (N, c).
             font_features: the font predictor's neck on the font lines, (N, 40, 64).
             colors: rgb from 0 to 255, or 500 for unknown, (N, 3).
@@ -89,7 +89,7 @@ class GlyphEmbedding(nn.Module):
 
 
 def glyph_lines(lines: Tensor) -> Tensor:
-    """Prepare drawn lines, (N, 1, 80, 512) from 0 to 1, for the recogniser: (N, 3, 48, 320)."""
+    """Prepare rendered lines, (N, 1, 80, 512) from 0 to 1, for the recognizer: (N, 3, 48, 320)."""
     return torch.stack([normalize_line(line * 255) for line in lines])
 
 

@@ -1,4 +1,4 @@
-"""PP-OCRv3's text recogniser: the encoder of glyph lines, and in a second copy that of font hints.
+"""PP-OCRv3's text recognizer: the encoder of glyph lines, and in a second copy that of font hints.
 
 MobileNetV1Enhance (scale 0.5), a SVTR neck, and a CTC head over 6,625 classes, for lines of 48 x 320 pixels.
 Sources: PP-OCRv3 (Li et al. 2022, arXiv 2206.03001), SVTR (Du et al. 2022, arXiv 2205.00159).
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LINE_HEIGHT, LINE_WIDTH = 48, 320
-"""Pixels of the lines that the recogniser reads."""
+"""Pixels of the lines that the recognizer reads."""
 NUM_STEPS, NECK_CHANNELS, NUM_CLASSES = 40, 64, 6625
 """Steps along a line, features of a step, and classes (blank, 6,623 characters, space)."""
 NECK_HIDDEN, NECK_HEADS, NECK_DEPTH = 120, 8, 2
@@ -38,7 +38,7 @@ BACKBONE = (
 
 
 class Reading(NamedTuple):
-    """What the recogniser makes of N lines."""
+    """What the recognizer makes of N lines."""
 
     logits: Tensor
     """(N, 40, 6625)."""
@@ -209,7 +209,7 @@ class Recognizer(nn.Module):
 
 
 def normalize_line(image: Tensor) -> Tensor:
-    """Fit an image of a line into the recogniser's frame.
+    """Fit an image of a line into the recognizer's frame.
 
     Args:
         image: (1 or 3, h, w), 0 to 255. One much higher than wide is taken for vertical text and turned left.

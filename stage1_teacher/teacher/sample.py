@@ -11,7 +11,7 @@ from common.anytext2.conditioning import Conditioning
 from common.config import Config
 from common.ddim import trailing_grid
 from stage1_teacher.inputs.prompt_text import prompt_from_text
-from stage1_teacher.rendering.rendered_input import DrawSettings, draw_input
+from stage1_teacher.rendering.rendered_input import RenderSettings, render_input
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 
@@ -26,16 +26,16 @@ def encode_prompt(
     font: str | None = None,
     image: Path | None = None,
 ) -> Conditioning:
-    """Draw and encode a prompt as precompute does; see `prompt_from_text` for the arguments.
+    """Render and encode a prompt as precompute does; see `prompt_from_text` for the arguments.
 
     Raises:
         UsageError: the prompt's parts do not match, or a value is wrong.
     """
-    settings = DrawSettings.from_config(config)
+    settings = RenderSettings.from_config(config)
     content = prompt_from_text(
         text, boxes, size=settings.size, fonts=settings.fonts, colors=colors, font=font, image=image
     )
-    return teacher.encode([draw_input(content, settings)])[0]
+    return teacher.encode([render_input(content, settings)])[0]
 
 
 def sample_latents(

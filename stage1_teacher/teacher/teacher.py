@@ -22,7 +22,7 @@ from common.anytext2.denoiser import Denoiser
 from common.anytext2.vae import VAE
 from common.config import Config
 from common.machine import resolve_device
-from stage1_teacher.rendering.rendered_input import DrawnInput
+from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
 from stage1_teacher.teacher.recognizer import Recognizer
 from stage1_teacher.teacher.text_encoder import TextEncoder, load_clip, load_tokenizer
@@ -98,7 +98,7 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def encode(self, inputs: Sequence[DrawnInput]) -> list[Conditioning]:
+    def encode(self, inputs: Sequence[RenderedInput]) -> list[Conditioning]:
         """Encode captions, lines and masked images of inputs of one size; float32, on the teacher's device."""
         image_contexts = self.text_encoder.encode_image_captions([item.caption for item in inputs])
         text_contexts = self.text_encoder.encode_text_captions(
@@ -118,23 +118,23 @@ class Teacher:
             )
         ]
 
-    def _embed_lines(self, inputs: Sequence[DrawnInput]) -> list[Tensor]:
+    def _embed_lines(self, inputs: Sequence[RenderedInput]) -> list[Tensor]:
         """Return the embeddings of each input's lines, (n, c)."""
         counts = [len(item.glyph_lines) for item in inputs]
         if sum(counts) == 0:
             return [torch.empty(0, self.network.context_dim, device=self.device) for _ in inputs]
-        # The lines' pixels stay on the CPU and in float32 until they are the recogniser's size.
-        drawn = glyph_lines(torch.cat([item.glyph_lines for item in inputs]))  # (N, 3, 48, 320)
+        # The lines' pixels stay on the CPU and in float32 until they are the recognizer's size.
+        rendered = glyph_lines(torch.cat([item.glyph_lines for item in inputs]))  # (N, 3, 48, 320)
         masks = torch.cat([item.positions for item in inputs]).unsqueeze(1)  # (N, 1, H, W)
         fonts = [font_lines(item.font_hint, item.positions[:, None]) for item in inputs if len(item.positions)]
         colors = torch.cat([item.colors for item in inputs])  # (N, 3)
-        features = self.recognizer.features(self._place(drawn))
+        features = self.recognizer.features(self._place(rendered))
         lines = self.glyph_embedding(
             features, self._place(masks), self._place(torch.cat(fonts)), self._place(colors)
         )
         return list(lines.split(counts))
 
-    def _encode_masked(self, inputs: Sequence[DrawnInput]) -> list[Tensor]:
+    def _encode_masked(self, inputs: Sequence[RenderedInput]) -> list[Tensor]:
         """Encode masked images, (C, h, w) each; the blank one of generate mode only once."""
         rows: list[int] = []
         images: list[Tensor] = []

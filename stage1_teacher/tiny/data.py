@@ -19,7 +19,7 @@ from PIL import Image
 from common.files import write_bytes_atomic
 from common.progress import Progress
 from common.scripts import run_script
-from stage1_teacher.tiny.scene import Scene, draw_scene, draw_scene_plan
+from stage1_teacher.tiny.scene import Scene, draw_scene_plan, render_scene
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def write_dataset(out: Path, *, count: int, seed: int, size: int = 96) -> Path:
 def write_scene(out: Path, scene: Scene, img_name: str) -> dict[str, object]:
     """Write a scene's image and return its annotation."""
     buffer = io.BytesIO()
-    Image.fromarray(draw_scene(scene)).save(buffer, format="PNG")
+    Image.fromarray(render_scene(scene)).save(buffer, format="PNG")
     write_bytes_atomic(out / IMAGE_FOLDER / img_name, buffer.getvalue())
     return scene.annotation(img_name)
 

@@ -104,7 +104,7 @@ def clear_unused_words(clip: Any, config: NetworkConfig) -> int:
 
 
 def write(teacher: TrainedTeacher, out: Path) -> None:
-    """Write the parts to a folder; the recogniser is there already."""
+    """Write the parts to a folder; the recognizer is there already."""
     config, denoiser = teacher.config, teacher.denoiser
     log.info("%d words kept", clear_unused_words(denoiser.clip, config))
 

@@ -1,4 +1,4 @@
-"""Compute once what the denoiser's training needs of frozen networks: latents and the recogniser's features.
+"""Compute once what the denoiser's training needs of frozen networks: latents and the recognizer's features.
 
     python -m stage1_teacher.tiny.features --vae runs/tiny/vae --out runs/tiny/features --count 5500
 
@@ -36,9 +36,9 @@ from stage1_teacher.tiny.scene import (
     LENGTHS,
     SINGLE_LETTERS,
     Scene,
-    draw_scene,
     draw_scene_plan,
     recolor,
+    render_scene,
     text_mask,
 )
 from stage1_teacher.tiny.train_vae import load_trained
@@ -47,14 +47,14 @@ log = logging.getLogger(__name__)
 
 LAYOUTS_PER_FILE = 100
 SINGLE_EVERY = 3
-"""Of a file, every third layout has single letters only, for what the recogniser's features say of a letter."""
+"""Of a file, every third layout has single letters only, for what the recognizer's features say of a letter."""
 
 
 class FeatureMaker:
     """The frozen networks, and what they make of a scene."""
 
     def __init__(self, vae: Path) -> None:
-        """Load the VAE, rounded as it is shipped, and the recogniser; `vae` is as for `load_trained`."""
+        """Load the VAE, rounded as it is shipped, and the recognizer; `vae` is as for `load_trained`."""
         config = network_config()
         autoencoder = load_trained(vae).requires_grad_(False)
         for parameter in autoencoder.parameters():
@@ -78,7 +78,7 @@ class FeatureMaker:
 
     @torch.no_grad()
     def read(self, lines: Tensor) -> Tensor:
-        """Return the recogniser's features (N, 40, 64) float16 of lines (N, 3, 48, 320)."""
+        """Return the recognizer's features (N, 40, 64) float16 of lines (N, 3, 48, 320)."""
         parts = [
             self._recognizer.features(part.contiguous(memory_format=torch.channels_last))
             for part in lines.split(4)
@@ -108,19 +108,19 @@ class FeatureMaker:
         size = (scene.size, scene.size)
         scenes = [scene, *(recolor(scene, variant) for variant in range(1, variants))]
         # The same arithmetic as stage one's reading of an image file.
-        pixels = torch.stack([torch.from_numpy(draw_scene(item)) for item in scenes])
+        pixels = torch.stack([torch.from_numpy(render_scene(item)) for item in scenes])
         images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         polygons = [torch.tensor(line.polygon).float().numpy() for line in scene.lines]
-        masks = torch.stack([torch.from_numpy(drawing.draw_mask(polygon, size)) for polygon in polygons])
+        masks = torch.stack([torch.from_numpy(drawing.render_mask(polygon, size)) for polygon in polygons])
         letters = np.max([text_mask(line, scene.size) for line in scene.lines], axis=0)
         glyphs = torch.zeros(size, dtype=torch.uint8)
         drawn = []
         for line, polygon in zip(scene.lines, polygons, strict=True):
             font = FONT_FOLDER / line.font
-            glyphs |= torch.from_numpy(drawing.draw_glyph_map(line.text, polygon, font, line.color, size))
-            drawn.append(torch.from_numpy(drawing.draw_glyph_line(line.text, font)))
+            glyphs |= torch.from_numpy(drawing.render_glyph_map(line.text, polygon, font, line.color, size))
+            drawn.append(torch.from_numpy(drawing.render_glyph_line(line.text, font)))
         blank_features = self.read_blank(font_lines(torch.zeros(1, *size), masks[:, None]))
-        # Of a line whose font is asked for, the drawn line is the hint (`draw_input`).
+        # Of a line whose font is asked for, the drawn line is the hint (`render_input`).
         hint_features = self.read(font_lines(glyphs[None].float(), masks[:, None]))
         covered = masks.amax(0).float()
         latents = self.latents(torch.cat([images, (images - 10 * covered).clamp(-1, 1)]))

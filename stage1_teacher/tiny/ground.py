@@ -72,7 +72,7 @@ def draw_ground_plan(random_: random.Random) -> Ground:
     return Ground(kind=kind, colors=(first, second), vertical=random_.random() < 0.5)
 
 
-def draw_ground(ground: Ground, size: int) -> NDArray[np.uint8]:
+def render_ground(ground: Ground, size: int) -> NDArray[np.uint8]:
     """Draw a ground, (size, size, 3) RGB."""
     base = np.asarray(PALETTE[ground.colors[0]], dtype=np.float32)
     image = np.broadcast_to(base, (size, size, 3)).copy()

@@ -91,7 +91,7 @@ def _start(denoiser: Denoiser) -> None:
             if isinstance(part, ResnetBlock2D):
                 part.conv2.weight.mul_(BRANCH_SCALE)
             elif isinstance(part, BasicTransformerBlock):
-                _listen(part)
+                _strengthen_cross_attention(part)
     # From scratch there is no trained UNet to protect: control may speak from the first step, except into the
     # first skip connection, which starts as the straight way of z_t to the output.
     first, *others = denoiser.writenet.controlnet_down_blocks
@@ -133,7 +133,7 @@ def point_at_lines(denoiser: Denoiser) -> None:
             attention.to_k.weight.add_(LINE_SCORE / 2.3 * torch.outer(constant.flatten(), direction))
 
 
-def _listen(block: BasicTransformerBlock) -> None:
+def _strengthen_cross_attention(block: BasicTransformerBlock) -> None:
     """Let a context be heard from the first step.
 
     At the start attention is spread over 77 tokens and PyTorch's gains make of it 3 % of the features: training

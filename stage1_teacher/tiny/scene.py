@@ -21,7 +21,7 @@ from PIL.Image import Resampling
 from common.seeding import rng
 from stage1_teacher.inputs.fonts import load_font
 from stage1_teacher.rendering import lines as drawing
-from stage1_teacher.tiny.ground import PALETTE, Ground, draw_ground, draw_ground_plan
+from stage1_teacher.tiny.ground import PALETTE, Ground, draw_ground_plan, render_ground
 
 FONT_FOLDER = Path(__file__).resolve().parents[2] / "models" / "fonts"
 FONTS = {
@@ -42,7 +42,7 @@ LENGTHS = (11, 12, 18, 20, 18, 12, 9, 6)
 """Weights of lines of one, two ... eight letters."""
 SINGLE_LETTERS = (100, 0, 0, 0, 0, 0, 0, 0)
 UNMAPPED_SHARE = 0.55
-"""Of the single letters, that the glyph map does not show: they are why a teacher listens to the recogniser's
+"""Of the single letters, that the glyph map does not show: they are why a teacher listens to the recognizer's
 features of a line. Where the map shows a letter, they say nothing more (docs/results.md)."""
 MIN_HEIGHT = 18.0
 """Least height of a line's polygon, pixels; its capitals are then 12 px tall."""
@@ -108,7 +108,7 @@ def draw_scene_plan(*seed: str | int, size: int = 96, lengths: Sequence[int] = L
     """
     random_ = rng("scene", *seed)
     ground = draw_ground_plan(random_)
-    plan = draw_ground(ground, size)
+    plan = render_ground(ground, size)
     for _ in range(100):
         lines = _place_lines(random_, plan, size, lengths)
         if lines:
@@ -122,7 +122,7 @@ def recolor(scene: Scene, variant: int) -> Scene:
         seed = (*scene.seed, "recolor", variant, attempt)
         random_ = rng("scene", *seed)
         ground = draw_ground_plan(random_)
-        plan = draw_ground(ground, scene.size)
+        plan = render_ground(ground, scene.size)
         colors = [_readable_color(random_, plan, np.array(line.polygon)) for line in scene.lines]
         if None not in colors:
             lines = [replace(line, color=color) for line, color in zip(scene.lines, colors, strict=True) if color]
@@ -130,9 +130,9 @@ def recolor(scene: Scene, variant: int) -> Scene:
     return scene
 
 
-def draw_scene(scene: Scene) -> NDArray[np.uint8]:
+def render_scene(scene: Scene) -> NDArray[np.uint8]:
     """Draw a scene's image, (size, size, 3) RGB."""
-    image = draw_ground(scene.ground, scene.size).astype(np.float32)
+    image = render_ground(scene.ground, scene.size).astype(np.float32)
     for line in scene.lines:
         mask = text_mask(line, scene.size)[..., None]
         image = image * (1 - mask) + np.asarray(line.color, dtype=np.float32) * mask
@@ -143,7 +143,7 @@ def text_mask(line: Line, size: int) -> NDArray[np.float32]:
     """Coverage of a line's letters, (size, size) in 0 to 1, anti-aliased: what the glyph map is the trace of."""
     polygon = np.asarray(line.polygon, dtype=np.float32)
     font = FONT_FOLDER / line.font
-    return drawing.draw_coverage(line.text, polygon, font, (size, size), resample=Resampling.BICUBIC)
+    return drawing.render_coverage(line.text, polygon, font, (size, size), resample=Resampling.BICUBIC)
 
 
 def _place_lines(

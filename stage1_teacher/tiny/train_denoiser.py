@@ -55,8 +55,8 @@ PROBE_WEIGHTS = {"letters": 0.2, "text": 0.6, "color": 0.2, "font": 0.2}
 """Of the losses by which linear probes read off WriteNet's residuals the letters that the glyph map shows, the
 text of all lines, their colours and fonts. An earlier network, without them, had hardly learnt in 2,900 steps
 which of an image's lines a colour belongs to."""
-DEAF_STEPS = 300
-"""`Settings.deaf_steps` of a run that starts from trained weights."""
+HEADS_ONLY_STEPS = 300
+"""`Settings.heads_only_steps` of a run that starts from trained weights."""
 LOG_EVERY = 50
 
 
@@ -82,11 +82,11 @@ class Settings:
     """Steps."""
     probe_steps: int = 0
     """First so many steps train on the probe alone, on `probe_images` images of single letters each, without the
-    UNet: which letter the recogniser's features say is learnt from tens of thousands of them, and WriteNet alone
+    UNet: which letter the recognizer's features say is learnt from tens of thousands of them, and WriteNet alone
     costs a fifth."""
     probe_images: int = 24
     """A multiple of 4, as the log has quarters."""
-    deaf_steps: int = 0
+    heads_only_steps: int = 0
     """Before this step, in those with the UNet, the networks do not hear of the probe's losses: its heads start at
     random, and the first of them would undo what a trained WriteNet knows."""
 
@@ -189,7 +189,7 @@ def compute_losses(
     cumulative: Tensor,
     placeholder: int,
     *,
-    deaf: bool = False,
+    heads_only: bool = False,
 ) -> Losses:
     """Compute a batch's losses.
 
@@ -199,7 +199,7 @@ def compute_losses(
         batch: B images with K noises each.
         cumulative: alphas_cumprod, (1000,).
         placeholder: token id that stands for a line.
-        deaf: the probe's losses train its heads alone.
+        heads_only: the probe's losses train its heads alone.
     """
     noises = len(batch.timesteps) // len(batch.latents)
     image_context = encode_tokens(denoiser.clip, batch.image_tokens)  # (B, 77, c)
@@ -221,7 +221,7 @@ def compute_losses(
     everything_else = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
     error = (eps - everything_else).square() * batch.weight.repeat_interleave(noises, dim=0)
     snr = level / (1 - level)
-    read = probe(tuple(part.detach() for part in control) if deaf else control, batch)
+    read = probe(tuple(part.detach() for part in control) if heads_only else control, batch)
     return Losses(eps=error.mean(dim=(1, 2, 3)) * noise_weight(snr.flatten()), probe=read)
 
 
@@ -372,8 +372,8 @@ class Trainer:
             read = self.probe(run_writenet(self.denoiser, batch, placeholder), batch)
             losses = Losses(eps=nothing, probe=read)
         else:
-            given, deaf = (batch, self.cumulative, placeholder), self.step < self.settings.deaf_steps
-            losses = compute_losses(self.denoiser, self.probe, *given, deaf=deaf)
+            given, heads_only = (batch, self.cumulative, placeholder), self.step < self.settings.heads_only_steps
+            losses = compute_losses(self.denoiser, self.probe, *given, heads_only=heads_only)
         losses.total.backward()
         return Losses(eps=losses.eps.detach(), probe=losses.probe.detach())
 
@@ -497,7 +497,7 @@ def main() -> None:
         seed=options.seed,
         probe_steps=(1500 if options.position else 0) if options.probe_steps is None else options.probe_steps,
         probe_images=options.probe_images,
-        deaf_steps=0 if options.position else DEAF_STEPS,
+        heads_only_steps=0 if options.position else HEADS_ONLY_STEPS,
         save_every=options.save_every,
     )
     start = options.position or options.start_from

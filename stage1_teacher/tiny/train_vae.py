@@ -26,7 +26,7 @@ from common.scripts import run_script
 from common.seeding import generator
 from stage1_teacher.tiny.linear_vae import PatchBasis, fit_patch_basis, set_decoder, set_encoder
 from stage1_teacher.tiny.networks import build_vae, network_config
-from stage1_teacher.tiny.scene import draw_scene, draw_scene_plan
+from stage1_teacher.tiny.scene import draw_scene_plan, render_scene
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ EDGE_WEIGHT = 0.5
 
 def draw_images(seed: int, count: int, size: int = 96) -> Tensor:
     """Draw scenes, (count, 3, size, size) uint8."""
-    images = [draw_scene(draw_scene_plan("vae", seed, index, size=size)) for index in range(count)]
+    images = [render_scene(draw_scene_plan("vae", seed, index, size=size)) for index in range(count)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -1,1 +1,1 @@
-"""Measuring how well text was drawn: what is asked for, who draws, who reads, and what the scores say."""
+"""Measuring how well text came out: what is asked for, who samples, who reads, and what the scores say."""

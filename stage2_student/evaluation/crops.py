@@ -1,7 +1,7 @@
-"""Cutting a line of text out of an image by its polygon, straightened for a recogniser.
+"""Cutting a line of text out of an image by its polygon, straightened for a judge.
 
-A recogniser reads upright horizontal lines. A polygon does not say how its text runs, so that steep ones give
-several candidates; the reader keeps the one that the recogniser is surest of, which takes no knowledge of the
+A judge reads upright horizontal lines. A polygon does not say how its text runs, so that steep ones give
+several candidates; the reader keeps the one that the judge is surest of, which takes no knowledge of the
 right text.
 """
 
@@ -20,7 +20,7 @@ MARGIN = 0.15
 STEEP_DEGREES = 60.0
 """Lines steeper than this may be read upwards or downwards."""
 UPRIGHT_DEGREES = 10.0
-"""Boxes this close to vertical may hold upright characters one above the other, as AnyText2 draws them."""
+"""Boxes this close to vertical may hold upright characters one above the other, as AnyText2 renders them."""
 SQUARE_RATIO = 1.2
 """Up to this ratio of its sides a box has no long side: the more horizontal one is the line's direction."""
 

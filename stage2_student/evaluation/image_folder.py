@@ -1,4 +1,4 @@
-"""Images that someone else drew, by AnyText-benchmark's convention: NAME_0.jpg ... NAME_3.jpg for each layout."""
+"""Images that someone else made, by AnyText-benchmark's convention: NAME_0.jpg ... NAME_3.jpg for each layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.errors import DataError, reason
 from common.files import canonical_json, sha256_file
 from common.layouts import Layout
 from common.progress import Progress
-from stage2_student.evaluation.runs import Drawn, Job, Run
+from stage2_student.evaluation.runs import Job, Run, Sampled
 
 EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 
@@ -92,7 +92,7 @@ def folder_run(folder: Path, label: str, jobs: Sequence[Job]) -> Run:
         files[layout.layout_id, sample] = path
     hashes = hash_images(folder, list(dict.fromkeys(files.values())))
 
-    def draw(jobs: Sequence[Job]) -> Drawn:
+    def read(jobs: Sequence[Job]) -> Sampled:
         images = []
         for layout, sample in jobs:
             path = files[layout.layout_id, sample]
@@ -106,8 +106,8 @@ def folder_run(folder: Path, label: str, jobs: Sequence[Job]) -> Run:
                 with Image.open(io.BytesIO(data)) as image:
                     images.append(np.asarray(image.convert("RGB")))
             except (OSError, UnidentifiedImageError) as error:
-                raise DataError(f"{path}: not readable as an image ({reason(error)}); draw it again") from None
-        return Drawn(images=images)
+                raise DataError(f"{path}: not readable as an image ({reason(error)}); make it again") from None
+        return Sampled(images=images)
 
     settings = {"folder": folder.resolve().name, "images": digest_images(hashes)}
-    return Run(label=label, kind="images", draw=draw, settings=settings)
+    return Run(label=label, kind="images", sample=read, settings=settings)

@@ -130,13 +130,13 @@ def load_clip(folder: Path) -> tuple[Any, Any]:
         ) from None
 
 
-def fid(weights: Path, real: Sequence[Path], drawn: Sequence[Path], stop: StopFlag) -> float:
+def fid(weights: Path, real: Sequence[Path], sampled: Sequence[Path], stop: StopFlag) -> float:
     """Return the Frechet inception distance between two sets of image files.
 
     Args:
         weights: see `Inception`.
         real: at least two, of any sizes: the network scales each to its own.
-        drawn: at least two.
+        sampled: at least two.
         stop: looked at between batches.
 
     Raises:
@@ -147,13 +147,13 @@ def fid(weights: Path, real: Sequence[Path], drawn: Sequence[Path], stop: StopFl
     Source: Heusel et al. 2017; torchmetrics' implementation.
     """
     metric = load_fid(weights)
-    if min(len(real), len(drawn)) < 2:
+    if min(len(real), len(sampled)) < 2:
         raise DataError(
-            f"FID: received {len(drawn)} drawn and {len(real)} real images, expected at least two of each;"
+            f"FID: received {len(sampled)} sampled and {len(real)} real images, expected at least two of each;"
             " evaluate more layouts, or leave evaluate.fid_weights out"
         )
-    with Progress(len(real) + len(drawn), "FID", "image") as progress:
-        for paths, is_real in ((real, True), (drawn, False)):
+    with Progress(len(real) + len(sampled), "FID", "image") as progress:
+        for paths, is_real in ((real, True), (sampled, False)):
             for images in _batches(paths):
                 stop.raise_if_requested("all images of this run are evaluated, their FID is not yet computed")
                 metric.update(images, real=is_real)
@@ -162,12 +162,12 @@ def fid(weights: Path, real: Sequence[Path], drawn: Sequence[Path], stop: StopFl
 
 
 @torch.no_grad()
-def clip_score(folder: Path, drawn: Sequence[Path], captions: Sequence[str], stop: StopFlag) -> float:
+def clip_score(folder: Path, sampled: Sequence[Path], captions: Sequence[str], stop: StopFlag) -> float:
     """Return the mean CLIP score: 100 times the cosine of image and caption, at least 0.
 
     Args:
         folder: see `load_clip`.
-        drawn: image files.
+        sampled: image files.
         captions: one each; cut at the model's length.
         stop: looked at between batches.
 
@@ -179,10 +179,10 @@ def clip_score(folder: Path, drawn: Sequence[Path], captions: Sequence[str], sto
     """
     model, processor = load_clip(folder)
     scores: list[Tensor] = []
-    with Progress(len(drawn), "CLIP score", "image") as progress:
-        for start in range(0, len(drawn), BATCH):
+    with Progress(len(sampled), "CLIP score", "image") as progress:
+        for start in range(0, len(sampled), BATCH):
             stop.raise_if_requested("all images of this run are evaluated, their CLIP score is not yet computed")
-            images = [_read(path) for path in drawn[start : start + BATCH]]
+            images = [_read(path) for path in sampled[start : start + BATCH]]
             inputs = processor(
                 text=list(captions[start : start + BATCH]),
                 images=images,
@@ -236,14 +236,14 @@ def measure_quality(
     if path.exists() and (known := read_description(path)).get("weights") == weights:
         return known
     images = kept_images(run, plan)
-    drawn = [path for path, _ in images]
+    sampled = [path for path, _ in images]
     quality: dict[str, Any] = {"weights": weights}
     if fid_weights is not None:
         compared = real.paths if isinstance(real, Reference) else [path for path, _ in kept_images(real, plan)]
-        quality["fid"] = fid(fid_weights, compared, drawn, stop)
+        quality["fid"] = fid(fid_weights, compared, sampled, stop)
     if clip_model is not None:
         quality["clip_score"] = clip_score(
-            clip_model, drawn, [captions[layout_id] for _, layout_id in images], stop
+            clip_model, sampled, [captions[layout_id] for _, layout_id in images], stop
         )
     write_bytes_atomic(path, canonical_json(quality))
     return quality
@@ -253,7 +253,7 @@ def kept_images(run: Path, plan: Plan) -> list[tuple[Path, str]]:
     """Return a run's image files and their layouts' ids, in the plan's order.
 
     Raises:
-        DataError: not all are drawn, or not all were kept.
+        DataError: not all are sampled, or not all were kept.
     """
     results = {(result.layout_id, result.sample): result for result in load_results(run / RESULTS_FILE)}
     wanted = [(layout.layout_id, sample) for layout, sample in plan.jobs()]

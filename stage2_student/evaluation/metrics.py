@@ -1,4 +1,4 @@
-"""How well text was drawn: Sen. Acc and NED, with bootstrap intervals, alone and as paired differences.
+"""How well text came out: Sen. Acc and NED, with bootstrap intervals, alone and as paired differences.
 
 The unit that is resampled is the layout, with all its lines and samples: lines of one image fail together, so that
 resampling lines would give intervals that are too narrow.
@@ -45,7 +45,7 @@ def ned(text: str, read: str) -> float:
 
 
 def fold(text: str) -> str:
-    """Drop case, width and spaces: these a recogniser guesses, what is left are the letters."""
+    """Drop case, width and spaces: these a judge guesses, what is left are the letters."""
     return "".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 

@@ -1,4 +1,4 @@
-"""Reading drawn images: each line of a layout is cut out, read, and its colour taken."""
+"""Reading sampled images: each line of a layout is cut out, read, and its colour taken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.layouts import Color, Layout, Line
 from stage2_student.evaluation.crops import MARGIN, cut_line, ink_mask, line_height
-from stage2_student.evaluation.recognizers import Reading, Recognizer
+from stage2_student.evaluation.judges import Judge, Reading
 
 PUREST = 70
 """Percentile of the distance to the ground from which an ink pixel's colour counts: edges are mixtures."""
@@ -24,9 +24,9 @@ class LineResult:
     text: str
     """Asked for."""
     read: str
-    """Found by the recogniser."""
+    """Found by the judge."""
     confidence: float
-    """Of the recogniser, 0 to 1."""
+    """Of the judge, 0 to 1."""
     height: float
     """Of the line's polygon across its direction, in pixels of the layout's size."""
     color: Color | None
@@ -43,12 +43,12 @@ class LineResult:
 
 
 def read_images(
-    recognizer: Recognizer, images: Sequence[NDArray[np.uint8]], layouts: Sequence[Layout]
+    judge: Judge, images: Sequence[NDArray[np.uint8]], layouts: Sequence[Layout]
 ) -> list[tuple[LineResult, ...]]:
     """Read every line of every image.
 
     Args:
-        recognizer: reads the crops, all in one call.
+        judge: reads the crops, all in one call.
         images: each (H, W, 3) uint8 RGB; one of another size than its layout is read at its own size.
         layouts: what each image should show.
 
@@ -59,7 +59,7 @@ def read_images(
     candidates = [
         [cut_line(image, scale_polygon(line, layout, image)) for line in layout.lines] for image, layout in pairs
     ]
-    readings = iter(recognizer.read([crop for lines in candidates for crops in lines for crop in crops]))
+    readings = iter(judge.read([crop for lines in candidates for crops in lines for crop in crops]))
     results = []
     for (_, layout), lines in zip(pairs, candidates, strict=True):
         results.append(
@@ -110,8 +110,8 @@ def ground_difference(image: NDArray[np.uint8], truth: NDArray[np.uint8], layout
     """Return how far what lies outside the lines looks from the true image, or None if nothing does.
 
     Args:
-        image: drawn, (H, W, 3) uint8 RGB.
-        truth: what the layout was taken from, (H', W', 3); scaled to the drawn image's size.
+        image: sampled, (H, W, 3) uint8 RGB.
+        truth: what the layout was taken from, (H', W', 3); scaled to the sampled image's size.
         layout: lines, kept out with the margin that they are read with.
 
     Returns:

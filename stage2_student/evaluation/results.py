@@ -1,7 +1,7 @@
 """Results of an evaluation on disk: one line of JSON per image, durable batch by batch, so that it can go on.
 
 A folder holds `layouts.json` (what was asked for, created once), and for each run `runs/NAME/` with `run.json`
-(who drew, created once and compared), `results.jsonl` and `images/`.
+(who sampled, created once and compared), `results.jsonl` and `images/`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageResult:
-    """One drawn image, read."""
+    """One sampled image, read."""
 
     layout_id: str
     sample: int
     """Index among the images of one layout."""
     lines: tuple[LineResult, ...]
     seconds: float
-    """Time to draw it: its batch's, shared out; encoding of prompts and reading are not in it."""
+    """Time to sample it: its batch's, shared out; encoding of prompts and reading are not in it."""
     unet_evaluations: float
     """UNet calls for it, counted; a guided step has two."""
     writenet_evaluations: float
@@ -83,7 +83,7 @@ def save_layouts(folder: Path, layouts: Iterable[Layout], settings: Mapping[str,
     Args:
         folder: of the evaluation.
         layouts: in order.
-        settings: whatever else all its runs share (seed, samples per layout, recogniser ...).
+        settings: whatever else all its runs share (seed, samples per layout, judge ...).
 
     Raises:
         DataError: the folder was made with others.

@@ -19,7 +19,7 @@ from stage2_student.evaluation.image_quality import (
 from stage2_student.evaluation.runs import Plan, Run, run_folder
 
 TRUE_IMAGES = "true images"
-"""Label of the run that reads what was not drawn."""
+"""Label of the run that reads what was not sampled."""
 
 
 def prepare_quality(
@@ -30,13 +30,13 @@ def prepare_quality(
     Args:
         config: evaluate is used.
         out: the evaluation's folder.
-        plan: what is drawn.
+        plan: what is sampled.
         captions: by layout id, for the CLIP score.
         truth: whether the true images are read in this evaluation.
 
     Raises:
         UsageError: FID has nothing to compare with.
-        DataError: weights or reference images are missing or unreadable, which is seen before anything is drawn.
+        DataError: weights or reference images are missing or unreadable, which is seen before anything is sampled.
     """
     evaluation = config.evaluate
     if not evaluation.fid_weights and not evaluation.clip_score_model:
@@ -76,5 +76,5 @@ def _real_images(config: Config, out: Path, plan: Plan, truth: bool) -> Path | R
                 "evaluate.fid_weights: FID compares with the true images; add --truth, or give"
                 " evaluate.fid_reference, a folder of images"
             )
-        kept_images(truth_run, plan)  # an incomplete set is refused before anything is drawn
+        kept_images(truth_run, plan)  # an incomplete set is refused before anything is sampled
     return truth_run

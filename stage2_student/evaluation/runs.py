@@ -1,6 +1,6 @@
-"""The evaluation: whoever draws, on the same layouts and noise, read by the same judge.
+"""The evaluation: whoever samples, on the same layouts and noise, read by the same judge.
 
-Nothing here knows how an image comes about: a run is a callable that draws a batch, be it the teacher at some
+Nothing here knows how an image comes about: a run is a callable that samples a batch, be it the teacher at some
 number of steps, a student, or the true images.
 """
 
@@ -19,8 +19,8 @@ from common.errors import DataError
 from common.layouts import Layout
 from common.progress import Progress
 from common.signals import StopFlag
+from stage2_student.evaluation.judges import Judge
 from stage2_student.evaluation.reading import ground_difference, read_images
-from stage2_student.evaluation.recognizers import Recognizer
 from stage2_student.evaluation.results import (
     RESULTS_FILE,
     RUN_FILE,
@@ -32,12 +32,12 @@ from stage2_student.evaluation.results import (
 )
 
 Job = tuple[Layout, int]
-"""One image to draw: a layout and the index among its images."""
+"""One image to sample: a layout and the index among its images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
-    """A batch of drawn images and what it cost."""
+class Sampled:
+    """A batch of sampled images and what it cost."""
 
     images: Sequence[NDArray[np.uint8]]
     """Each (H, W, 3) uint8 RGB, in the jobs' order."""
@@ -51,14 +51,14 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Someone who draws."""
+    """Someone who samples."""
 
     label: str
     """As in the tables, unique in a folder, e.g. "teacher, 20 steps (upstream)"."""
     kind: str
     """"truth", "vae", "teacher", "student" or "images"."""
-    draw: Callable[[Sequence[Job]], Drawn]
-    """Draws a batch. An image may depend on its job, never on the others of the batch."""
+    sample: Callable[[Sequence[Job]], Sampled]
+    """Samples a batch. An image may depend on its job, never on the others of the batch."""
     steps: int = 0
     """Solver steps, for the plot; 0 if there are none."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Plan:
     keep_all: bool = False
     """Keep every image: for measures that need them all."""
     truth: Callable[[Layout], NDArray[np.uint8] | None] | None = None
-    """Returns a layout's true image, (H, W, 3) RGB; None if who draws was shown its ground, or there is none."""
+    """Returns a layout's true image, (H, W, 3) RGB; None if who samples was shown its ground, or there is none."""
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -94,7 +94,7 @@ class Plan:
         return self.keep_all or (sample == 0 and layout in self.layouts[: self.keep_images])
 
     def jobs(self) -> list[Job]:
-        """Return every image that is to be drawn, in order."""
+        """Return every image that is to be sampled, in order."""
         return [(layout, sample) for layout in self.layouts for sample in range(self.samples_per_layout)]
 
 
@@ -103,13 +103,13 @@ def run_folder(folder: Path, label: str) -> Path:
     return folder / "runs" / slug(label)
 
 
-def evaluate_run(run: Run, plan: Plan, recognizer: Recognizer, folder: Path, stop: StopFlag) -> list[ImageResult]:
-    """Draw and read all images of a run that the folder does not hold yet.
+def evaluate_run(run: Run, plan: Plan, judge: Judge, folder: Path, stop: StopFlag) -> list[ImageResult]:
+    """Sample and read all images of a run that the folder does not hold yet.
 
     Args:
-        run: who draws.
-        plan: what is drawn.
-        recognizer: the judge.
+        run: who samples.
+        plan: what is sampled.
+        judge: the judge.
         folder: of the evaluation; made if missing.
         stop: looked at between batches.
 
@@ -132,20 +132,18 @@ def evaluate_run(run: Run, plan: Plan, recognizer: Recognizer, folder: Path, sto
     ):
         for start in range(0, len(left), plan.batch_size):
             stop.raise_if_requested(f"{len(done)} of {len(jobs)} images of run {run.label!r} are evaluated")
-            results = _evaluate_batch(run, left[start : start + plan.batch_size], recognizer, place, plan)
+            results = _evaluate_batch(run, left[start : start + plan.batch_size], judge, place, plan)
             writer.append(*results)
             done.update({(result.layout_id, result.sample): result for result in results})
             progress.update(len(results))
     return [done[layout.layout_id, sample] for layout, sample in jobs]
 
 
-def _evaluate_batch(
-    run: Run, jobs: Sequence[Job], recognizer: Recognizer, place: Path, plan: Plan
-) -> list[ImageResult]:
-    drawn = run.draw(jobs)
-    lines = read_images(recognizer, drawn.images, [layout for layout, _ in jobs])
+def _evaluate_batch(run: Run, jobs: Sequence[Job], judge: Judge, place: Path, plan: Plan) -> list[ImageResult]:
+    sampled = run.sample(jobs)
+    lines = read_images(judge, sampled.images, [layout for layout, _ in jobs])
     results = []
-    for (layout, sample), image, of_image in zip(jobs, drawn.images, lines, strict=True):
+    for (layout, sample), image, of_image in zip(jobs, sampled.images, lines, strict=True):
         name = ""
         if plan.keeps(layout, sample):
             name = f"{layout.layout_id}_{sample}.png"
@@ -158,9 +156,9 @@ def _evaluate_batch(
                 layout_id=layout.layout_id,
                 sample=sample,
                 lines=of_image,
-                seconds=round(drawn.seconds / len(jobs), 6),
-                unet_evaluations=drawn.unet_evaluations / len(jobs),
-                writenet_evaluations=drawn.writenet_evaluations / len(jobs),
+                seconds=round(sampled.seconds / len(jobs), 6),
+                unet_evaluations=sampled.unet_evaluations / len(jobs),
+                writenet_evaluations=sampled.writenet_evaluations / len(jobs),
                 image=name,
                 ground=None if ground is None else round(ground, 4),
             )

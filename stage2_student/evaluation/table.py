@@ -46,7 +46,7 @@ class RunRow:
     settings: Mapping[str, Any]
     """What its images depend on."""
     images: int
-    """Drawn and read."""
+    """Sampled and read."""
     sen_acc: Estimate | None
     """Lines read exactly as asked for; None without lines, as all scores."""
     sen_acc_folded: Estimate | None

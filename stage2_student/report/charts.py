@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, drawn for a given width so that their text keeps its size on a small screen."""
+"""Line charts as inline SVG, laid out for a given width so that their text keeps its size on a small screen."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Point:
     note: str = ""
     """Shown when the pointer rests on it."""
     shift: float = 0
-    """Places that it is drawn to the right of x, so that points of equal x do not hide each other."""
+    """Places that it is put to the right of x, so that points of equal x do not hide each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +87,11 @@ def line_chart(
     height: int,
     references: Sequence[Reference] = (),
 ) -> Markup:
-    """Draw a chart.
+    """Plot a chart.
 
     Args:
         title: for readers who cannot see it.
-        series: drawn in order.
+        series: plotted in order.
         x: horizontal axis.
         y: vertical axis.
         width: pixels at which the text has its size.
@@ -144,7 +144,7 @@ class _Frame:
 
 
 def _slots(points: Sequence[Point], axis: Axis, length: float) -> dict[float, float]:
-    """Return how far apart, in pixels, points are drawn that share an x."""
+    """Return how far apart, in pixels, points are put that share an x."""
     places: dict[float, float] = {}
     for point in points:
         places[point.x] = max(places.get(point.x, 1), 2 * abs(point.shift) + 1)
@@ -235,14 +235,14 @@ def _swatch(series: Series) -> Markup:
     )
 
 
-def all_widths(draw: Callable[[int, int], Markup]) -> Markup:
-    """Draw a chart for a wide, a middling and a narrow screen; the page's style shows one of them.
+def all_widths(plot: Callable[[int, int], Markup]) -> Markup:
+    """Plot a chart for a wide, a middling and a narrow screen; the page's style shows one of them.
 
     Args:
-        draw: takes width and height in pixels.
+        plot: takes width and height in pixels.
     """
     return join(
-        tag("div", draw(1000, 360), class_="only-wide"),
-        tag("div", draw(560, 310), class_="only-middle"),
-        tag("div", draw(340, 270), class_="only-narrow"),
+        tag("div", plot(1000, 360), class_="only-wide"),
+        tag("div", plot(560, 310), class_="only-middle"),
+        tag("div", plot(340, 270), class_="only-narrow"),
     )

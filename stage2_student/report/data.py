@@ -68,7 +68,7 @@ class ReportData:
     summary: Summary
     """Its table."""
     examples: tuple[tuple[Layout, tuple[Example, ...]], ...]
-    """For each shown layout the same noise drawn by each run, in the table's order."""
+    """For each shown layout the same noise sampled by each run, in the table's order."""
     num_examples: int
     """Layouts to show at most."""
     trainings: tuple[Training, ...]

@@ -63,9 +63,9 @@ def _lead(data: ReportData) -> str:
     samples = summary.settings["samples_per_layout"]
     per = f", {samples} images each" if samples > 1 else ""
     return (
-        f"{summary.layouts} held-out layouts{per} with {summary.lines} lines of text in all, drawn by each"
-        f" run from the same noise and read by {summary.settings['recognizer'].split()[0]}, which took no part"
-        f" in drawing them.{_measured(data.invocations)}"
+        f"{summary.layouts} held-out layouts{per} with {summary.lines} lines of text in all, sampled by each"
+        f" run from the same noise and read by {summary.settings['judge'].split()[0]}, which took no part"
+        f" in sampling them.{_measured(data.invocations)}"
     )
 
 
@@ -153,8 +153,8 @@ def _examples_section(data: ReportData) -> Markup | None:
         )
         for layout, examples in data.examples
     ]
-    intro = "The first layouts, not chosen. Under each image is what the recogniser read: wrong readings are red."
-    return _section("The same noise, drawn by each run", intro, join(*articles))
+    intro = "The first layouts, not chosen. Under each image is what the judge read: wrong readings are red."
+    return _section("The same noise, sampled by each run", intro, join(*articles))
 
 
 def _groups(data: ReportData, examples: Sequence[Example]) -> list[list[Example]]:
@@ -182,7 +182,7 @@ def _figure(example: Example) -> Markup:
         readings.append(tag("span", shown, class_=f"reading {kind}"))
     return tag(
         "figure",
-        tag("img", src=example.image, alt=f"drawn by {example.run}"),
+        tag("img", src=example.image, alt=f"sampled by {example.run}"),
         tag("figcaption", tag("small", example.run), *readings),
     )
 

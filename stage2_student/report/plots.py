@@ -22,7 +22,7 @@ MAX_CURVE_POINTS = 240
 
 
 def accuracy_plot(summary: Summary) -> Markup | None:
-    """Draw Sen. Acc against steps, with intervals; None if no run has steps."""
+    """Plot Sen. Acc against steps, with intervals; None if no run has steps."""
     series = _accuracy_series(summary.runs)
     if not series:
         return None
@@ -30,7 +30,7 @@ def accuracy_plot(summary: Summary) -> Markup | None:
         Reference(label=f"{run.label}, {percent(run.sen_acc)}", y=run.sen_acc.value)
         for run in summary.runs
         if run.kind in ("truth", "vae") and run.sen_acc
-    ][-1:]  # the VAE's if there is one: nothing drawn through it can be read better
+    ][-1:]  # the VAE's if there is one: nothing sampled through it can be read better
     steps = sorted({point.x for one in series for point in one.points})
     x = Axis(
         label="solver steps",
@@ -41,12 +41,12 @@ def accuracy_plot(summary: Summary) -> Markup | None:
     )
     y = Axis(label="", low=0, high=1, ticks=tuple((i / 5, f"{20 * i} %") for i in range(6)))
 
-    def draw(width: int, height: int) -> Markup:
+    def plot(width: int, height: int) -> Markup:
         return line_chart(
             "Sen. Acc against solver steps", series, x, y, width=width, height=height, references=references
         )
 
-    return join(legend(series, references), all_widths(draw))
+    return join(legend(series, references), all_widths(plot))
 
 
 def _accuracy_series(runs: Sequence[RunRow]) -> list[Series]:
@@ -110,7 +110,7 @@ def _group_of(run: RunRow) -> str:
 
 
 def loss_plot(trainings: Sequence[Training]) -> Markup | None:
-    """Draw the loss of training runs, on a logarithmic scale; None if there are none."""
+    """Plot the loss of training runs, on a logarithmic scale; None if there are none."""
     series = [
         Series(
             label=run.name,
@@ -135,10 +135,10 @@ def loss_plot(trainings: Sequence[Training]) -> Markup | None:
     low, high = min(values), max(values)
     y = Axis(label="", low=low / 1.1, high=high * 1.1, ticks=_log_ticks(low / 1.1, high * 1.1), logarithmic=True)
 
-    def draw(width: int, height: int) -> Markup:
+    def plot(width: int, height: int) -> Markup:
         return line_chart("Loss against optimizer steps", series, x, y, width=width, height=height)
 
-    return join(legend(series), all_widths(draw))
+    return join(legend(series), all_widths(plot))
 
 
 def _smooth(losses: Sequence[tuple[int, float]]) -> list[Point]:

@@ -19,27 +19,27 @@ from common.machine import resolve_device
 from common.pictures import Picture, grey, in_columns
 from shards.reading.reader import ShardSet
 from shards.records.record import Record
-from stage2_student.student.sample import Sampler, decode, load_decoder
+from stage2_student.student.sample import LoadedStudent, decode, load_decoder
 from stage2_student.student.shard_facts import read_facts, require_base
 from stage2_student.student.student import DTYPES, load_base
 
 
 def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[int]) -> Picture:
-    """Draw a row per record: layout, the teacher as recorded, the teacher in the student's steps, the student.
+    """Show a row per record: layout, the teacher as recorded, the teacher in the student's steps, the student.
 
     All start at the record's noise. The teacher in M steps is what a user would get without distillation.
 
     Args:
         config: its [model] section.
-        shards: a set of recorded solves.
+        shards: a set of recorded rollouts.
         adapter: a run's folder, a checkpoint, or an adapter's folder.
-        indices: of the records to draw.
+        indices: of the records to show.
 
     Returns:
         The picture, with labelled columns.
 
     Raises:
-        UsageError: an index is not in the set, or the records are not solves.
+        UsageError: an index is not in the set, or the records are not rollouts.
         DataError: no adapter there, or it or the set belongs to another base.
     """
     recorded: dict[str, Any] = shards.manifest.identity["config"]["precompute"]
@@ -49,22 +49,22 @@ def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[i
         "the set",
     )
     records = [_read(shards, index) for index in indices]
-    sampler = Sampler.load(config, adapter)
+    sampler = LoadedStudent.load(config, adapter)
     steps = sampler.card.num_steps
     conditionings = [record.conditioning for record in records]
-    solves = torch.stack([record.rollout_latents[0].float() for record in records])  # (B, S+1, C, h, w)
-    noise = solves[:, :1]
+    rollouts = torch.stack([record.rollout_latents[0].float() for record in records])  # (B, S+1, C, h, w)
+    noise = rollouts[:, :1]
     if sampler.noises_needed > 1:
-        shape = tuple(solves.shape[2:])
+        shape = tuple(rollouts.shape[2:])
         later = sampler.noise(0, indices, shape)[:, 1:]
         noise = torch.cat([noise, later], dim=1)
     base, _ = load_base(config, DTYPES[config.model.dtype], resolve_device(config.model.device))
     predict = guide(predict_branches(base, conditionings, shards.uncond), recorded["guidance_scale"])
-    undistilled = integrate(predict, solves[:, 0].to(base.device), trailing_grid(steps))
+    undistilled = integrate(predict, rollouts[:, 0].to(base.device), trailing_grid(steps))
     vae = load_decoder(config)
     columns = {
         "layout": [_layout(record) for record in records],
-        f"teacher, {recorded['solver_steps']} steps": decode(vae, solves[:, -1]),
+        f"teacher, {recorded['solver_steps']} steps": decode(vae, rollouts[:, -1]),
         f"teacher, {steps} steps": decode(vae, undistilled),
         f"student, {steps} steps": decode(vae, sampler.latents(ConditioningBatch.stack(conditionings), noise)),
     }

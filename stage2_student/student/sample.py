@@ -28,8 +28,8 @@ from stage2_student.student.student import DTYPES, Student, load_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sampler:
-    """A student ready to draw."""
+class LoadedStudent:
+    """A student ready to sample: its adapter is in the weights."""
 
     student: Student
     """With its adapter merged into the weights."""
@@ -39,7 +39,7 @@ class Sampler:
     """Where it computes."""
 
     @staticmethod
-    def load(config: Config, adapter: Path, steps: int | None = None) -> Sampler:
+    def load(config: Config, adapter: Path, steps: int | None = None) -> LoadedStudent:
         """Load the base and a run's adapter.
 
         Args:
@@ -58,7 +58,7 @@ class Sampler:
         card = attach_adapter(student, folder, fingerprint(checkpoint, "base"))
         for model in (student.unet, student.writenet):
             merge(model)  # sampling changes no adapter: what it adds to every layer's work can be spared
-        return Sampler(student=student.requires_grad_(False), card=card, device=device)
+        return LoadedStudent(student=student.requires_grad_(False), card=card, device=device)
 
     def noise(self, seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         """Draw the noise of numbered images; an image's depends on (seed, number) alone.

@@ -1,6 +1,6 @@
-"""The objectives: from a batch's recorded solves and the student's calls to one loss a sample.
+"""The objectives: from a batch's recorded rollouts and the student's calls to one loss a sample.
 
-Each takes the solves, the drawn states and `predict`, the student's eps. The arithmetic is in `objectives`.
+Each takes the rollouts, the drawn states and `predict`, the student's eps. The arithmetic is in `objectives`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stage2_student.training.phases import Draws, Phases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Solves:
+class Rollouts:
     """One recorded solve a sample."""
 
     states: Tensor
@@ -45,9 +45,9 @@ class Solves:
     x0_uncond: Tensor | None = None
     """Likewise, unconditional."""
 
-    def to(self, device: torch.device) -> Solves:
+    def to(self, device: torch.device) -> Rollouts:
         """Move to a device."""
-        return Solves(
+        return Rollouts(
             states=self.states.to(device),
             timesteps=self.timesteps.to(device),
             x0_cond=None if self.x0_cond is None else self.x0_cond.to(device),
@@ -76,8 +76,8 @@ class Solves:
 
 def select_rollout(
     states: Tensor, timesteps: Tensor, x0_cond: Tensor | None, x0_uncond: Tensor | None, rollout: Tensor
-) -> Solves:
-    """Pick one of each record's solves.
+) -> Rollouts:
+    """Pick one of each record's rollouts.
 
     Args:
         states: (B, R, S + 1, C, h, w) float16.
@@ -91,7 +91,7 @@ def select_rollout(
     def pick(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[rows, rollout]
 
-    return Solves(
+    return Rollouts(
         states=states[rows, rollout],
         timesteps=timesteps[rows, rollout] if timesteps.dim() == 3 else timesteps,
         x0_cond=pick(x0_cond),
@@ -110,7 +110,7 @@ class LossSettings:
 
 
 def phased_loss(
-    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+    rollouts: Rollouts, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
 ) -> Tensor:
     """Cross to the end of the phase in one step, from its start or any stored state; (B, C, h, w) float32.
 
@@ -119,12 +119,12 @@ def phased_loss(
     Source: Salimans & Ho 2022, appendix G, over a phase instead of two solver steps.
     """
     end = settings.phases.end(draws.state)
-    t = solves.timestep(draws.state)
-    return _cross(solves.at(draws.state), t, solves.at(end), solves.timestep(end), predict, settings)
+    t = rollouts.timestep(draws.state)
+    return _cross(rollouts.at(draws.state), t, rollouts.at(end), rollouts.timestep(end), predict, settings)
 
 
 def interpolated_loss(
-    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+    rollouts: Rollouts, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
 ) -> Tensor:
     """Cross to the end of the phase from any t on the straight first-order path through it.
 
@@ -134,8 +134,8 @@ def interpolated_loss(
     Source: Wang et al. 2024 (Rectified Diffusion, arXiv 2410.07303), its phased form.
     """
     end = settings.phases.end(draws.state)
-    t_start, t_end = solves.timestep(draws.state), solves.timestep(end)
-    z_start, z_end = solves.at(draws.state), solves.at(end)
+    t_start, t_end = rollouts.timestep(draws.state), rollouts.timestep(end)
+    z_start, z_end = rollouts.at(draws.state), rollouts.at(end)
     a_start, a_end = alphas_at(settings.alphas_cumprod, t_start), alphas_at(settings.alphas_cumprod, t_end)
     x0 = phase_target_x0(z_start, z_end, a_start, a_end)
     target = phase_target_eps(z_start, z_end, a_start, a_end)
@@ -146,7 +146,7 @@ def interpolated_loss(
 
 
 def pcm_loss(
-    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+    rollouts: Rollouts, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
 ) -> Tensor:
     """Agree, at the end of the phase, with the student's own value one stored state on.
 
@@ -156,29 +156,29 @@ def pcm_loss(
     state in place of its solver step.
     """
     end, following = settings.phases.end(draws.state), draws.state + 1
-    t_next, t_end = solves.timestep(following), solves.timestep(end)
-    z_next, a_end = solves.at(following), alphas_at(settings.alphas_cumprod, t_end)
+    t_next, t_end = rollouts.timestep(following), rollouts.timestep(end)
+    z_next, a_end = rollouts.at(following), alphas_at(settings.alphas_cumprod, t_end)
     with torch.no_grad():
         # A sample already at the end is called too, its result unused: the batch stays whole.
         eps_next = predict_target(z_next, t_next.clamp(min=0)).float()
         landed = ddim_step(z_next, eps_next, alphas_at(settings.alphas_cumprod, t_next), a_end)
         z_end = torch.where((following == end).view(-1, 1, 1, 1), z_next, landed)
-    return _cross(solves.at(draws.state), solves.timestep(draws.state), z_end, t_end, predict, settings)
+    return _cross(rollouts.at(draws.state), rollouts.timestep(draws.state), z_end, t_end, predict, settings)
 
 
 def lcm_loss(
-    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+    rollouts: Rollouts, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
 ) -> Tensor:
     """Latent consistency: f(z_t, t) agrees with f^- one guided solver step on, on noised data.
 
     Source: Luo et al. 2023 (LCM), algorithm 1, with the teacher's recorded x0_cond and x0_uncond.
     """
-    t, z = solves.timestep(draws.state), solves.at(draws.state)
+    t, z = rollouts.timestep(draws.state), rollouts.at(draws.state)
     a = alphas_at(settings.alphas_cumprod, t)
     t_next = (t - NUM_TRAIN_TIMESTEPS // settings.train.lcm_solver_steps).clamp(min=CLEAN)
     a_next = alphas_at(settings.alphas_cumprod, t_next)
     with torch.no_grad():
-        x0 = solves.guided_x0(draws.state, settings.train.guidance_scale)
+        x0 = rollouts.guided_x0(draws.state, settings.train.guidance_scale)
         z_next = guided_solver_step(z, x0, a, a_next)
         eps_next = predict_target(z_next, t_next.clamp(min=0)).float()
         value = consistency_value(z_next, eps_next, t_next.clamp(min=0), a_next)
@@ -188,11 +188,11 @@ def lcm_loss(
 
 
 def x0_loss(
-    solves: Solves, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+    rollouts: Rollouts, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
 ) -> Tensor:
     """Regress the teacher's guided one-step x0 at a stored state: the baseline to measure others against."""
-    t, z = solves.timestep(draws.state), solves.at(draws.state)
-    target = solves.guided_x0(draws.state, settings.train.guidance_scale)
+    t, z = rollouts.timestep(draws.state), rollouts.at(draws.state)
+    target = rollouts.guided_x0(draws.state, settings.train.guidance_scale)
     x0 = predict_x0(z, predict(z, t).float(), alphas_at(settings.alphas_cumprod, t))
     return elementwise_loss(x0 - target, settings.train.loss, settings.train.huber_c)
 
@@ -203,8 +203,8 @@ def _cross(z: Tensor, t: Tensor, z_end: Tensor, t_end: Tensor, predict: Predict,
     return crossing_loss(predict(z, t), target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
 
 
-Loss = Callable[[Solves, Draws, Predict, Predict, LossSettings], Tensor]
-"""(solves, draws, predict, predict_target, settings) -> elementwise loss, (B, C, h, w) float32."""
+Loss = Callable[[Rollouts, Draws, Predict, Predict, LossSettings], Tensor]
+"""(rollouts, draws, predict, predict_target, settings) -> elementwise loss, (B, C, h, w) float32."""
 
 
 def loss_of(train: TrainConfig) -> Loss:

@@ -86,7 +86,7 @@ def trains_at_starts(train: TrainConfig) -> bool:
 
 
 def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
-    """Check that the objective can be trained on the set, and cut its solves into phases.
+    """Check that the objective can be trained on the set, and cut its rollouts into phases.
 
     Returns:
         The phases, and t at which the student will be called in sampling, (M,) int64.
@@ -118,7 +118,7 @@ class Draws:
     """Which part of each sample's record is trained on; keyed by (seed, epoch, sample index) alone."""
 
     rollout: Tensor
-    """Which of the record's R solves, (B,) int64."""
+    """Which of the record's R rollouts, (B,) int64."""
     state: Tensor
     """Which called state, (B,) int64 in [0, S)."""
     position: Tensor

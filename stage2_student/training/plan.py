@@ -32,7 +32,7 @@ class Plan:
     facts: ShardFacts
     """Of the shards."""
     phases: Phases
-    """Of their solves."""
+    """Of their rollouts."""
     card: Card
     """Of the adapters that will be written."""
     identity: dict[str, Any]

@@ -172,7 +172,7 @@ class Trainer:
             phases=self.plan.phases,
             starts_only=trains_at_starts(train),
         )
-        solves = select_rollout(
+        rollouts = select_rollout(
             batch.rollout_latents, batch.rollout_timesteps, batch.x0_cond, batch.x0_uncond, draws.rollout
         ).to(device)
         draws = draws.to(device)
@@ -191,7 +191,7 @@ class Trainer:
                 eps: Tensor = self.student(noisy_latents, timesteps, conditioning, control)
             return eps
 
-        loss = loss_of(train)(solves, draws, predict, predict_target, self._loss_settings)
+        loss = loss_of(train)(rollouts, draws, predict, predict_target, self._loss_settings)
         if train.text_region_weight == 1:
             return per_sample(loss)
         size = (int(loss.shape[-2]), int(loss.shape[-1]))

@@ -28,8 +28,8 @@ from stage1_teacher.inputs.input import InputFailure
 from stage1_teacher.inputs.prompts import Prompts
 from stage1_teacher.precompute import Done, precompute
 from stage1_teacher.recording.recorder import Recorder
-from stage1_teacher.recording.shard_maker import group_by_drawn
-from stage1_teacher.rendering.rendered_input import DrawSettings, draw_input
+from stage1_teacher.recording.shard_maker import group_by_rendered
+from stage1_teacher.rendering.rendered_input import RenderSettings, render_input
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 from tests.stage1_teacher.small_teacher import (
@@ -153,10 +153,10 @@ def test_a_record_is_what_the_teacher_saw_and_did_to_the_bit(place: Place, tmp_p
 
 def test_batches_are_filled_with_what_can_be_drawn(place: Place) -> None:
     prompts = Prompts(place.prompts, size=64, fonts={})
-    drawn = draw_input(prompts[0], DrawSettings.from_config(load(place.config)))
+    rendered = render_input(prompts[0], RenderSettings.from_config(load(place.config)))
     failed = InputFailure("bad text", "x")
-    outcomes = [failed, drawn, failed, drawn, drawn, failed, drawn, drawn, failed, failed]
-    groups = list(group_by_drawn(iter(outcomes), 9, batch_size=2))
+    outcomes = [failed, rendered, failed, rendered, rendered, failed, rendered, rendered, failed, failed]
+    groups = list(group_by_rendered(iter(outcomes), 9, batch_size=2))
     assert [len(group) for group in groups] == [4, 3, 2]
     assert [item for group in groups for item in group] == outcomes[:9]
 
@@ -346,7 +346,7 @@ def test_a_run_with_other_settings_is_refused_and_the_difference_named(
     with pytest.raises(DataError, match="base_fingerprint: received .*teacher_fingerprint"):
         precompute(load(other), finished, annotations=[place.annotations], prompts=[place.prompts])
     assert contents(finished) == before
-    assert place.run(finished, "precompute.max_failures=5", "precompute.draw_workers=1").shards_found == 3
+    assert place.run(finished, "precompute.max_failures=5", "precompute.render_workers=1").shards_found == 3
 
 
 def test_rollouts_differ_in_their_noise_and_predictions_are_kept(place: Place, tmp_path: Path) -> None:
@@ -376,14 +376,14 @@ def test_noised_records_hold_noised_data_latents(place: Place, tmp_path: Path) -
         'prompts.jsonl:1: precompute.source = "noised" needs an image'
     ]
     config = load(place.config, *overrides)
-    teacher, settings = Teacher.load(config), DrawSettings.from_config(config)
+    teacher, settings = Teacher.load(config), RenderSettings.from_config(config)
     inputs = open_inputs([place.annotations], [], config.inputs, {})
     all_timesteps = set()
     for index, record in enumerate(ShardSet.open(out)):
         timesteps = record.rollout_timesteps
         all_timesteps |= set(timesteps.tolist())
         assert len(timesteps) == 4 and set(timesteps.tolist()) <= set(range(49, 1000, 50))
-        image = draw_input(inputs[index], settings).image
+        image = render_input(inputs[index], settings).image
         assert image is not None
         with torch.no_grad():
             x0 = teacher.vae.encode(image[None])[0]
@@ -399,11 +399,11 @@ def test_noised_records_hold_noised_data_latents(place: Place, tmp_path: Path) -
 
 def test_a_recorder_gives_one_record_per_input_in_any_company(place: Place, finished: Path) -> None:
     config = load(place.config)
-    settings = DrawSettings.from_config(config)
+    settings = RenderSettings.from_config(config)
     shards = ShardSet.open(finished)
     inputs = open_inputs([place.annotations], [place.prompts], config.inputs, {})
     recorder = Recorder(Teacher.load(config), shards.uncond, config.precompute)
-    (recorded,) = recorder.record([draw_input(inputs[5], settings)])
+    (recorded,) = recorder.record([render_input(inputs[5], settings)])
     (alone,) = recorded.records  # recorded beside a shorter caption
     stored = shards[5]
     assert alone.meta == stored.meta

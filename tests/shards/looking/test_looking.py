@@ -15,7 +15,7 @@ import torch
 from common.errors import DataError
 from common.schedule import ddim_step, make_alphas_cumprod
 from shards.files.failures import count_by_reason, read_failures
-from shards.looking.contact_sheet import Picture, draw_contact_sheet, implied_x0
+from shards.looking.contact_sheet import Picture, implied_x0, make_contact_sheet
 from shards.looking.inspect import describe_set
 from shards.looking.status import format_seconds, format_status, read_status
 from shards.looking.verify import audit
@@ -136,7 +136,7 @@ def test_the_contact_sheet_shows_every_picture_of_every_record() -> None:
         return [np.full((32, 32, 3), 10 * place + 5, np.uint8) for place in range(len(latents))]
 
     records = [make_record("a"), make_record("b")]
-    sheet = np.asarray(draw_contact_sheet(records, decode))
+    sheet = np.asarray(make_contact_sheet(records, decode))
     assert [len(latents) for latents in decoded] == [5, 5]
     assert torch.equal(decoded[1][0], records[1].rollout_latents[0, -1].float())
     height, cell = sheet.shape[0] // 2, sheet.shape[1] // 7

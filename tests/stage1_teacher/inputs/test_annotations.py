@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import DataError
 from stage1_teacher.inputs.annotations import Annotations, caption_as_annotated
-from stage1_teacher.inputs.input import UNKNOWN_COLOR, Content, InputFailure
+from stage1_teacher.inputs.input import UNKNOWN_COLOR, Input, InputFailure
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "data"
 FONT = Path(__file__).parents[3] / "models" / "fonts" / "DejaVuSans.ttf"
@@ -37,7 +37,7 @@ def write(folder: Path, *entries: Any, root: Any = "imgs", **fields: Any) -> Pat
     return path
 
 
-def read_one(folder: Path, value: Any, **options: Any) -> Content:
+def read_one(folder: Path, value: Any, **options: Any) -> Input:
     return Annotations(write(folder, value), **options)[0]
 
 
@@ -67,7 +67,7 @@ def test_every_field_of_both_versions_is_read(folder: Path) -> None:
     assert content.lines[1].color == UNKNOWN_COLOR
     assert content.image == (folder / "imgs" / "a.png").resolve()
     assert read_one(folder, entry(wm_score=0.5)).caption == "a sign no watermarks "
-    assert read_one(folder, {"img_name": "a.png"}) == Content(
+    assert read_one(folder, {"img_name": "a.png"}) == Input(
         where="data.json: data_list[0]",
         input_id=Annotations(folder / "data.json").input_id(0),
         caption="",

@@ -62,9 +62,9 @@ def test_a_watermark_score_is_put_into_words() -> None:
 
 def test_a_text_caption_has_one_placeholder_a_line_and_any_of_the_phrases() -> None:
     assert text_caption(3, seed=1, input_id="x").endswith("* , * , * . ")
-    drawn = Counter(text_caption(1, seed=0, input_id=str(n)).removesuffix("* . ") for n in range(600))
-    assert set(drawn) == set(TEXT_PHRASES)
-    assert min(drawn.values()) > 60
+    rendered = Counter(text_caption(1, seed=0, input_id=str(n)).removesuffix("* . ") for n in range(600))
+    assert set(rendered) == set(TEXT_PHRASES)
+    assert min(rendered.values()) > 60
 
 
 @pytest.mark.parametrize(

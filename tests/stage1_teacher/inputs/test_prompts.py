@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.errors import DataError, UsageError
-from stage1_teacher.inputs.input import UNKNOWN_COLOR, Content, InputFailure
+from stage1_teacher.inputs.input import UNKNOWN_COLOR, Input, InputFailure
 from stage1_teacher.inputs.prompt_text import prompt_from_text
 from stage1_teacher.inputs.prompts import Prompts
 
@@ -176,7 +176,7 @@ def test_a_sentence_with_an_image_edits_it() -> None:
 
 
 def test_a_sentence_and_a_prompts_file_give_the_same_content(tmp_path: Path) -> None:
-    typed: Content = prompt_from_text('says "OPEN"', ["10,20,110,60"], size=128)
+    typed: Input = prompt_from_text('says "OPEN"', ["10,20,110,60"], size=128)
     stored = read(tmp_path, {"caption": 'says "OPEN"', "lines": [{"text": "OPEN", "box": [10, 20, 110, 60]}]})[0]
     assert (typed.caption, typed.lines, typed.frame) == (stored.caption, stored.lines, stored.frame)
 

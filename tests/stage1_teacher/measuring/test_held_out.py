@@ -13,8 +13,8 @@ from common.errors import DataError, UsageError
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.measuring.ablations import ABLATIONS, split_parts
 from stage1_teacher.measuring.held_out import HeldOut, image_stem, read_undrawn
-from stage1_teacher.measuring.teacher_sampler import teacher_drawers
-from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.measuring.teacher_sampler import teacher_samplers
+from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_scene
 from stage1_teacher.tiny.scene import draw_scene_plan
@@ -36,7 +36,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held_out_of(config_path: Path, annotations: Path, count: int = 10, *overrides: str) -> HeldOut:
     config = load(config_path, *overrides)
-    settings = DrawSettings.from_config(config)
+    settings = RenderSettings.from_config(config)
     return HeldOut(open_inputs([annotations], [], config.inputs, settings.fonts), settings, count)
 
 
@@ -104,7 +104,7 @@ def test_the_true_image_is_the_file_at_the_drawn_size_and_prompts_have_none(
     file = np.asarray(Image.open(DATA / "imgs" / "a.png").convert("RGB"), float)
     assert abs(image.mean() - file.mean()) < 3
     config = load(config_path)
-    settings = DrawSettings.from_config(config)
+    settings = RenderSettings.from_config(config)
     prompts = open_inputs([], [write_prompts(tmp_path / "p.jsonl", 1)], config.inputs, settings.fonts)
     without = HeldOut(prompts, settings, 1)
     with pytest.raises(UsageError, match="there is no true image"):
@@ -141,10 +141,10 @@ def test_leaving_a_part_out_changes_its_context_and_the_other_not(
 
 def test_without_glyph_embedding_no_line_is_shown_to_the_recogniser(config_path: Path, tmp_path: Path) -> None:
     held_out = held_out_of(config_path, write_annotations(tmp_path / "a.json", annotation(0)))
-    drawn = held_out.draw(held_out.layouts[0].layout_id)
-    ablated = ABLATIONS["glyph-embedding"](drawn)
-    assert drawn.glyph_lines.any() and not ablated.glyph_lines.any() and not ablated.font_hint.any()
-    assert torch.equal(drawn.glyphs, ablated.glyphs) and torch.equal(drawn.positions, ablated.positions)
+    rendered = held_out.render(held_out.layouts[0].layout_id)
+    ablated = ABLATIONS["glyph-embedding"](rendered)
+    assert rendered.glyph_lines.any() and not ablated.glyph_lines.any() and not ablated.font_hint.any()
+    assert torch.equal(rendered.glyphs, ablated.glyphs) and torch.equal(rendered.positions, ablated.positions)
 
 
 def test_parts_are_left_out_alone_or_together(config_path: Path, tmp_path: Path) -> None:
@@ -169,9 +169,9 @@ def test_every_part_left_out_changes_what_the_embedded_teacher_draws(tmp_path: P
     held_out = held_out_of(ROOT / "configs" / "tiny.toml", tmp_path / "a.json", 1, "inputs.edit_fraction=0")
     teacher, ids = Teacher.load(config), [held_out.layouts[0].layout_id]
     parts = [*ABLATIONS, "attnx+writenet", "glyph-embedding+caption"]
-    drawers = teacher_drawers(config, held_out, lambda: (teacher, teacher.unconditional()), [], parts)
+    samplers = teacher_samplers(config, held_out, lambda: (teacher, teacher.unconditional()), [], parts)
     noise = torch.randn(1, 1, 16, 24, 24, generator=torch.Generator().manual_seed(0))
-    latents = {drawer.label: drawer.latents(drawer.prepare(ids), noise) for drawer in drawers}
+    latents = {sampler.label: sampler.latents(sampler.prepare(ids), noise) for sampler in samplers}
     assert len(latents) == len(parts) + 1
     for one, other in itertools.combinations(latents, 2):
         assert float((latents[one] - latents[other]).abs().max()) > 0.01, (one, other)  # rounding: 1e-5

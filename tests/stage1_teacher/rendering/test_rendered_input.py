@@ -14,14 +14,14 @@ from common.config import load_config
 from common.errors import DataError
 from stage1_teacher.inputs.captions import text_caption
 from stage1_teacher.inputs.files import Inputs
-from stage1_teacher.inputs.input import Content, InputFailure, Line
+from stage1_teacher.inputs.input import Input, InputFailure, Line
 from stage1_teacher.inputs.prompts import Prompts
-from stage1_teacher.rendering.ahead import draw_ahead
-from stage1_teacher.rendering.rendered_input import DrawnInput, DrawSettings, draw_input
+from stage1_teacher.rendering.ahead import render_ahead
+from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 from tests.stage1_teacher.small_teacher import DATA, FONT, ROOT, write_prompts
 
 BOLD = ROOT / "models" / "fonts" / "DejaVuSans-Bold.ttf"
-SETTINGS = DrawSettings(
+SETTINGS = RenderSettings(
     seed=0,
     size=128,
     font=FONT,
@@ -44,21 +44,21 @@ def line(text: str = "OPEN", **changes: Any) -> Line:
     return Line(**({"text": text, "polygon": corners(10, 10, 118, 40)} | changes))
 
 
-def content(*lines: Line, **changes: Any) -> Content:
+def content(*lines: Line, **changes: Any) -> Input:
     base: dict[str, Any] = {"where": "here", "input_id": "id", "caption": "a sign", "lines": lines, "frame": 128}
-    return Content(**(base | changes))
+    return Input(**(base | changes))
 
 
-def with_image(*lines: Line, **changes: Any) -> Content:
+def with_image(*lines: Line, **changes: Any) -> Input:
     return content(*lines, **({"image": DATA / "imgs" / "a.png", "frame": None} | changes))
 
 
-def draw(value: Content, **changes: Any) -> DrawnInput:
-    return draw_input(value, replace(SETTINGS, **changes))
+def draw(value: Input, **changes: Any) -> RenderedInput:
+    return render_input(value, replace(SETTINGS, **changes))
 
 
-def same(first: DrawnInput, second: DrawnInput) -> bool:
-    for name in DrawnInput.__dataclass_fields__:
+def same(first: RenderedInput, second: RenderedInput) -> bool:
+    for name in RenderedInput.__dataclass_fields__:
         ours, theirs = getattr(first, name), getattr(second, name)
         if not (torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs):
             return False
@@ -67,7 +67,7 @@ def same(first: DrawnInput, second: DrawnInput) -> bool:
 
 def test_shapes_and_types_are_as_documented() -> None:
     lines = line(polygon=corners(10, 10, 300, 90)), line("24H", polygon=corners(100, 300, 400, 420))
-    drawn = draw(with_image(*lines))
+    rendered = draw(with_image(*lines))
     shapes = {
         "colors": ((2, 3), torch.float32),
         "glyphs": ((1, 128, 128), torch.uint8),
@@ -78,9 +78,9 @@ def test_shapes_and_types_are_as_documented() -> None:
         "image": ((3, 128, 128), torch.float32),
     }
     for name, expected in shapes.items():
-        tensor = getattr(drawn, name)
+        tensor = getattr(rendered, name)
         assert (tuple(tensor.shape), tensor.dtype) == expected
-    assert drawn.polygons[0][2] == (75, 22.5)  # 512 to 128
+    assert rendered.polygons[0][2] == (75, 22.5)  # 512 to 128
 
 
 def test_nothing_depends_on_when_or_beside_what_an_input_is_drawn() -> None:
@@ -93,11 +93,11 @@ def test_nothing_depends_on_when_or_beside_what_an_input_is_drawn() -> None:
 
 def test_an_input_without_text_gets_upstreams_blank_line_at_any_size() -> None:
     for size in (512, 128):
-        drawn = draw(content(frame=300), size=size)
-        assert drawn.texts == (" ",)
-        assert drawn.polygons[0] == corners(*[value * size / 512 for value in (10, 10, 100, 100)])
-        assert not drawn.glyphs.any() and drawn.positions.any()
-        assert drawn.colors.tolist() == [[500, 500, 500]]
+        rendered = draw(content(frame=300), size=size)
+        assert rendered.texts == (" ",)
+        assert rendered.polygons[0] == corners(*[value * size / 512 for value in (10, 10, 100, 100)])
+        assert not rendered.glyphs.any() and rendered.positions.any()
+        assert rendered.colors.tolist() == [[500, 500, 500]]
 
 
 def test_of_many_lines_some_are_chosen_by_seed_and_input() -> None:
@@ -153,8 +153,8 @@ def test_a_line_that_is_not_to_be_in_the_glyph_map_is_everything_else_as_before(
 
 def test_random_fonts_are_chosen_among_those_that_have_the_characters() -> None:
     def used(text: str, **changes: Any) -> int:
-        drawn = [draw(content(line(text), input_id=str(n)), random_fonts=True, **changes) for n in range(12)]
-        return len({tuple(item.glyph_lines.flatten().tolist()) for item in drawn})
+        rendered = [draw(content(line(text), input_id=str(n)), random_fonts=True, **changes) for n in range(12)]
+        return len({tuple(item.glyph_lines.flatten().tolist()) for item in rendered})
 
     assert used("OPEN") == 2
     plain_only = "\u16a0"  # a rune: DejaVu Sans has it, its bold face does not
@@ -176,9 +176,9 @@ def test_an_inputs_own_seed_replaces_the_runs() -> None:
 
 
 def test_overlapping_lines_are_counted_in_positions_and_united_in_glyphs() -> None:
-    drawn = draw(content(line(), line("24H", polygon=corners(10, 20, 118, 60))))
-    assert drawn.positions.sum(0).max() == 2
-    assert drawn.glyphs.max() == 1
+    rendered = draw(content(line(), line("24H", polygon=corners(10, 20, 118, 60))))
+    assert rendered.positions.sum(0).max() == 2
+    assert rendered.glyphs.max() == 1
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,9 @@ def test_a_polygon_without_place_or_area_is_a_failure(polygon: Any, message: str
     ids=["beyond the edge", "bow tie", "six corners", "triangle", "enormous"],
 )
 def test_odd_polygons_that_touch_the_image_are_drawn(polygon: Any) -> None:
-    drawn = draw(with_image(line(polygon=polygon), frame=128))
-    assert drawn.positions.any()
-    assert np.isfinite(drawn.font_hint.numpy()).all()
+    rendered = draw(with_image(line(polygon=polygon), frame=128))
+    assert rendered.positions.any()
+    assert np.isfinite(rendered.font_hint.numpy()).all()
 
 
 def test_noised_records_need_an_image(tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ def test_settings_check_their_fonts(tmp_path: Path) -> None:
     shutil.copy(FONT, tmp_path / "copy.ttf")
     (tmp_path / "config.toml").write_text('[inputs]\nfont = "copy.ttf"\n[inputs.fonts]\nbold = "bold.ttf"\n')
     with pytest.raises(DataError, match=r"inputs\.fonts\.bold: no file or folder 'bold\.ttf'"):
-        DrawSettings.from_config(load_config(tmp_path / "config.toml"))
+        RenderSettings.from_config(load_config(tmp_path / "config.toml"))
     shutil.copy(BOLD, tmp_path / "bold.ttf")
-    settings = DrawSettings.from_config(load_config(tmp_path / "config.toml"))
+    settings = RenderSettings.from_config(load_config(tmp_path / "config.toml"))
     assert settings.fonts == {"bold": tmp_path / "bold.ttf"}
 
 
@@ -241,8 +241,8 @@ def test_inputs_are_drawn_ahead_in_order_and_failures_keep_their_place(tmp_path:
     inputs = Inputs([Prompts(path, size=64, fonts={})])
     indices = [3, 5, 0, 11, 7]
     for workers, ahead in ((1, 1), (3, 2), (4, 50)):
-        with draw_ahead(inputs, indices, SETTINGS, workers=workers, ahead=ahead) as drawn:
-            outcomes = list(drawn)
+        with render_ahead(inputs, indices, SETTINGS, workers=workers, ahead=ahead) as rendered:
+            outcomes = list(rendered)
         assert [getattr(item, "texts", item.__class__) for item in outcomes] == [
             ("P3",),
             InputFailure,
@@ -254,11 +254,11 @@ def test_inputs_are_drawn_ahead_in_order_and_failures_keep_their_place(tmp_path:
 
 def test_a_bug_in_drawing_is_not_taken_for_a_failed_input() -> None:
     class Broken(Inputs):
-        def __getitem__(self, index: int) -> Content:
+        def __getitem__(self, index: int) -> Input:
             raise TypeError("a bug")
 
     with (
-        draw_ahead(Broken([]), [0], SETTINGS, workers=1, ahead=1) as drawn,
+        render_ahead(Broken([]), [0], SETTINGS, workers=1, ahead=1) as rendered,
         pytest.raises(TypeError, match="a bug"),
     ):
-        next(drawn)
+        next(rendered)

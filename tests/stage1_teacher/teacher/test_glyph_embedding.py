@@ -75,7 +75,7 @@ def test_a_similarity_is_found_again_from_its_points() -> None:
 def test_each_of_the_four_encodings_moves_the_embedding_and_lines_are_independent() -> None:
     torch.manual_seed(0)
     network = GlyphEmbedding(16).eval()
-    # Only a trained recogniser tells fonts apart; through random weights nothing gets to the end.
+    # Only a trained recognizer tells fonts apart; through random weights nothing gets to the end.
     weights = MODELS / "tiny" / "recognizer.safetensors"
     network.font_predictor = load_part(
         Recognizer, "recognizer", NetworkConfig.sd15(), weights, torch.float32, "cpu"

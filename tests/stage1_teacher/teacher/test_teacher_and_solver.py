@@ -16,7 +16,7 @@ from common.config import Config, ModelConfig
 from common.ddim import CLEAN, Grid, trailing_grid, upstream_grid
 from common.errors import DataError, UsageError
 from common.schedule import make_alphas_cumprod, trailing_timesteps
-from stage1_teacher.rendering.rendered_input import DrawnInput
+from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.solver import Rollout, record_rollout, solve
 from stage1_teacher.teacher.teacher import Teacher
 from tests.golden_rule import RuleCheckpoint
@@ -31,13 +31,13 @@ def teacher() -> Teacher:
     return Teacher.from_checkpoint(SMALL, teacher_checkpoint(), TOKENIZER_FOLDER, negative_prompt="blurry")
 
 
-def drawn(caption: str, lines: int = 1, mode: str = "generate", seed: int = 0) -> DrawnInput:
+def rendered(caption: str, lines: int = 1, mode: str = "generate", seed: int = 0) -> RenderedInput:
     generator = torch.Generator().manual_seed(seed)
     image = 2 * torch.rand(3, SIZE, SIZE, generator=generator) - 1
     positions = torch.zeros(lines, SIZE, SIZE, dtype=torch.uint8)
     for line in range(lines):
         positions[line, 4 + 8 * line : 10 + 8 * line, 3:28] = 1
-    return DrawnInput(
+    return RenderedInput(
         input_id=f"input{seed}",
         caption=caption,
         text_caption="Texts are " + " , ".join("*" * lines) + " . ",
@@ -60,7 +60,7 @@ def drawn(caption: str, lines: int = 1, mode: str = "generate", seed: int = 0) -
 
 @pytest.fixture(scope="module")
 def encoded(teacher: Teacher) -> list[Conditioning]:
-    return teacher.encode([drawn("a cat"), drawn(LONG, 2, "edit", 1), drawn("a dog", 3, seed=2)])
+    return teacher.encode([rendered("a cat"), rendered(LONG, 2, "edit", 1), rendered("a dog", 3, seed=2)])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_an_encoding_has_the_sizes_that_a_record_keeps(encoded: list[Conditionin
 def test_an_input_is_encoded_the_same_alone_and_among_others(
     teacher: Teacher, encoded: list[Conditioning]
 ) -> None:
-    alone = teacher.encode([drawn(LONG, 2, "edit", 1)])[0]
+    alone = teacher.encode([rendered(LONG, 2, "edit", 1)])[0]
     close(alone.image_context, encoded[1].image_context, 1e-5)
     close(alone.text_context, encoded[1].text_context, 1e-5)
     close(alone.masked_latents, encoded[1].masked_latents, 1e-5)
@@ -98,7 +98,7 @@ def test_an_input_is_encoded_the_same_alone_and_among_others(
 
 
 def test_inputs_without_lines_are_encoded_too(teacher: Teacher) -> None:
-    assert teacher.encode([drawn("nothing written", 0)])[0].text_context.shape == (77, 32)
+    assert teacher.encode([rendered("nothing written", 0)])[0].text_context.shape == (77, 32)
 
 
 def tensors_of(module: nn.Module) -> set[tuple[str, str, int]]:
@@ -136,7 +136,7 @@ def test_teacher_and_student_calls_in_any_order_give_the_same_numbers_and_keep_n
     orders = ("teacher student", "student teacher", "student student", "teacher teacher student")
     seen: dict[str, list[Tensor]] = {}
     for order in orders:
-        teacher.encode([drawn("another", seed=9)])
+        teacher.encode([rendered("another", seed=9)])
         for who in order.split():
             result = calls[who]()
             expected = seen.setdefault(who, result)
@@ -291,7 +291,7 @@ def test_a_teacher_loads_from_its_file_and_accounts_for_every_key(
     ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     path = whole_checkpoint(tmp_path / "teacher.ckpt", {ids: torch.arange(77)[None]})
     loaded = Teacher.from_checkpoint(SMALL, CheckpointFile(path), TOKENIZER_FOLDER)
-    again = loaded.encode([drawn("a cat")])[0]
+    again = loaded.encode([rendered("a cat")])[0]
     close(again.text_context, encoded[0].text_context, 1e-5)
     for key, value, message in (
         ("embedding_manager.color_proj.0.bias", None, "missing key"),

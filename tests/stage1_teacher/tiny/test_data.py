@@ -10,11 +10,11 @@ from PIL import Image
 
 from common.config import PROJECT_ROOT, load_config
 from stage1_teacher.inputs.annotations import Annotations
-from stage1_teacher.rendering.rendered_input import DrawSettings
+from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.tiny.data import write_dataset
-from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, draw_scene, draw_scene_plan
+from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, draw_scene_plan, render_scene
 
-CONFIGURED = DrawSettings.from_config(load_config(PROJECT_ROOT / "configs" / "tiny.toml")).fonts
+CONFIGURED = RenderSettings.from_config(load_config(PROJECT_ROOT / "configs" / "tiny.toml")).fonts
 
 
 def test_a_written_data_set_reads_as_annotations_with_colours_and_fonts(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_written_data_set_reads_as_annotations_with_colours_and_fonts(tmp_path
         assert [line.color for line in content.lines] == [line.color for line in scene.lines]
         assert [line.font for line in content.lines] == [FONT_FOLDER / line.font for line in scene.lines]
         assert content.image is not None
-        assert np.array_equal(np.asarray(Image.open(content.image)), draw_scene(scene))
+        assert np.array_equal(np.asarray(Image.open(content.image)), render_scene(scene))
 
 
 def test_an_image_does_not_depend_on_how_many_are_drawn(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stage1_teacher.rendering import lines as drawing
-from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground, draw_ground
+from stage1_teacher.rendering import lines as rendering
+from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground, render_ground
 from stage1_teacher.tiny.scene import (
     CAPITALS,
     DIGITS,
@@ -17,9 +17,9 @@ from stage1_teacher.tiny.scene import (
     SMALL,
     UNMAPPED_SHARE,
     Scene,
-    draw_scene,
     draw_scene_plan,
     recolor,
+    render_scene,
     text_mask,
 )
 
@@ -35,7 +35,7 @@ def _glyph_map(scene: Scene, index: int) -> np.ndarray:
     line = scene.lines[index]
     polygon = np.array(line.polygon, np.float32)
     size = (scene.size, scene.size)
-    return drawing.draw_glyph_map(line.text, polygon, FONT_FOLDER / line.font, line.color, size)
+    return rendering.render_glyph_map(line.text, polygon, FONT_FOLDER / line.font, line.color, size)
 
 
 def _roughness(image: np.ndarray) -> float:
@@ -45,7 +45,7 @@ def _roughness(image: np.ndarray) -> float:
 def test_the_same_seed_gives_the_same_scene_and_another_seed_another_one() -> None:
     assert draw_scene_plan("test", 3) == draw_scene_plan("test", 3)
     assert draw_scene_plan("test", 3) != draw_scene_plan("test", 4)
-    assert np.array_equal(draw_scene(draw_scene_plan("test", 3)), draw_scene(draw_scene_plan("test", 3)))
+    assert np.array_equal(render_scene(draw_scene_plan("test", 3)), render_scene(draw_scene_plan("test", 3)))
 
 
 def test_scenes_have_one_to_three_lines_of_one_to_eight_known_characters(scenes: list[Scene]) -> None:
@@ -84,7 +84,7 @@ def test_every_kind_of_ground_and_every_font_occurs(scenes: list[Scene]) -> None
 
 def test_polygons_lie_in_the_image_and_lines_do_not_overlap(scenes: list[Scene]) -> None:
     for scene in scenes:
-        masks = [drawing.draw_mask(np.array(line.polygon, np.float32), (96, 96)) for line in scene.lines]
+        masks = [rendering.render_mask(np.array(line.polygon, np.float32), (96, 96)) for line in scene.lines]
         assert all(0 <= value < 96 for line in scene.lines for point in line.polygon for value in point)
         assert np.sum(masks, axis=0).max() == 1
 
@@ -92,11 +92,11 @@ def test_polygons_lie_in_the_image_and_lines_do_not_overlap(scenes: list[Scene])
 def test_letters_of_an_image_are_what_the_glyph_map_is_the_trace_of(scenes: list[Scene]) -> None:
     slanted = 0
     for scene in scenes:
-        ground = draw_scene(replace(scene, lines=()))
+        ground = render_scene(replace(scene, lines=()))
         for index, line in enumerate(scene.lines):
-            drawn = (draw_scene(replace(scene, lines=(line,))) != ground).any(-1)
+            rendered = (render_scene(replace(scene, lines=(line,))) != ground).any(-1)
             letters, glyphs = text_mask(line, scene.size), _glyph_map(scene, index)
-            assert not drawn[letters == 0].any() and drawn[letters > 0.1].all()
+            assert not rendered[letters == 0].any() and rendered[letters > 0.1].all()
             (_, top), (_, bottom) = line.polygon[:2]
             if top == bottom:  # to the pixel
                 assert np.array_equal(glyphs, max(line.color) * letters >= 0.5)
@@ -104,7 +104,7 @@ def test_letters_of_an_image_are_what_the_glyph_map_is_the_trace_of(scenes: list
                 slanted += 1
                 assert (letters[glyphs == 0] > 0.5).sum() <= 0.05 * (letters > 0.5).sum()
                 polygon, font = np.array(line.polygon, np.float32), FONT_FOLDER / line.font
-                nearest = drawing.draw_coverage(line.text, polygon, font, (scene.size, scene.size))
+                nearest = rendering.render_coverage(line.text, polygon, font, (scene.size, scene.size))
                 assert letters.sum() == pytest.approx(nearest.sum(), rel=0.1)
                 assert _roughness(letters) < 0.95 * _roughness(nearest)
     assert slanted > 5
@@ -113,14 +113,14 @@ def test_letters_of_an_image_are_what_the_glyph_map_is_the_trace_of(scenes: list
 def test_glyph_maps_do_not_spread_the_letters(scenes: list[Scene]) -> None:
     for scene in scenes:
         for line in scene.lines:
-            box = drawing.fit_box(np.array(line.polygon, np.float32))
-            font = drawing.largest_font(line.text, FONT_FOLDER / line.font, box)
-            assert font is not None and drawing.spread(line.text, font, box) == line.text
+            box = rendering.fit_box(np.array(line.polygon, np.float32))
+            font = rendering.largest_font(line.text, FONT_FOLDER / line.font, box)
+            assert font is not None and rendering.spread(line.text, font, box) == line.text
 
 
 def test_stripes_and_squares_lie_where_the_caption_alone_can_say() -> None:
     for kind, vertical in (("striped", True), ("striped", False), ("checked", False)):
-        image = draw_ground(Ground(kind=kind, colors=("red",), vertical=vertical), 96).astype(int)
+        image = render_ground(Ground(kind=kind, colors=("red",), vertical=vertical), 96).astype(int)
         assert len(np.unique(image.reshape(-1, 3), axis=0)) == 2
         along, across = (image[0], image[:, 0]) if vertical else (image[:, 0], image[0])
         edges = np.flatnonzero(np.abs(np.diff(along, axis=0)).sum(-1)) + 1
@@ -138,9 +138,9 @@ def test_letters_moved_by_a_few_pixels_would_not_lie_under_the_glyph_map(scenes:
 
 def test_text_stands_out_from_its_ground(scenes: list[Scene]) -> None:
     for scene in scenes:
-        image = draw_scene(scene).astype(float) @ LUMA
+        image = render_scene(scene).astype(float) @ LUMA
         for line in scene.lines:
-            inside = drawing.draw_mask(np.array(line.polygon, np.float32), (96, 96)) > 0
+            inside = rendering.render_mask(np.array(line.polygon, np.float32), (96, 96)) > 0
             ground = image[inside & (text_mask(line, 96) < 0.01)]
             difference = abs(float(np.dot(line.color, LUMA)) - float(np.median(ground)))
             assert difference > MIN_CONTRAST - 20, (scene, line)

@@ -30,7 +30,7 @@ from stage1_teacher.tiny.batches import (
 )
 from stage1_teacher.tiny.export import load_runs, write
 from stage1_teacher.tiny.features import FeatureMaker
-from stage1_teacher.tiny.ground import Ground, draw_ground
+from stage1_teacher.tiny.ground import Ground, render_ground
 from stage1_teacher.tiny.networks import MODEL_FOLDER, build_denoiser, network_config
 from stage1_teacher.tiny.scene import SINGLE_LETTERS, draw_scene_plan
 from stage1_teacher.tiny.train_denoiser import Probe, Settings, StepBatches, Trainer, compute_losses, train
@@ -156,17 +156,17 @@ def test_the_glyph_map_lacks_most_single_letters_and_no_longer_lines(store: Feat
     for step in range(40):
         batch = store.batch(0, step, images=1, noises=1, blank_latents=torch.zeros(16, 24, 24), singles=True)
         found = [item for item in store.singles if torch.equal(item["coverage"] / 255, batch.coverage[0])]
-        drawn = found[0]["glyphs"].float()
+        rendered = found[0]["glyphs"].float()
         for position in found[0]["positions"].float():
             shown = batch.hints.glyphs[0] * position
-            assert not shown.any() or torch.equal(shown, drawn * position)
+            assert not shown.any() or torch.equal(shown, rendered * position)
             lacking.append(not shown.any())
     assert sum(lacking) / len(lacking) == pytest.approx(TRAINED_UNMAPPED_SHARE, abs=0.1)
     for layout in store.layouts:
         layout["lengths"] = torch.full_like(layout["lengths"], 2)
     batch = store.batch(0, 0, images=8, noises=1, blank_latents=torch.zeros(16, 24, 24))
     maps = [layout["glyphs"].float() for layout in store.layouts]
-    assert all(any(torch.equal(glyphs, drawn) for drawn in maps) for glyphs in batch.hints.glyphs)
+    assert all(any(torch.equal(glyphs, rendered) for rendered in maps) for glyphs in batch.hints.glyphs)
 
 
 def test_a_fifth_of_the_images_is_of_layouts_of_single_letters(store: FeatureStore) -> None:
@@ -177,7 +177,7 @@ def test_a_fifth_of_the_images_is_of_layouts_of_single_letters(store: FeatureSto
 
 
 def test_a_deaf_step_trains_of_the_probes_losses_its_heads_alone(runs: Path, tmp_path: Path) -> None:
-    settings = Settings(steps=9, images=4, noises=1, peak=0.0, matrix_peak=0.0, seed=0, deaf_steps=1)
+    settings = Settings(steps=9, images=4, noises=1, peak=0.0, matrix_peak=0.0, seed=0, heads_only_steps=1)
     trainer = Trainer(tmp_path, settings, runs / "position.pt")
     store = FeatureStore(runs / "features", trainer.denoiser.embedding.position_encoder, trainer.config)
     store.refresh()
@@ -394,12 +394,12 @@ def test_grain_and_own_steps_keep_to_their_limits(grainy: TrainingBatch, store: 
     assert float(excess.max()) < MAX_EXCESS * 1.1
     assert float(grainy.grain.std(dim=(1, 2, 3)).max()) < GRAIN * 1.1
     made = [store.batch(0, step, images=4, noises=4, blank_latents=torch.zeros(16, 24, 24)) for step in range(9)]
-    drawn = torch.cat([item.jumps for item in made])
-    ends = drawn + torch.cat([item.timesteps for item in made])
+    rendered = torch.cat([item.jumps for item in made])
+    ends = rendered + torch.cat([item.timesteps for item in made])
     assert {item.own_steps for item in made} == set(range(1, MAX_OWN_STEPS + 1))
-    assert float((drawn > 0).float().mean()) == pytest.approx(JUMP_SHARE, abs=0.12)
-    assert int(ends.max()) <= 999 and int(drawn.max()) <= JUMPS[1]
-    assert int(drawn[(drawn > 0) & (ends < 999)].min()) >= JUMPS[0]
+    assert float((rendered > 0).float().mean()) == pytest.approx(JUMP_SHARE, abs=0.12)
+    assert int(ends.max()) <= 999 and int(rendered.max()) <= JUMPS[1]
+    assert int(rendered[(rendered > 0) & (ends < 999)].min()) >= JUMPS[0]
 
 
 def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground(store: FeatureStore) -> None:
@@ -425,7 +425,7 @@ def test_an_earlier_versions_checkpoint_is_refused_in_one_line(runs: Path, tmp_p
 
 
 def test_a_patch_has_the_ground_as_the_image_has_it_from_its_edge_on(store: FeatureStore) -> None:
-    ground = draw_ground(Ground(kind="checked", colors=("red",), vertical=False), 96)
+    ground = render_ground(Ground(kind="checked", colors=("red",), vertical=False), 96)
     pixels = torch.from_numpy(ground).permute(2, 0, 1).float()
     for layout in store.layouts:
         # Latents that are the ground itself, one pixel of a cell.

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from stage2_student.evaluation.recognizers import Recognizer, load_recognizer
+from stage2_student.evaluation.judges import Judge, load_judge
 
 
 @pytest.fixture(scope="session")
-def judge() -> Recognizer:
-    return load_recognizer("ppocr_v4")
+def judge() -> Judge:
+    return load_judge("ppocr_v4")

@@ -1,4 +1,4 @@
-"""True images of known text, drawn with real fonts by nothing of ours: what the measurement must read."""
+"""True images of known text, sampled with real fonts by nothing of ours: what the measurement must read."""
 
 from __future__ import annotations
 

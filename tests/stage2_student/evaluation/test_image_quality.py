@@ -27,11 +27,11 @@ from stage2_student.evaluation.image_quality import (
     kept_images,
     measure_quality,
 )
-from stage2_student.evaluation.runs import Drawn, Plan, Run, evaluate_run, run_folder
+from stage2_student.evaluation.runs import Plan, Run, Sampled, evaluate_run, run_folder
 from stage2_student.evaluation.summary import QUALITY_FILE
 from tests.stage1_teacher.small_teacher import annotation, write_annotations, write_teacher
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
-from tests.stage2_student.evaluation.test_recognizers import make_parrot
+from tests.stage2_student.evaluation.test_judges import make_parrot
 
 ROOT = Path(__file__).parents[3]
 
@@ -82,7 +82,7 @@ def test_fid_is_the_frechet_distance_of_the_features(inception: Path, tmp_path: 
     assert fid(inception, real, real, StopFlag()) == pytest.approx(0, abs=1e-2)
     # equal covariances, means 30 apart
     assert fid(inception, real, moved, StopFlag()) == pytest.approx(30**2, rel=1e-3)
-    with pytest.raises(DataError, match="received 1 drawn and 40 real images, expected at least two"):
+    with pytest.raises(DataError, match="received 1 sampled and 40 real images, expected at least two"):
         fid(inception, real, moved[:1], StopFlag())
 
 
@@ -133,10 +133,10 @@ def evaluate(folder: Path, label: str, shift: int, **plan: bool | int) -> tuple[
     images, layouts = draw_layouts("quality", 6, 96, (16, 20))
     by_id = {layout.layout_id: image for layout, image in zip(layouts, images, strict=True)}
 
-    def draw(jobs):  # type: ignore[no-untyped-def]
-        return Drawn(images=[(by_id[layout.layout_id] // 2 + shift).astype(np.uint8) for layout, _ in jobs])
+    def sample(jobs):  # type: ignore[no-untyped-def]
+        return Sampled(images=[(by_id[layout.layout_id] // 2 + shift).astype(np.uint8) for layout, _ in jobs])
 
-    run = Run(label=label, kind="teacher", draw=draw)
+    run = Run(label=label, kind="teacher", sample=sample)
     whole = Plan(layouts=layouts, **plan)  # type: ignore[arg-type]
     evaluate_run(run, whole, make_parrot(), folder, StopFlag())
     return run_folder(folder, label), whole
@@ -231,7 +231,7 @@ def run_command(*arguments: str | Path) -> Result:
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ...]:
-    """Arguments that score drawn images by AnyText-benchmark's file, with a reference folder beside them."""
+    """Arguments that score sampled images by AnyText-benchmark's file, with a reference folder beside them."""
     folder = tmp_path_factory.mktemp("benchmark")
     images, layouts = draw_layouts("benchmark", 3, 96, (16, 20))
     (folder / "theirs").mkdir()
@@ -334,7 +334,7 @@ def test_the_clip_scores_caption_is_the_annotated_one(
     write_annotations(tmp_path / "held_out.json", *entries)
     seen: list[str] = []
 
-    def note(folder: Path, drawn: list[Path], captions: list[str], stop: StopFlag) -> float:
+    def note(folder: Path, sampled: list[Path], captions: list[str], stop: StopFlag) -> float:
         seen.extend(captions)
         return 1.0
 

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from common.layouts import Layout, Line, palette_of
+from stage2_student.evaluation.judges import Judge
 from stage2_student.evaluation.reading import (
     LineResult,
     color_right,
@@ -15,11 +16,10 @@ from stage2_student.evaluation.reading import (
     read_images,
     text_color,
 )
-from stage2_student.evaluation.recognizers import Recognizer
 from tests.stage2_student.evaluation.drawn_text import PALETTE, draw_layouts
 
 
-def accuracy(judge: Recognizer, images: list[NDArray[np.uint8]], layouts: list[Layout]) -> float:
+def accuracy(judge: Judge, images: list[NDArray[np.uint8]], layouts: list[Layout]) -> float:
     results = read_images(judge, images, layouts)
     return float(np.mean([line.exact for lines in results for line in lines]))
 
@@ -34,18 +34,18 @@ def accuracy(judge: Recognizer, images: list[NDArray[np.uint8]], layouts: list[L
     ],
 )
 def test_true_images_of_known_text_are_read(
-    judge: Recognizer, count: int, side: int, heights: tuple[int, int], angles: tuple[float, float]
+    judge: Judge, count: int, side: int, heights: tuple[int, int], angles: tuple[float, float]
 ) -> None:
     images, layouts = draw_layouts("read", count, side, heights, angles)
     assert accuracy(judge, images, layouts) >= 0.97
 
 
-def test_upright_characters_one_below_the_other_are_read(judge: Recognizer) -> None:
+def test_upright_characters_one_below_the_other_are_read(judge: Judge) -> None:
     images, layouts = draw_layouts("stacked", 34, 384, (24, 48), stacked=True)
     assert accuracy(judge, images, layouts) >= 0.97
 
 
-def test_shuffled_labels_score_near_zero(judge: Recognizer) -> None:
+def test_shuffled_labels_score_near_zero(judge: Judge) -> None:
     images, layouts = draw_layouts("shuffled", 40, 96, (14, 24))
     others = layouts[1:] + layouts[:1]
     shuffled = [
@@ -62,7 +62,7 @@ def test_shuffled_labels_score_near_zero(judge: Recognizer) -> None:
     assert accuracy(judge, kept, shuffled) <= 0.02
 
 
-def test_images_of_another_size_than_the_layout_are_read_at_their_own(judge: Recognizer) -> None:
+def test_images_of_another_size_than_the_layout_are_read_at_their_own(judge: Judge) -> None:
     images, layouts = draw_layouts("resized", 10, 256, (30, 40))
     halved = [
         replace(
@@ -75,7 +75,7 @@ def test_images_of_another_size_than_the_layout_are_read_at_their_own(judge: Rec
     assert accuracy(judge, images, halved) == 1
 
 
-def test_a_layout_without_lines_has_no_results(judge: Recognizer) -> None:
+def test_a_layout_without_lines_has_no_results(judge: Judge) -> None:
     images, layouts = draw_layouts("none", 2, 96, (16, 20))
     results = read_images(judge, images, [replace(layouts[0], lines=()), layouts[1]])
     assert [len(lines) for lines in results] == [0, 1]
@@ -120,12 +120,12 @@ def test_arbitrary_colours_are_no_palette() -> None:
 
 
 class _Blind:
-    """A recogniser that cannot read; colours do not need one."""
+    """A judge that cannot read; colours do not need one."""
 
     identity = "blind"
 
     def read(self, crops):  # type: ignore[no-untyped-def]
-        from stage2_student.evaluation.recognizers import Reading
+        from stage2_student.evaluation.judges import Reading
 
         return [Reading(text="", confidence=0.0) for _ in crops]
 
@@ -134,16 +134,16 @@ def test_the_ground_counts_outside_the_lines_only_and_at_the_drawn_images_size()
     box = ((10.0, 10.0), (50.0, 10.0), (50.0, 30.0), (10.0, 30.0))
     layout = Layout(layout_id="a", size=(64, 64), lines=(Line(text="x", polygon=box),))
     truth = np.full((64, 64, 3), 200, np.uint8)
-    drawn = truth.copy()
-    drawn[10:31, 10:51] = (255, 0, 0)
-    assert ground_difference(drawn, truth, layout) == 0
-    drawn[50:] = 0  # 14 of 64 rows; black is 80 from this grey in L*
-    found = ground_difference(drawn, truth, layout)
+    sampled = truth.copy()
+    sampled[10:31, 10:51] = (255, 0, 0)
+    assert ground_difference(sampled, truth, layout) == 0
+    sampled[50:] = 0  # 14 of 64 rows; black is 80 from this grey in L*
+    found = ground_difference(sampled, truth, layout)
     assert found is not None and 20 < found < 30
-    assert ground_difference(np.repeat(np.repeat(drawn, 2, 0), 2, 1), truth, layout) == pytest.approx(
+    assert ground_difference(np.repeat(np.repeat(sampled, 2, 0), 2, 1), truth, layout) == pytest.approx(
         found, rel=0.05
     )
     whole = Layout(
         layout_id="b", size=(64, 64), lines=(Line(text="x", polygon=((0, 0), (63, 0), (63, 63), (0, 63))),)
     )
-    assert ground_difference(drawn, truth, whole) is None
+    assert ground_difference(sampled, truth, whole) is None

@@ -16,23 +16,23 @@ from common.layouts import Layout
 from common.signals import StopFlag
 from stage2_student.evaluation.counting import EvaluationCounter
 from stage2_student.evaluation.image_folder import count_samples, folder_run
-from stage2_student.evaluation.recognizers import Recognizer
+from stage2_student.evaluation.judges import Judge
 from stage2_student.evaluation.results import load_layouts, load_results, save_layouts, slug
-from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run, run_folder
+from stage2_student.evaluation.runs import Job, Plan, Run, Sampled, evaluate_run, run_folder
 from stage2_student.evaluation.summary import format_table, summarise
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
-from tests.stage2_student.evaluation.test_recognizers import make_parrot
+from tests.stage2_student.evaluation.test_judges import make_parrot
 
 COUNT = 10
 
 
 @pytest.fixture(scope="module")
-def drawn() -> tuple[list[NDArray[np.uint8]], list[Layout]]:
+def sampled() -> tuple[list[NDArray[np.uint8]], list[Layout]]:
     return draw_layouts("runs", COUNT, 96, (16, 22))
 
 
 class Painter:
-    """Draws the true images, those listed in `spoiled` without their text; counts what it was asked for."""
+    """Samples the true images, those listed in `spoiled` without their text; counts what it was asked for."""
 
     def __init__(self, images: Sequence[NDArray[np.uint8]], layouts: Sequence[Layout], spoiled: int = 0) -> None:
         self.images = {layout.layout_id: image for layout, image in zip(layouts, images, strict=True)}
@@ -41,7 +41,7 @@ class Painter:
         self.stop_after = 10**9
         self.stop = StopFlag()
 
-    def __call__(self, jobs: Sequence[Job]) -> Drawn:
+    def __call__(self, jobs: Sequence[Job]) -> Sampled:
         self.asked += [(layout.layout_id, sample) for layout, sample in jobs]
         if len(self.asked) >= self.stop_after:
             self.stop.stop_requested = True
@@ -50,7 +50,7 @@ class Painter:
             np.full_like(image, 128) if layout.layout_id in self.spoiled else image
             for image, (layout, _) in zip(images, jobs, strict=True)
         ]
-        return Drawn(
+        return Sampled(
             images=images,
             seconds=0.5 * len(jobs),
             unet_evaluations=40 * len(jobs),
@@ -62,13 +62,13 @@ def run_of(painter: Painter, label: str = "teacher, 20 steps", **settings: objec
     return Run(label=label, kind="teacher", draw=painter, steps=20, settings=settings)
 
 
-SETTINGS = {"seed": 0, "samples_per_layout": 1, "recognizer": "ppocr_v4"}
+SETTINGS = {"seed": 0, "samples_per_layout": 1, "judge": "ppocr_v4"}
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_as_one_that_was_not_stopped(
-    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+    sampled: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Judge, tmp_path: Path
 ) -> None:
-    images, layouts = drawn
+    images, layouts = sampled
     plan = Plan(layouts=layouts, batch_size=4)
     whole = evaluate_run(run_of(Painter(images, layouts)), plan, judge, tmp_path / "whole", StopFlag())
 
@@ -94,9 +94,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_as_one_that_was_not_
 
 
 def test_results_of_other_settings_are_not_mixed_in(
-    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+    sampled: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Judge, tmp_path: Path
 ) -> None:
-    images, layouts = drawn
+    images, layouts = sampled
     plan = Plan(layouts=layouts[:2])
     painter = Painter(images, layouts)
     evaluate_run(run_of(painter, guidance_scale=7.5), plan, judge, tmp_path, StopFlag())
@@ -112,15 +112,15 @@ def test_results_of_other_settings_are_not_mixed_in(
 
 
 def test_layouts_come_back_as_they_were_saved(
-    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], tmp_path: Path
+    sampled: tuple[list[NDArray[np.uint8]], list[Layout]], tmp_path: Path
 ) -> None:
-    save_layouts(tmp_path, drawn[1], SETTINGS)
-    assert load_layouts(tmp_path) == (drawn[1], SETTINGS)
+    save_layouts(tmp_path, sampled[1], SETTINGS)
+    assert load_layouts(tmp_path) == (sampled[1], SETTINGS)
 
 
-def test_a_layout_given_twice_is_refused(drawn: tuple[list[NDArray[np.uint8]], list[Layout]]) -> None:
+def test_a_layout_given_twice_is_refused(sampled: tuple[list[NDArray[np.uint8]], list[Layout]]) -> None:
     with pytest.raises(DataError, match="runs-000: received twice"):
-        Plan(layouts=[drawn[1][0], drawn[1][0]])
+        Plan(layouts=[sampled[1][0], sampled[1][0]])
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_images_are_kept(
-    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+    sampled: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Judge, tmp_path: Path
 ) -> None:
-    images, layouts = drawn
+    images, layouts = sampled
     plan = Plan(layouts=layouts[:3], samples_per_layout=2, keep_images=2)
     results = evaluate_run(run_of(Painter(images, layouts)), plan, judge, tmp_path, StopFlag())
     assert [result.image for result in results] == ["runs-000_0.png", "", "runs-001_0.png", "", "", ""]
@@ -142,9 +142,9 @@ def test_the_first_images_are_kept(
 
 
 def test_the_summary_has_accuracies_costs_heights_and_differences(
-    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+    sampled: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Judge, tmp_path: Path
 ) -> None:
-    images, layouts = drawn
+    images, layouts = sampled
     layouts = [
         replace(layout, lines=tuple(replace(line, in_glyph_map=place >= 5) for line in layout.lines))
         for place, layout in enumerate(layouts)
@@ -186,19 +186,19 @@ def test_the_summary_has_accuracies_costs_heights_and_differences(
 
 
 def test_a_folder_without_a_complete_run_has_no_summary(
-    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], tmp_path: Path
+    sampled: tuple[list[NDArray[np.uint8]], list[Layout]], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="layouts.json"):
         summarise(tmp_path)
-    save_layouts(tmp_path, drawn[1], SETTINGS)
+    save_layouts(tmp_path, sampled[1], SETTINGS)
     with pytest.raises(DataError, match="no run is complete"):
         summarise(tmp_path)
 
 
 def test_a_folder_of_images_is_scored_by_the_benchmarks_names(
-    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+    sampled: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Judge, tmp_path: Path
 ) -> None:
-    images, layouts = drawn[0][:3], drawn[1][:3]
+    images, layouts = sampled[0][:3], sampled[1][:3]
     for image, layout in zip(images, layouts, strict=True):
         for sample in range(2):
             shown = image if sample == 0 else np.full_like(image, 90)
@@ -230,7 +230,7 @@ def test_a_folder_of_other_images_is_refused_whatever_its_name(tmp_path: Path) -
     score(first)
     with pytest.raises(DataError, match=r"run 'theirs' differs \(settings.*give another --out"):
         score(second)
-    write(first, 20)  # drawn again in place
+    write(first, 20)  # sampled again in place
     with pytest.raises(DataError, match=r"run 'theirs' differs \(settings.*give another --out"):
         score(first)
     (write(first, 10) / "unrelated.txt").write_text("not scored")
@@ -244,13 +244,13 @@ def test_an_image_that_changes_while_it_is_scored_is_refused(tmp_path: Path) -> 
     run = folder_run(tmp_path, "theirs", [(layouts[0], 0)])
     Image.fromarray(np.ones((96, 96, 3), np.uint8)).save(path)
     with pytest.raises(DataError, match=r"word000_0.png: changed while the folder was being scored"):
-        run.draw([(layouts[0], 0)])
+        run.sample([(layouts[0], 0)])
 
 
 def test_a_missing_or_broken_image_of_a_folder_is_named(
-    drawn: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Recognizer, tmp_path: Path
+    sampled: tuple[list[NDArray[np.uint8]], list[Layout]], judge: Judge, tmp_path: Path
 ) -> None:
-    images, layouts = drawn[0][:2], drawn[1][:2]
+    images, layouts = sampled[0][:2], sampled[1][:2]
     with pytest.raises(DataError, match="no such folder"):
         count_samples(tmp_path / "nothing", layouts)
     with pytest.raises(DataError, match="word000_0.jpg is missing"):

@@ -10,9 +10,9 @@ import pytest
 
 from common.signals import StopFlag
 from stage2_student.evaluation.invocation import note_invocation
-from stage2_student.evaluation.recognizers import Recognizer, load_recognizer
+from stage2_student.evaluation.judges import Judge, load_judge
 from stage2_student.evaluation.results import save_layouts
-from stage2_student.evaluation.runs import Drawn, Job, Plan, Run, evaluate_run
+from stage2_student.evaluation.runs import Job, Plan, Run, Sampled, evaluate_run
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
 from tests.stage2_student.report.crowded import make_evaluation, make_trainings
 
@@ -34,29 +34,29 @@ RUNS = (
         {"grid": "upstream:20", "without": "attnx"},
     ),
 )
-"""Label, kind, steps, blur of what it draws (pixels), settings."""
+"""Label, kind, steps, blur of what it samples (pixels), settings."""
 
 
 @pytest.fixture(scope="session")
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluated folder: true images, the more blurred the worse the run."""
     folder = tmp_path_factory.mktemp("evaluation")
-    judge: Recognizer = load_recognizer("ppocr_v4")
+    judge: Judge = load_judge("ppocr_v4")
     images, layouts = draw_layouts("report", 5, 96, (14, 30))
     layouts[0] = type(layouts[0])(
         layout_id=layouts[0].layout_id, size=layouts[0].size, lines=layouts[0].lines, caption=HOSTILE
     )
     by_id = {layout.layout_id: image for layout, image in zip(layouts, images, strict=True)}
-    save_layouts(folder, layouts, {"samples_per_layout": 1, "recognizer": judge.identity, "seed": 0})
+    save_layouts(folder, layouts, {"samples_per_layout": 1, "judge": judge.identity, "seed": 0})
     note_invocation(folder, ["pipeline.py", "evaluate", "--out", "some where"], {})
     for label, kind, steps, blur, settings in RUNS:
 
-        def draw(jobs: Sequence[Job], steps: int = steps, blur: float = blur) -> Drawn:
+        def sample(jobs: Sequence[Job], steps: int = steps, blur: float = blur) -> Sampled:
             pictures = [by_id[layout.layout_id] for layout, _ in jobs]
             blurred = [np.asarray(cv2.GaussianBlur(p, (0, 0), blur), np.uint8) if blur else p for p in pictures]
-            return Drawn(images=blurred, seconds=0.01 * steps * len(jobs), unet_evaluations=steps * len(jobs))
+            return Sampled(images=blurred, seconds=0.01 * steps * len(jobs), unet_evaluations=steps * len(jobs))
 
-        run = Run(label=label, kind=kind, steps=steps, draw=draw, settings=settings)
+        run = Run(label=label, kind=kind, steps=steps, sample=sample, settings=settings)
         evaluate_run(run, Plan(layouts=layouts), judge, folder, StopFlag())
     return folder
 

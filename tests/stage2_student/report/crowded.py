@@ -1,4 +1,4 @@
-"""A large evaluation and its training runs, written down without drawing or reading: what strains the page."""
+"""A large evaluation and its training runs, written down without sampling or reading: what strains the page."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def make_evaluation(folder: Path) -> Path:
         layouts.append(
             Layout(layout_id=f"l{number:02d}", size=(96, 96), lines=tuple(lines), caption=caption, name="")
         )
-    settings = {"samples_per_layout": 1, "recognizer": "ppocr_v4 0123456789abcdef", "seed": 0}
+    settings = {"samples_per_layout": 1, "judge": "ppocr_v4 0123456789abcdef", "seed": 0}
     save_layouts(folder, layouts, settings)
     note_invocation(folder, ["pipeline.py", "evaluate", "--out", "evaluation"], {})
     for label, kind, steps, right, settings in RUNS:

@@ -58,7 +58,7 @@ def addresses(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("report")
-    write_report(folder / "usual.html", gather(evaluation, [training]), "How well text is drawn")
+    write_report(folder / "usual.html", gather(evaluation, [training]), "How well text is sampled")
     write_report(folder / "crowded.html", gather(crowded, trainings, 2), crowded_page.HOSTILE)
     return {path.stem: path.as_uri() for path in folder.iterdir()}
 
@@ -168,8 +168,8 @@ def test_a_screenshot_is_not_blank(browser: Chrome, addresses: dict[str, str], w
     assert shot.width == width
     pixels = np.asarray(shot, int)
     ground = pixels[2, 2]
-    drawn = (np.abs(pixels - ground).sum(axis=2) > 60).mean()
-    assert drawn > 0.02
+    sampled = (np.abs(pixels - ground).sum(axis=2) > 60).mean()
+    assert sampled > 0.02
     # The first screen says the title and the tiles: there is ink in its upper and in its lower half.
     halves = np.abs(pixels - ground).sum(axis=2) > 60
     assert halves[:450].mean() > 0.01 and halves[450:].mean() > 0.005

@@ -80,7 +80,7 @@ def test_runs_of_equal_steps_stand_side_by_side_and_are_not_joined() -> None:
     plot = accuracy_plot(summary_of(*runs, run("t4", 4, 0.7, grid="trailing:4")))
     assert plot is not None
     wide = next(parse(plot).iter(f"{SVG}svg"))
-    columns = [float(circle.get("cx", 0)) for circle in wide.iter(f"{SVG}circle")]  # the teacher's is drawn first
+    columns = [float(circle.get("cx", 0)) for circle in wide.iter(f"{SVG}circle")]  # the teacher's comes first
     teacher, one, two, four, also_four, eight, sixteen = columns
     assert one < two < teacher < four < also_four < eight < sixteen
     assert four - teacher == pytest.approx(9, abs=0.11) == also_four - four

@@ -30,7 +30,7 @@ from tests.stage2_student.report.crowded import LONG_NAME
 def evaluate_three_samples(folder: Path) -> Path:
     """Write an evaluation that kept every image, three of each of four layouts."""
     layouts = [Layout(layout_id=f"l{i}", size=(8, 8), lines=(), name="") for i in range(4)]
-    save_layouts(folder, layouts, {"samples_per_layout": 3, "recognizer": "r", "seed": 0})
+    save_layouts(folder, layouts, {"samples_per_layout": 3, "judge": "r", "seed": 0})
     place = folder / "runs" / "a"
     check_or_create(place / RUN_FILE, {"label": "a", "kind": "images", "steps": 0, "settings": {}}, "a")
     (place / "images").mkdir()

@@ -34,7 +34,7 @@ def test_every_section_is_there(page: str) -> None:
     assert headings == [
         "Accuracy against steps",
         "All runs",
-        "The same noise, drawn by each run",
+        "The same noise, sampled by each run",
         "By height of the text",
         "Paired differences",
         "Training",
@@ -62,7 +62,7 @@ def test_hostile_labels_and_texts_are_escaped_wherever_they_stand(crowded: Path,
     assert "<script" not in page
     assert "<b>" not in re.sub(r"<b>[+−\d.]+(?:\u00a0%)?</b>", "", page)  # only numbers are bold
     assert page.count("&lt;script&gt;alert(") > 20
-    assert 'alt="drawn by &lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; ' in page
+    assert 'alt="sampled by &lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; ' in page
 
 
 def test_the_figures_are_those_of_the_evaluation(page: str, evaluation: Path) -> None:

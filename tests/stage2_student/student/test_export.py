@@ -16,7 +16,7 @@ from common.config import Config
 from common.errors import DataError
 from stage2_student.student.adapter import Card, save_adapter
 from stage2_student.student.export import export_diffusers, export_kohya, export_merged
-from stage2_student.student.sample import Sampler
+from stage2_student.student.sample import LoadedStudent
 from stage2_student.student.student import Student, add_adapters
 from tests.stage2_student.conftest import Configure, make_record, stack
 
@@ -64,7 +64,7 @@ def eps(student: Student) -> torch.Tensor:
 
 @pytest.fixture
 def expected(config: Config, adapter: Path) -> torch.Tensor:
-    return eps(Sampler.load(config, adapter).student)
+    return eps(LoadedStudent.load(config, adapter).student)
 
 
 def test_diffusers_own_loader_takes_the_exported_lora(

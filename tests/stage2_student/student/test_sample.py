@@ -16,7 +16,7 @@ from common.errors import DataError, UsageError
 from shards.records.batch import collate
 from stage2_student.student.adapter import Card, find_adapter, read_card, save_adapter
 from stage2_student.student.lora import adapted_layers
-from stage2_student.student.sample import Sampler, decode, draw_noise, load_decoder
+from stage2_student.student.sample import LoadedStudent, decode, draw_noise, load_decoder
 from stage2_student.student.student import Student, add_adapters, load_base
 from stage2_student.train import train
 from tests.stage2_student.conftest import Configure, make_record, stack
@@ -61,7 +61,7 @@ def adapter(config: Config, network: NetworkConfig, base_folder: Path, tmp_path:
 
 
 def test_a_samplers_adapters_are_merged_and_count(config: Config, adapter: Path, base_folder: Path) -> None:
-    student = Sampler.load(config, adapter).student
+    student = LoadedStudent.load(config, adapter).student
     assert not adapted_layers(student.unet) and not adapted_layers(student.writenet)
     base, _ = load_base(config, torch.float32, "cpu")
     assert student.unet.state_dict().keys() == base.unet.state_dict().keys()
@@ -76,7 +76,7 @@ def test_a_student_samples_exactly_as_diffusers_own_ddim_scheduler_does(
     adapter: Path,
     records: list,  # type: ignore[type-arg]
 ) -> None:
-    sampler = Sampler.load(config, adapter)
+    sampler = LoadedStudent.load(config, adapter)
     conditioning = stack(records)
     noise = sampler.noise(0, [0, 1, 2], SHAPE)
     assert noise.shape == (3, 1, *SHAPE)
@@ -95,7 +95,7 @@ def test_an_lcm_student_samples_exactly_as_diffusers_own_lcm_scheduler_does(
     adapter: Path,
     records: list,  # type: ignore[type-arg]
 ) -> None:
-    sampler = Sampler.load(config, adapter)
+    sampler = LoadedStudent.load(config, adapter)
     sampler = replace(sampler, card=replace(sampler.card, sampler="lcm", timesteps=(999, 759, 279)))
     conditioning = stack(records)
     generator = torch.Generator().manual_seed(3)
@@ -112,7 +112,7 @@ def test_an_lcm_student_samples_exactly_as_diffusers_own_lcm_scheduler_does(
 
 
 def test_an_image_does_not_depend_on_its_neighbours(config: Config, adapter: Path, records: list) -> None:  # type: ignore[type-arg]
-    sampler = Sampler.load(config, adapter)
+    sampler = LoadedStudent.load(config, adapter)
     assert len({record.image_context.shape for record in records}) == 2  # captions of one and of two chunks
     together = sampler.latents(stack(records), sampler.noise(5, [0, 1, 2], SHAPE))
     for number, record in enumerate(records):
@@ -134,9 +134,9 @@ def test_the_noise_of_an_image_depends_on_seed_and_number_alone() -> None:
 
 
 def test_another_number_of_steps_is_refused_with_the_remedy(config: Config, adapter: Path) -> None:
-    Sampler.load(config, adapter, steps=2)
+    LoadedStudent.load(config, adapter, steps=2)
     with pytest.raises(UsageError, match=r"trained for 2 steps .* received 4; .*train\.num_phases = 4"):
-        Sampler.load(config, adapter, steps=4)
+        LoadedStudent.load(config, adapter, steps=4)
 
 
 def test_an_adapter_of_another_base_is_refused(
@@ -149,7 +149,7 @@ def test_an_adapter_of_another_base_is_refused(
     other = configure()
     other = other.replace(model=other.model.replace(checkpoint=str(tmp_path / "other.safetensors")))
     with pytest.raises(DataError, match=r"trained on the base .* received the base"):
-        Sampler.load(other, adapter)
+        LoadedStudent.load(other, adapter)
 
 
 def test_the_newest_checkpoint_of_a_run_is_sampled_and_its_average_preferred(
@@ -161,7 +161,7 @@ def test_the_newest_checkpoint_of_a_run_is_sampled_and_its_average_preferred(
     assert find_adapter(result.checkpoint) == result.checkpoint / "ema"
     assert find_adapter(result.checkpoint / "lora") == result.checkpoint / "lora"
     assert read_card(find_adapter(tmp_path / "run" / "checkpoints" / "step-00000001")).step == 1
-    sampler = Sampler.load(configure(), tmp_path / "run")
+    sampler = LoadedStudent.load(configure(), tmp_path / "run")
     latents = sampler.latents(stack([make_record(0)]), sampler.noise(0, [0], SHAPE))
     assert bool(torch.isfinite(latents).all())
 

@@ -28,7 +28,7 @@ from stage2_student.training.losses import (
 )
 from stage2_student.training.objectives import (
     LossSettings,
-    Solves,
+    Rollouts,
     interpolated_loss,
     lcm_loss,
     pcm_loss,
@@ -49,10 +49,10 @@ def random_pair(batch: int = 5) -> tuple[Tensor, Tensor]:
     ).double()
 
 
-def solves_for(batch: int = 3, *, predictions: bool = False) -> Solves:
+def solves_for(batch: int = 3, *, predictions: bool = False) -> Rollouts:
     generator = torch.Generator().manual_seed(2)
     shape = (batch, STATES, 4, 6, 6)
-    return Solves(
+    return Rollouts(
         states=torch.randn(batch, STATES + 1, 4, 6, 6, generator=generator),
         timesteps=trailing_timesteps(STATES).expand(batch, -1),
         x0_cond=torch.randn(shape, generator=generator) if predictions else None,
@@ -171,31 +171,31 @@ def test_draws_depend_on_seed_epoch_and_sample_and_on_nothing_else() -> None:
 def test_each_sample_takes_its_own_drawn_rollout() -> None:
     states = torch.arange(2 * 3 * 9).view(2, 3, 9, 1, 1, 1).half()
     timesteps = torch.arange(2 * 3 * 8).view(2, 3, 8)
-    solves = select_rollout(states, timesteps, None, None, torch.tensor([2, 0]))
-    assert solves.at(torch.tensor([0, 0])).dtype == torch.float32
-    assert solves.states[:, 0].flatten().tolist() == [18, 27]
-    assert solves.timesteps[:, 0].tolist() == [16, 24]
-    assert solves.timestep(torch.tensor([8, 0])).tolist() == [-1, 24]
+    rollouts = select_rollout(states, timesteps, None, None, torch.tensor([2, 0]))
+    assert rollouts.at(torch.tensor([0, 0])).dtype == torch.float32
+    assert rollouts.states[:, 0].flatten().tolist() == [18, 27]
+    assert rollouts.timesteps[:, 0].tolist() == [16, 24]
+    assert rollouts.timestep(torch.tensor([8, 0])).tolist() == [-1, 24]
 
 
 def test_the_phased_loss_vanishes_for_a_student_that_lands_on_the_stored_states() -> None:
-    solves, settings = solves_for(), settings_for()
+    rollouts, settings = solves_for(), settings_for()
     draws = draws_at([0, 2, 6])
 
     def perfect(z: Tensor, t: Tensor) -> Tensor:
         assert t.tolist() == [999, 749, 249]
-        torch.testing.assert_close(z, solves.at(draws.state))
-        ends = solves.at(torch.tensor([2, 4, 8]))
+        torch.testing.assert_close(z, rollouts.at(draws.state))
+        ends = rollouts.at(torch.tensor([2, 4, 8]))
         t_end = torch.tensor([749, 499, -1])
         return phase_target_eps(z, ends, alphas_at(ALPHAS, t), alphas_at(ALPHAS, t_end))
 
-    assert phased_loss(solves, draws, perfect, perfect, settings).abs().max() < 1e-6
-    off = phased_loss(solves, draws, lambda z, t: perfect(z, t) + 1, perfect, settings)
+    assert phased_loss(rollouts, draws, perfect, perfect, settings).abs().max() < 1e-6
+    off = phased_loss(rollouts, draws, lambda z, t: perfect(z, t) + 1, perfect, settings)
     torch.testing.assert_close(off, torch.full_like(off, (1 + 1e-6) ** 0.5 - 1e-3))
 
 
 def test_pcm_takes_the_stored_state_at_a_phase_end_and_the_students_value_inside() -> None:
-    solves, settings = solves_for(2), settings_for(objective="pcm", loss="landing")
+    rollouts, settings = solves_for(2), settings_for(objective="pcm", loss="landing")
     draws = draws_at([0, 7])
     calls: list[list[int]] = []
 
@@ -203,22 +203,22 @@ def test_pcm_takes_the_stored_state_at_a_phase_end_and_the_students_value_inside
         calls.append(t.tolist())
         return torch.zeros_like(z)
 
-    loss = pcm_loss(solves, draws, zero, zero, settings)
+    loss = pcm_loss(rollouts, draws, zero, zero, settings)
     assert calls == [[874, 0], [999, 124]]  # target first, at the next stored state
     a = {t: alphas_at(ALPHAS, torch.tensor([t])) for t in (999, 874, 749, 124)}
-    inside = ddim_step(solves.states[:1, 1], torch.zeros(1, 4, 6, 6), a[874], a[749])
-    mine = ddim_step(solves.states[:1, 0], torch.zeros(1, 4, 6, 6), a[999], a[749])
+    inside = ddim_step(rollouts.states[:1, 1], torch.zeros(1, 4, 6, 6), a[874], a[749])
+    mine = ddim_step(rollouts.states[:1, 0], torch.zeros(1, 4, 6, 6), a[999], a[749])
     torch.testing.assert_close(loss[:1], (mine - inside) ** 2, rtol=1e-3, atol=1e-4)
-    at_end = predict_x0(solves.states[1:, 7], torch.zeros(1, 4, 6, 6), a[124]) - solves.states[1:, 8]
+    at_end = predict_x0(rollouts.states[1:, 7], torch.zeros(1, 4, 6, 6), a[124]) - rollouts.states[1:, 8]
     torch.testing.assert_close(loss[1:], at_end**2, rtol=1e-3, atol=1e-4)
 
 
 def test_no_gradient_flows_through_the_targets_of_pcm_and_lcm() -> None:
-    solves = solves_for(3, predictions=True)
+    rollouts = solves_for(3, predictions=True)
     for loss_of, objective in ((pcm_loss, "pcm"), (lcm_loss, "lcm")):
         scale, target_scale = torch.ones((), requires_grad=True), torch.ones((), requires_grad=True)
         loss_of(
-            solves,
+            rollouts,
             draws_at([0, 3, 7]),
             lambda z, t, s=scale: s * z,
             lambda z, t, s=target_scale: s * z,
@@ -232,24 +232,24 @@ def test_no_gradient_flows_through_the_targets_of_pcm_and_lcm() -> None:
 def test_the_interpolated_loss_vanishes_for_the_straight_path_and_stays_inside_its_phase(
     position: float,
 ) -> None:
-    solves, settings = solves_for(2), settings_for(states="interpolated", loss="l2")
+    rollouts, settings = solves_for(2), settings_for(states="interpolated", loss="l2")
     draws = draws_at([2, 6], position)
-    ends = solves.at(torch.tensor([4, 8]))
+    ends = rollouts.at(torch.tensor([4, 8]))
     a, a_end = (alphas_at(ALPHAS, torch.tensor(t)) for t in ([749, 249], [499, -1]))
-    eps = phase_target_eps(solves.at(draws.state), ends, a, a_end)
-    x0 = phase_target_x0(solves.at(draws.state), ends, a, a_end)
+    eps = phase_target_eps(rollouts.at(draws.state), ends, a, a_end)
+    x0 = phase_target_x0(rollouts.at(draws.state), ends, a, a_end)
 
     def perfect(z: Tensor, t: Tensor) -> Tensor:
         assert 499 < t[0] <= 749 and -1 < t[1] <= 249
         torch.testing.assert_close(z, diffuse(x0, eps, alphas_at(ALPHAS, t)))
         return eps
 
-    assert interpolated_loss(solves, draws, perfect, perfect, settings).abs().max() < 1e-6
+    assert interpolated_loss(rollouts, draws, perfect, perfect, settings).abs().max() < 1e-6
 
 
 def test_lcm_compares_the_student_with_its_own_value_one_guided_step_on() -> None:
-    solves = solves_for(2, predictions=True)
-    assert solves.x0_cond is not None and solves.x0_uncond is not None
+    rollouts = solves_for(2, predictions=True)
+    assert rollouts.x0_cond is not None and rollouts.x0_uncond is not None
     settings = settings_for(objective="lcm", loss="l2", guidance_scale=3.0, lcm_solver_steps=40)
     seen: list[tuple[Tensor, list[int]]] = []
 
@@ -257,15 +257,15 @@ def test_lcm_compares_the_student_with_its_own_value_one_guided_step_on() -> Non
         seen.append((z, t.tolist()))
         return torch.zeros_like(z)
 
-    loss = lcm_loss(solves, draws_at([4, 5]), zero, zero, settings)
+    loss = lcm_loss(rollouts, draws_at([4, 5]), zero, zero, settings)
     assert seen[0][1] == [474, 349]
     assert seen[1][1] == [499, 374]
     a, a_next = alphas_at(ALPHAS, torch.tensor([499])), alphas_at(ALPHAS, torch.tensor([474]))
-    x0 = solves.x0_uncond[:1, 4] + 3 * (solves.x0_cond[:1, 4] - solves.x0_uncond[:1, 4])
-    z_next = guided_solver_step(solves.states[:1, 4], x0, a, a_next)
+    x0 = rollouts.x0_uncond[:1, 4] + 3 * (rollouts.x0_cond[:1, 4] - rollouts.x0_uncond[:1, 4])
+    z_next = guided_solver_step(rollouts.states[:1, 4], x0, a, a_next)
     torch.testing.assert_close(seen[0][0][:1], z_next)
     nothing = torch.zeros_like(z_next)
-    expected = consistency_value(solves.states[:1, 4], nothing, torch.tensor([499]), a) - consistency_value(
+    expected = consistency_value(rollouts.states[:1, 4], nothing, torch.tensor([499]), a) - consistency_value(
         z_next, nothing, torch.tensor([474]), a_next
     )
     torch.testing.assert_close(loss[:1], expected**2)
@@ -274,7 +274,7 @@ def test_lcm_compares_the_student_with_its_own_value_one_guided_step_on() -> Non
 def test_lcm_lands_on_the_guided_x0_where_the_solver_step_reaches_the_end() -> None:
     base = solves_for(1, predictions=True)
     assert base.x0_cond is not None
-    solves = Solves(
+    rollouts = Rollouts(
         states=base.states,
         timesteps=torch.full((1, STATES), 10),
         x0_cond=base.x0_cond,
@@ -282,19 +282,19 @@ def test_lcm_lands_on_the_guided_x0_where_the_solver_step_reaches_the_end() -> N
     )
     settings = settings_for(objective="lcm", loss="l2", guidance_scale=1.0)
     loss = lcm_loss(
-        solves, draws_at([0]), lambda z, t: torch.zeros_like(z), lambda z, t: torch.full_like(z, 9.0), settings
+        rollouts, draws_at([0]), lambda z, t: torch.zeros_like(z), lambda z, t: torch.full_like(z, 9.0), settings
     )
     a = alphas_at(ALPHAS, torch.tensor([10]))
-    value = consistency_value(solves.states[:, 0], torch.zeros(1, 4, 6, 6), torch.tensor([10]), a)
+    value = consistency_value(rollouts.states[:, 0], torch.zeros(1, 4, 6, 6), torch.tensor([10]), a)
     torch.testing.assert_close(loss, (value - base.x0_cond[:, 0]) ** 2, rtol=1e-4, atol=1e-5)
 
 
 def test_the_x0_loss_compares_with_the_guided_prediction_and_needs_it_recorded() -> None:
-    solves, settings = solves_for(2, predictions=True), settings_for(objective="x0", loss="l2")
+    rollouts, settings = solves_for(2, predictions=True), settings_for(objective="x0", loss="l2")
     draws = draws_at([1, 6])
-    loss = x0_loss(solves, draws, lambda z, t: torch.zeros_like(z), lambda z, t: z, settings)
-    x0 = solves.at(draws.state) / alphas_at(ALPHAS, solves.timestep(draws.state)).sqrt()
-    torch.testing.assert_close(loss, (x0 - solves.guided_x0(draws.state, 7.5)) ** 2)
+    loss = x0_loss(rollouts, draws, lambda z, t: torch.zeros_like(z), lambda z, t: z, settings)
+    x0 = rollouts.at(draws.state) / alphas_at(ALPHAS, rollouts.timestep(draws.state)).sqrt()
+    torch.testing.assert_close(loss, (x0 - rollouts.guided_x0(draws.state, 7.5)) ** 2)
     with pytest.raises(UsageError, match=r"precompute\.store_predictions = true"):
         x0_loss(solves_for(2), draws, lambda z, t: z, lambda z, t: z, settings)
 

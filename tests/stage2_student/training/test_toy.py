@@ -13,7 +13,7 @@ from common.ddim import Grid, Predict, integrate, trailing_grid
 from common.schedule import alphas_at, make_alphas_cumprod, predict_eps, predict_x0, trailing_timesteps
 from stage2_student.training.objectives import (
     LossSettings,
-    Solves,
+    Rollouts,
     interpolated_loss,
     pcm_loss,
     phased_loss,
@@ -65,7 +65,7 @@ class ToyStudent(nn.Module):
 
 
 def endpoint_error(loss_of, **train: object) -> float:  # type: ignore[no-untyped-def]
-    """Train on recorded solves for seconds; mean distance of the 4-step endpoints from the teacher's."""
+    """Train on recorded rollouts for seconds; mean distance of the 4-step endpoints from the teacher's."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(6000, 2, 1, 1, generator=generator)
     with torch.no_grad():
@@ -93,13 +93,13 @@ def endpoint_error(loss_of, **train: object) -> float:  # type: ignore[no-untype
             state=anywhere if settings.train.states == "all" else starts,
             position=torch.rand(256, generator=generator),
         )
-        solves = Solves(
+        rollouts = Rollouts(
             states=states[rows],
             timesteps=grid.expand(256, -1),
             x0_cond=predictions[rows],
             x0_uncond=predictions[rows],
         )
-        loss = loss_of(solves, draws, student, student, settings).mean()
+        loss = loss_of(rollouts, draws, student, student, settings).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

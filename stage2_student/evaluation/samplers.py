@@ -18,12 +18,12 @@ from common.files import sha256_file
 from common.pictures import Picture
 from common.seeding import generator
 from stage2_student.evaluation.counting import EvaluationCounter
-from stage2_student.evaluation.runs import Drawn, Job, Run
+from stage2_student.evaluation.runs import Job, Run, Sampled
 from stage2_student.student.adapter import find_adapter, read_card
-from stage2_student.student.sample import Sampler
+from stage2_student.student.sample import LoadedStudent
 
 
-class Drawer(Protocol):
+class Sampler(Protocol):
     """Networks that turn noise into image latents in one way: the teacher on some grid, a student."""
 
     @property
@@ -56,34 +56,34 @@ class Drawer(Protocol):
         """Turn noise (B, K, C, h, w) into latents (B, C, h, w)."""
 
 
-def drawer_run(
-    drawer: Drawer, *, seed: int, shape: tuple[int, ...], decode: Callable[[Tensor], Sequence[Picture]]
+def sampler_run(
+    sampler: Sampler, *, seed: int, shape: tuple[int, ...], decode: Callable[[Tensor], Sequence[Picture]]
 ) -> Run:
-    """Return the run of a drawer.
+    """Return the run of a sampler.
 
     Args:
-        drawer: the networks; loaded when it first draws.
+        sampler: the networks; loaded when it first samples.
         seed: evaluate.seed, which keys the noise.
         shape: of the latents, (C, h, w).
         decode: latents (B, C, h, w) to pictures on the CPU.
     """
     warm = False
 
-    def draw(jobs: Sequence[Job]) -> Drawn:
+    def sample(jobs: Sequence[Job]) -> Sampled:
         nonlocal warm
-        prepared = drawer.prepare([layout.layout_id for layout, _ in jobs])
-        noise = draw_noise(seed, jobs, shape, drawer.noises)
+        prepared = sampler.prepare([layout.layout_id for layout, _ in jobs])
+        noise = draw_noise(seed, jobs, shape, sampler.noises)
         if not warm:  # one image for nothing: a network's first call allocates, chooses kernels, reads weights in
-            decode(drawer.latents(drawer.prepare([jobs[0][0].layout_id]), noise[:1]))
+            decode(sampler.latents(sampler.prepare([jobs[0][0].layout_id]), noise[:1]))
             warm = True
-        unet, writenet = drawer.modules()
+        unet, writenet = sampler.modules()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # preparing must not be timed as drawing
+            torch.cuda.synchronize()  # preparing must not be timed as sampling
         with EvaluationCounter(unet=unet, writenet=writenet) as counter:
             begun = time.perf_counter()
-            pictures = decode(drawer.latents(prepared, noise))
+            pictures = decode(sampler.latents(prepared, noise))
             seconds = time.perf_counter() - begun
-        return Drawn(
+        return Sampled(
             images=pictures,
             seconds=seconds,
             unet_evaluations=counter.counts["unet"],
@@ -91,16 +91,16 @@ def drawer_run(
         )
 
     return Run(
-        label=drawer.label,
-        kind=drawer.kind,
-        draw=draw,
-        steps=drawer.steps,
-        settings={**drawer.settings, "seed": seed},
+        label=sampler.label,
+        kind=sampler.kind,
+        sample=sample,
+        steps=sampler.steps,
+        settings={**sampler.settings, "seed": seed},
     )
 
 
 def draw_noise(seed: int, jobs: Sequence[Job], shape: tuple[int, ...], count: int = 1) -> Tensor:
-    """Draw the noise of each job: the same for every run of an evaluation, whoever draws.
+    """Draw the noise of each job: the same for every run of an evaluation, whoever samples.
 
     Args:
         seed: evaluate.seed.
@@ -119,8 +119,8 @@ def draw_noise(seed: int, jobs: Sequence[Job], shape: tuple[int, ...], count: in
     )
 
 
-class StudentDrawer:
-    """A trained student, drawing in its own steps. The base is loaded when it first draws."""
+class StudentSampler:
+    """A trained student, sampling in its own steps. The base is loaded when it first samples."""
 
     kind = "student"
 
@@ -140,7 +140,7 @@ class StudentDrawer:
         """
         folder = find_adapter(adapter)
         self._card = card = read_card(folder)
-        self._load = cache(lambda: Sampler.load(config, folder))
+        self._load = cache(lambda: LoadedStudent.load(config, folder))
         self.prepare = condition
         self.label = f"{name}, {card.num_steps} step{'s' if card.num_steps > 1 else ''}"
         self.steps = card.num_steps

@@ -1,4 +1,4 @@
-"""Recognisers by name: what reads the text of a cropped line.
+"""Judges by name: what reads the text of a cropped line.
 
 The judge is PP-OCRv4, which never conditions the model (that one is PP-OCRv3); another is plugged in by name.
 """
@@ -31,7 +31,7 @@ PPOCR_WIDTH_MULTIPLE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a recogniser read in one crop."""
+    """What a judge read in one crop."""
 
     text: str
     """The text, empty if nothing was read."""
@@ -39,7 +39,7 @@ class Reading:
     """Mean probability of the characters kept, 0 to 1; 0 for an empty text."""
 
 
-class Recognizer(Protocol):
+class Judge(Protocol):
     """Reads crops of single, upright lines."""
 
     identity: str
@@ -67,9 +67,7 @@ class PPOCRv4:
         try:
             import onnxruntime
         except ModuleNotFoundError:
-            raise UsageError(
-                "recogniser ppocr_v4: onnxruntime is not installed; pip install onnxruntime"
-            ) from None
+            raise UsageError("judge ppocr_v4: onnxruntime is not installed; pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         if threads is None:
             threads = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0])  # "4,2" is for nested regions
@@ -82,7 +80,7 @@ class PPOCRv4:
             characters = self._session.get_modelmeta().custom_metadata_map["character"]
         except Exception as error:
             raise DataError(
-                f"recogniser {model}: {type(error).__name__}: {error}; expected the PP-OCRv4 recognition"
+                f"judge {model}: {type(error).__name__}: {error}; expected the PP-OCRv4 recognition"
                 f" ONNX file of rapidocr-onnxruntime 1.4.4"
             ) from None
         self._characters = ["", *characters.splitlines(), " "]  # class 0 is CTC's blank
@@ -145,13 +143,13 @@ def find_ppocr_v4() -> Path:
         if (path := Path(folder) / PPOCR_V4_FILE).is_file():
             return path
     raise UsageError(
-        "recogniser ppocr_v4: its model was not found in the package rapidocr-onnxruntime;"
+        "judge ppocr_v4: its model was not found in the package rapidocr-onnxruntime;"
         " pip install --no-deps rapidocr-onnxruntime==1.4.4"
     )
 
 
-def load_recognizer(name: str) -> Recognizer:
-    """Return a recogniser.
+def load_judge(name: str) -> Judge:
+    """Return a judge.
 
     Args:
         name: "ppocr_v4", or `module:factory`, a callable without arguments of any importable module, e.g.
@@ -164,10 +162,10 @@ def load_recognizer(name: str) -> Recognizer:
         return PPOCRv4(find_ppocr_v4())
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise UsageError(f"evaluate.recognizer: received {name!r}, expected ppocr_v4 or module:factory")
+        raise UsageError(f"evaluate.judge: received {name!r}, expected ppocr_v4 or module:factory")
     try:
         factory: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"evaluate.recognizer {name!r}: {error}") from None
-    recognizer: Recognizer = factory()
-    return recognizer
+        raise UsageError(f"evaluate.judge {name!r}: {error}") from None
+    judge: Judge = factory()
+    return judge
