@@ -333,7 +333,7 @@ def test_a_run_with_other_settings_is_refused_and_the_difference_named(
 ) -> None:
     before = contents(finished)
     cases = {
-        "precompute.guidance_scale=5.0": r"config\.precompute\.guidance_scale: received 5\.0, the set has 3\.0",
+        "precompute.guidance_scale=5.0": r"config\.precompute\.guidance_scale: received 5\.0, expected 3\.0",
         "precompute.seed=1": r"config\.precompute\.seed: received 1",
         "teacher.prompt_suffix=bad": r"config\.teacher\.prompt_suffix",
         "shards.samples_per_shard=4": r"samples_per_shard",
