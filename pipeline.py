@@ -315,7 +315,7 @@ def sample(
 
 
 @cli.command()
-@shards_option("A set of recorded solves.")
+@shards_option("A set of rollouts.")
 @adapter_option()
 @click.option("--records", default="0,1,2,3", show_default=True, metavar="I,J,...", help="Which records to show.")
 @out_option("PNG file.", PATH, metavar="FILE")

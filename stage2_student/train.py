@@ -4,7 +4,7 @@ RUN/shards.json              the set that the run trains on, frozen
 RUN/config.json              the resolved configuration
 RUN/adapted.json             every module that has an adapter
 RUN/log.jsonl, tensorboard/  loss, learning rate, gradient norm, times
-RUN/checkpoints/step-N/      see `state`; `lora/` (or `ema/`) in it is an adapter to sample with
+RUN/checkpoints/step-N/      see `training.checkpoint`; `lora/` (or `ema/`) in it is an adapter to sample with
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class TeacherSampler:
     settings: dict[str, Any]
     """What the images depend on, besides the inputs."""
     record_every: int = 0
-    """Round every this many-th state to float16, as a recorded solve does; 0 rounds none."""
+    """Round every this many-th state to float16, as a rollout does; 0 rounds none."""
     without: str = ""
     """What of AnyText2 to leave out, as `split_parts` takes it; empty for the whole network."""
 

@@ -1,4 +1,4 @@
-"""One input, rendered: everything that the teacher encodes. Where `content` says what, this says how it looks."""
+"""One input, rendered: all that the teacher encodes. `inputs.input` has what it says, this how it looks."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def write_state(
         learner: what has weights.
         progression: where the run stands.
         card: of the adapters.
-        identity: settings that a resumed run must share (see `settings`).
+        identity: settings that a resumed run must share (see `run_identity`).
     """
     save_adapter(folder / LORA_DIR, learner.parameters, card)
     if learner.ema is not None:

@@ -1,6 +1,6 @@
-"""The objectives: from a batch's recorded rollouts and the student's calls to one loss a sample.
+"""The objectives: from a batch's rollouts and the student's calls to one loss a sample.
 
-Each takes the rollouts, the drawn states and `predict`, the student's eps. The arithmetic is in `objectives`.
+Each takes the rollouts, the drawn states and `predict`, the student's eps. The arithmetic is in `losses`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stage2_student.training.phases import Draws, Phases
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """One recorded solve a sample."""
+    """One rollout a sample."""
 
     states: Tensor
     """z at every stored state and the end, (B, S + 1, C, h, w); read as float32."""

@@ -1,4 +1,4 @@
-"""Phases of a recorded solve, whether an objective can be trained on them, and which are drawn in an epoch."""
+"""Phases of a rollout, whether an objective can be trained on them, and which are drawn in an epoch."""
 
 from __future__ import annotations
 
