@@ -59,7 +59,7 @@ class Painter:
 
 
 def run_of(painter: Painter, label: str = "teacher, 20 steps", **settings: object) -> Run:
-    return Run(label=label, kind="teacher", draw=painter, steps=20, settings=settings)
+    return Run(label=label, kind="teacher", sample=painter, steps=20, settings=settings)
 
 
 SETTINGS = {"seed": 0, "samples_per_layout": 1, "judge": "ppocr_v4"}
