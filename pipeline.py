@@ -9,6 +9,11 @@ again); 1 a bug.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all other imports, which take seconds
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import functools
 import os
 import sys
