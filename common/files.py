@@ -73,6 +73,40 @@ def claim(descriptor: int) -> bool:
 
 
 @contextmanager
+def hold(path: Path) -> Iterator[bool]:
+    """Claim a file, made if missing, for as long as the context lasts and this process lives.
+
+    Processes forked meanwhile let go of it at once: a lock goes with the last descriptor, and they may outlive
+    this process by a moment.
+
+    Yields:
+        False if another process holds it.
+    """
+    with path.open("ab") as lock:
+        _HELD.add(lock.fileno())
+        try:
+            yield claim(lock.fileno())
+        finally:
+            _HELD.remove(lock.fileno())
+
+
+_HELD: set[int] = set()
+
+
+def _let_go() -> None:
+    """Point the descriptors elsewhere; closed, their numbers would come to mean another file."""
+    if _HELD:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for descriptor in _HELD:
+            os.dup2(nothing, descriptor)
+        os.close(nothing)
+        _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name only when complete and on disk.
 

@@ -8,15 +8,19 @@ is full. Workers only decode; which of them does what has no say in the order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.differences import require_same
 from common.errors import DataError
+from common.signals import blocked
 from shards.reading.order import Place, Sample, Slices
+from shards.reading.parcel import Parcel
 from shards.reading.reader import ShardSet
+from shards.reading.workers import worker_options
 from shards.records.batch import Batch, collate_arrays
 from shards.records.members import CONDITIONING, GLYPHS, POSITIONS, PREDICTIONS, ROLLOUT
 
@@ -109,16 +113,15 @@ class ShardLoader:
         """Go on where `state_dict` was taken; takes effect at the next `iter`.
 
         Raises:
-            DataError: the state is of another set, seed, window or global batch.
+            DataError: the state is of another set, seed or window.
         """
-        place = ("epoch", "position")
+        place = ("epoch", "position", "global_batch")  # the stream goes on from any place in batches of any size
         own, saved = ({k: v for k, v in of.items() if k not in place} for of in (self.state_dict(), state))
         require_same(
             own,
             saved,
             "the run cannot go on in the same order",
-            "give the shards that the run was started on, keep train.seed and shards.window_shards, and choose "
-            "train.batch_size so that batch size x processes is the same",
+            "give the shards that the run was started on, and keep train.seed and shards.window_shards",
         )
         if not (state["epoch"] >= 0 and 0 <= state["position"] < len(self._shards)):
             raise DataError(
@@ -129,7 +132,7 @@ class ShardLoader:
     def __iter__(self) -> Iterator[Batch]:
         workers: dict[str, Any] = {}
         if self._num_workers:
-            workers = {"num_workers": self._num_workers, "prefetch_factor": 2}
+            workers = {"num_workers": self._num_workers, "prefetch_factor": 2, **worker_options()}
         loader = DataLoader(
             _Samples(self._shards, self._members),
             batch_sampler=self._slices.batches(self._place, self._shards.prefetch),
@@ -137,25 +140,30 @@ class ShardLoader:
             pin_memory=self._pin_memory,
             **workers,
         )
-        for batch in loader:
+        with blocked():
+            batches = iter(loader)  # starts the workers
+        for batch in batches:
             if isinstance(batch, str):
                 raise DataError(batch)
             self._place = self._slices.advance(self._place, self.global_batch)
             yield batch
 
 
-class _Samples(Dataset[Batch | str]):
+class _Samples(Dataset[Batch | Parcel | str]):
     """Reads and collates a batch; an error comes back as its text, for torch wraps exceptions in tracebacks."""
 
     def __init__(self, shards: ShardSet, members: Sequence[str]) -> None:
         self._shards, self._members = shards, members
 
-    def __getitems__(self, samples: list[Sample]) -> Batch | str:
+    def __getitems__(self, samples: list[Sample]) -> Batch | Parcel | str:
         try:
             rows = [self._shards.arrays(index, self._members) for _epoch, index in samples]
-            return collate_arrays(rows, [index for _epoch, index in samples], [epoch for epoch, _index in samples])
+            batch = collate_arrays(
+                rows, [index for _epoch, index in samples], [epoch for epoch, _index in samples]
+            )
         except DataError as error:
             return str(error)
+        return batch if get_worker_info() is None or sys.platform != "linux" else Parcel(batch)
 
 
 def _identity(batch: Any) -> Any:
