@@ -9,19 +9,21 @@ RUN/checkpoints/step-N/      see `training.checkpoint`; `lora/` (or `ema/`) in i
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
 
 from common.config import Config
-from common.errors import UsageError
-from common.files import canonical_json, claim, write_bytes_atomic
+from common.errors import AppError, UsageError
+from common.files import canonical_json, hold, write_bytes_atomic
 from common.signals import StopFlag
 from shards.files.names import FROZEN
 from shards.reading.reader import ShardSet
@@ -34,6 +36,8 @@ from stage2_student.student.checkpoint_folders import (
 from stage2_student.student.lora import Adapted, summarise
 from stage2_student.training.prepare import prepare
 from stage2_student.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE, ADAPTED_FILE, LOCK_FILE = "config.json", "adapted.json", ".lock"
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -79,7 +83,8 @@ def train(
         resume: "none" (a new run), "auto" (go on from the newest complete checkpoint, or start), or the path of a
             checkpoint.
         allow_incomplete: train on what is committed although the set's plan has more.
-        exclude_damaged: leave damaged samples out, under another set_hash.
+        exclude_damaged: leave damaged samples out, under another set_hash; a run that goes on then draws the order
+            of what is left anew, from its next epoch on.
         announce: takes lines for people, from the main process.
 
     Raises:
@@ -88,14 +93,14 @@ def train(
         Stopped: a signal came, and a checkpoint holds everything so far.
     """
     started = time.perf_counter()
-    with StopFlag() as stop, ExitStack() as held:
+    with ExitStack() as held:
         accelerator = make_accelerator(config)
-        checkpoint = find_start(run, resume)
+        checkpoint = _take_run(accelerator, run, resume, held)
         with accelerator.main_process_first():
             dataset = _open_set(run, shards, checkpoint, allow_incomplete, exclude_damaged)
         trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint)
+        stop = held.enter_context(StopFlag())  # until here there is nothing to keep: a signal ends it at once
         if accelerator.is_main_process:
-            held.enter_context(hold_run(run))
             dataset.freeze(run)
             write_bytes_atomic(run / CONFIG_FILE, canonical_json(config.as_dict()))
             write_bytes_atomic(run / ADAPTED_FILE, canonical_json([asdict(module) for module in adapted]))
@@ -104,15 +109,36 @@ def train(
         accelerator.wait_for_everyone()
         resumed_from = trainer.progression.step if checkpoint is not None else None
         loss = trainer.train(stop)
-    return TrainResult(
-        run=run,
-        steps=trainer.progression.step,
-        resumed_from=resumed_from,
-        loss=loss,
-        checkpoint=newest_checkpoint(run / CHECKPOINTS_DIR),
-        adapted=tuple(adapted),
-        seconds=time.perf_counter() - started,
-    )
+        return TrainResult(
+            run=run,
+            steps=trainer.progression.step,
+            resumed_from=resumed_from,
+            loss=loss,
+            checkpoint=newest_checkpoint(run / CHECKPOINTS_DIR),
+            adapted=tuple(adapted),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _take_run(accelerator: Accelerator, run: Path, resume: str, held: ExitStack) -> Path | None:
+    """Lock the run's folder and only then choose the start, in the main process, for all.
+
+    Raises:
+        AppError: on every process the same, see `hold_run` and `find_start`.
+    """
+    found: list[Path | AppError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            held.enter_context(hold_run(run))
+            found = [find_start(run, resume)]
+        except AppError as error:
+            found = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    start = found[0]
+    if isinstance(start, AppError):
+        raise start
+    return start
 
 
 @contextmanager
@@ -123,8 +149,8 @@ def hold_run(run: Path) -> Iterator[None]:
         UsageError: another process trains there.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK_FILE).open("ab") as lock:
-        if not claim(lock.fileno()):
+    with hold(run / LOCK_FILE) as held:
+        if not held:
             raise UsageError(f"another process is training in {run}; wait for it, or give another --out folder")
         yield
 
@@ -149,9 +175,22 @@ def make_accelerator(config: Config) -> Accelerator:
             f"accelerate is configured for {accelerator.distributed_type.value}, which shards what is trained; an"
             " adapter is small: configure plain data parallelism (accelerate launch --multi_gpu)"
         )
+    if accelerator.num_processes == 1 and launched_alone(os.environ):
+        logger.warning(
+            "accelerate launch was asked for several processes and started this one alone, as it does on CPUs and"
+            " without --multi_gpu: use --multi_gpu, or torchrun --nproc_per_node N pipeline.py train ..."
+        )
     # Ours is train.gradient_accumulation; one set in accelerate's own configuration would scale the loss again.
     accelerator.gradient_accumulation_steps = 1
     return accelerator
+
+
+def launched_alone(environ: Mapping[str, str]) -> bool:
+    """Tell whether accelerate's launcher was asked for several processes and started one by its simple launcher.
+
+    That one leaves the others' address in the environment, and no process's number.
+    """
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environ.keys() and "RANK" not in environ
 
 
 def find_start(run: Path, resume: str) -> Path | None:
@@ -159,7 +198,7 @@ def find_start(run: Path, resume: str) -> Path | None:
 
     Raises:
         UsageError: the folder holds a run already, or a newer checkpoint than the one asked for.
-        DataError: the checkpoint that was asked for is missing or damaged.
+        DataError: the checkpoint that was asked for is missing or damaged, or all that "auto" finds are.
     """
     root = run / CHECKPOINTS_DIR
     if resume == "auto":
@@ -182,7 +221,7 @@ def _open_set(
 ) -> ShardSet:
     """Open the set that the run froze when it started, or all of it for a run that starts now."""
     if checkpoint is not None and (run / FROZEN).exists():
-        return ShardSet.open_frozen(run, location)
+        return ShardSet.open_frozen(run, location, exclude_damaged=exclude_damaged)
     return ShardSet.open(location, allow_incomplete=allow_incomplete, exclude_damaged=exclude_damaged)
 
 

@@ -28,6 +28,8 @@ class FrozenSet:
     """Sorted by name."""
     excluded: dict[str, list[str]]
     """Shard to the keys of its samples that are left out."""
+    replaces: tuple[str, ...] = ()
+    """Hashes of the sets that the run had before damaged samples were left out of them; not part of the hash."""
 
     @property
     def set_hash(self) -> str:
@@ -56,6 +58,7 @@ def write_frozen(run_dir: Path, frozen: FrozenSet) -> Path:
         "identity_sha256": frozen.identity_sha256,
         "excluded": frozen.excluded,
         "shards": frozen.shards,
+        **({"replaces": frozen.replaces} if frozen.replaces else {}),
     }
     path = run_dir / FROZEN
     write_bytes_atomic(path, canonical_json(values))
@@ -80,6 +83,7 @@ def read_frozen(run_dir: Path) -> FrozenSet:
             identity_sha256=values["identity_sha256"],
             shards=tuple((name, sha256, count) for name, sha256, count in values["shards"]),
             excluded=values["excluded"],
+            replaces=tuple(values.get("replaces", ())),
         )
         intact = values["schema"] == SCHEMA and frozen.set_hash == values["set_hash"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
 
-from common.errors import reason
+from common.errors import DataError, reason
 from shards.files.sidecar import Entry, Member, SidecarHeader
+from shards.records.codec import TENSORS, decode_arrays
+from shards.records.tensor_file import is_finite
 
 _CHUNK = 1 << 20
 _REMEDY = "run precompute again to write the shard anew, or train with --exclude-damaged"
@@ -39,6 +42,8 @@ def whole_shard(shard: str, message: str) -> Damage:
 
 def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) -> list[Damage]:
     """Compare a shard with its sidecar: SHA-256 of the file and crc32c of every member, in one pass.
+
+    Tensors that were written as they are and could not be trained on, for a NaN in them, are damage too.
 
     If they differ, a second pass also compares every tar header and padding, to name what is damaged.
 
@@ -86,11 +91,25 @@ def _scan(descriptor: int, size: int, shard: str, entries: Sequence[Entry]) -> t
                 )
             elif (crc := google_crc32c.value(content)) != member.crc32c:
                 found.append(_lost(shard, entry, member, f"crc32c is {crc:08x}, expected {member.crc32c:08x}"))
+            elif problem := _unusable(member.name, content):
+                found.append(_lost(shard, entry, member, problem))
         start = end
     while start < size and (block := os.pread(descriptor, _CHUNK, start)):
         digest.update(block)
         start += len(block)
     return digest.hexdigest(), found
+
+
+def _unusable(member: str, content: bytes) -> str:
+    """Say why training could not use a member whose bytes are as they were written, or return ""."""
+    if member not in TENSORS:
+        return ""
+    try:
+        arrays = decode_arrays({member: content}, "it")
+    except DataError as error:
+        return str(error)
+    bad = [name for name, array in arrays.items() if array.dtype == np.float16 and not is_finite(array)]
+    return f"{' and '.join(bad)} holds NaN or infinity" if bad else ""
 
 
 def _find_unread_damage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.errors import DataError, reason
-from shards.files.frozen import FrozenSet
+from shards.files.frozen import FrozenSet, Shard, hash_set
 from shards.files.manifest import Manifest, check_uncond_hash, decode_manifest
 from shards.files.names import MANIFEST, UNCOND, parse_shard_name, parse_sidecar_name, shard_name, sidecar_name
 from shards.files.sidecar import HEADER_READ_BYTES, SidecarHeader, decode_header, decode_table
@@ -42,10 +43,18 @@ class OpenedSet:
     """Damaged shard to its keys left out."""
     left_out: tuple[str, ...] = ()
     """Why something was left out, one line each."""
+    replaces: tuple[str, ...] = ()
+    """Hashes of the sets that a run had before something was left out of them."""
 
     def count(self, header: SidecarHeader) -> int:
         """Samples of a shard that are in the set."""
         return header.count - len(self.excluded.get(header.shard, ()))
+
+    @property
+    def set_hash(self) -> str:
+        """Identifies exactly these samples, hence their order in training."""
+        shards = [(header.shard, header.sha256, header.count) for header in self.headers]
+        return hash_set(self.manifest.identity_sha256, shards, self.excluded)
 
 
 def find_set(store: Store, *, allow_incomplete: bool, damage: OnDamage) -> OpenedSet:
@@ -84,17 +93,11 @@ def find_set(store: Store, *, allow_incomplete: bool, damage: OnDamage) -> Opene
         excluded=excluded,
         left_out=tuple(found.message for found in damages),
     )
-    if sum(map(opened.count, opened.headers)) == 0:
-        why = f" ({opened.left_out[0]})" if opened.left_out else ""
-        raise DataError(f"{store.location}: the set has no committed sample{why}; run precompute first")
-    for message in opened.left_out[:_NAMED]:
-        logger.warning("left out: %s", message)
-    if len(opened.left_out) > _NAMED:
-        logger.warning("left out: and %d more", len(opened.left_out) - _NAMED)
+    _say_left_out(store, opened)
     return opened
 
 
-def select_frozen(store: Store, frozen: FrozenSet) -> OpenedSet:
+def select_frozen(store: Store, frozen: FrozenSet, *, exclude_damaged: bool = False) -> OpenedSet:
     """Find the shards of a frozen set; see `ShardSet.open_frozen`."""
     manifest, uncond = _read_manifest(store)
     if manifest.identity_sha256 != frozen.identity_sha256:
@@ -104,20 +107,76 @@ def select_frozen(store: Store, frozen: FrozenSet) -> OpenedSet:
     sizes = store.sizes()
     names = [sidecar_name(name) for name, _sha256, _count in frozen.shards]
     lost = [name for name in names if name not in sizes]
-    if lost:
+    if lost and not exclude_damaged:
         raise DataError(
-            f"{store.location}: {_list(lost)} of the run's set are missing; restore them or start a new run"
+            f"{store.location}: {_list(lost)} of the run's set are missing; restore them, go on without by "
+            "--exclude-damaged, or start a new run"
         )
-    headers = []
-    for (name, header), (shard, sha256, count) in zip(_read_headers(store, names), frozen.shards, strict=True):
-        checked = _check_header(store, name, header, manifest, sizes, any_size=shard in frozen.excluded)
-        if (checked.shard, checked.sha256, checked.count) != (shard, sha256, count):
-            raise DataError(
-                f"{store.location}, {shard}: its content is not that which the run was started on (SHA-256 "
-                f"{checked.sha256[:12]}..., expected {sha256[:12]}...); restore it or start a new run"
-            )
-        headers.append(checked)
-    return OpenedSet(manifest=manifest, uncond=uncond, headers=tuple(headers), excluded=frozen.excluded)
+    headers: list[SidecarHeader] = []
+    damages: list[Damage] = []
+    for (name, header), shard in zip(_read_headers(store, names), frozen.shards, strict=True):
+        any_size = exclude_damaged or shard[0] in frozen.excluded
+        try:
+            checked = _check_header(store, name, header, manifest, sizes, any_size=any_size)
+            headers.append(_check_frozen(store, checked, shard))
+        except DataError as error:
+            if not exclude_damaged:
+                raise
+            damages.append(Damage(shard=shard[0], sample=None, whole=True, message=str(error)))
+    opened = OpenedSet(
+        manifest=manifest,
+        uncond=uncond,
+        headers=tuple(headers),
+        excluded=frozen.excluded,
+        replaces=frozen.replaces,
+    )
+    return _exclude_more(store, opened, frozen, damages) if exclude_damaged else opened
+
+
+def _check_frozen(store: Store, header: SidecarHeader, shard: Shard) -> SidecarHeader:
+    name, sha256, _count = shard
+    if (header.shard, header.sha256, header.count) != shard:
+        raise DataError(
+            f"{store.location}, {name}: its content is not that which the run was started on (SHA-256 "
+            f"{header.sha256[:12]}..., expected {sha256[:12]}...); restore it, go on without by "
+            "--exclude-damaged, or start a new run"
+        )
+    return header
+
+
+def _exclude_more(store: Store, opened: OpenedSet, frozen: FrozenSet, damages: list[Damage]) -> OpenedSet:
+    """Leave out of a frozen set what is damaged now; if that is nothing new, it stays the same set."""
+    headers, found = _exclude(store, opened.headers, damages)
+    excluded = {}
+    for header in headers:
+        keys = {*frozen.excluded.get(header.shard, ()), *found.get(header.shard, ())}
+        if keys or header.shard in frozen.excluded:
+            excluded[header.shard] = sorted(keys)
+    left = dataclasses.replace(
+        opened,
+        headers=tuple(headers),
+        excluded=excluded,
+        left_out=tuple(damage.message for damage in damages),
+    )
+    _say_left_out(store, left)
+    if left.set_hash == frozen.set_hash:
+        return left
+    return dataclasses.replace(left, replaces=(*frozen.replaces, frozen.set_hash))
+
+
+def _say_left_out(store: Store, opened: OpenedSet) -> None:
+    """Log what was left out.
+
+    Raises:
+        DataError: that is everything.
+    """
+    if sum(map(opened.count, opened.headers)) == 0:
+        why = f" ({opened.left_out[0]})" if opened.left_out else ""
+        raise DataError(f"{store.location}: the set has no committed sample{why}; run precompute first")
+    for message in opened.left_out[:_NAMED]:
+        logger.warning("left out: %s", message)
+    if len(opened.left_out) > _NAMED:
+        logger.warning("left out: and %d more", len(opened.left_out) - _NAMED)
 
 
 def _read_manifest(store: Store) -> tuple[Manifest, bytes]:

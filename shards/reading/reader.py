@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards.files.frozen import FrozenSet, hash_set, read_frozen, write_frozen
+from shards.files.frozen import FrozenSet, read_frozen, write_frozen
 from shards.files.manifest import Manifest
 from shards.files.sidecar import Entry, SidecarHeader
 from shards.reading.open_shard import OpenShard, read_table
@@ -68,19 +68,23 @@ class ShardSet:
         return ShardSet(store, find_set(store, allow_incomplete=allow_incomplete, damage=damage))
 
     @staticmethod
-    def open_frozen(run_dir: Path, location: str | Path | None = None) -> ShardSet:
+    def open_frozen(
+        run_dir: Path, location: str | Path | None = None, *, exclude_damaged: bool = False
+    ) -> ShardSet:
         """Open the set that a run froze; shards added since are not in it.
 
         Args:
             run_dir: the run's folder.
             location: where the set is now, if it moved.
+            exclude_damaged: verify everything first, and leave out what is damaged or missing now. If that is
+                something new, the set has another set_hash and `replaces` the one before.
 
         Raises:
             DataError: a shard of the frozen set is missing or was rewritten with other content.
         """
         frozen = read_frozen(run_dir)
         store = open_store(frozen.location if location is None else location)
-        return ShardSet(store, select_frozen(store, frozen))
+        return ShardSet(store, select_frozen(store, frozen, exclude_damaged=exclude_damaged))
 
     def freeze(self, run_dir: Path) -> Path:
         """Write down exactly this set in a run's folder, for `open_frozen`.
@@ -94,6 +98,7 @@ class ShardSet:
             identity_sha256=self.manifest.identity_sha256,
             shards=tuple((h.shard, h.sha256, h.count) for h in self.headers),
             excluded=self.excluded,
+            replaces=self.replaces,
         )
         return write_frozen(run_dir, frozen)
 
@@ -130,8 +135,12 @@ class ShardSet:
     @property
     def set_hash(self) -> str:
         """Identifies exactly these samples, hence their order in training."""
-        shards = [(header.shard, header.sha256, header.count) for header in self.headers]
-        return hash_set(self.manifest.identity_sha256, shards, self.excluded)
+        return self._opened.set_hash
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Hashes of the sets that the run had before something was left out of them, oldest first."""
+        return self._opened.replaces
 
     @property
     def has_predictions(self) -> bool:

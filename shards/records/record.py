@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from common.errors import DataError
 from common.schedule import NUM_TRAIN_TIMESTEPS
 from shards.records.meta import SampleMeta
 from shards.records.png import MAX_SIDE
+from shards.records.tensor_file import is_finite
 
 CHUNK_TOKENS = 77
 """Of a chunk of a CLIP context, with its start and end tokens; an image context has one or more."""
@@ -172,6 +172,4 @@ def _check(value: object, name: str, dtype: torch.dtype, shape: tuple[int, ...],
 
 
 def _is_finite(value: Tensor) -> bool:
-    # arithmetic on float16 is slow on a CPU; its exponent bits are all set exactly for NaN and infinity
-    exponents = np.bitwise_and(value.detach().contiguous().numpy().view(np.uint16), 0x7C00)
-    return int(exponents.max()) < 0x7C00
+    return is_finite(value.detach().contiguous().numpy())

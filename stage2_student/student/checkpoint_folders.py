@@ -103,12 +103,24 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """Return the newest checkpoint whose content is complete, or None; says which newer ones are damaged."""
-    for checkpoint in reversed(list_checkpoints(root)):
+    """Return the newest checkpoint whose content is complete, or None if there is no checkpoint at all.
+
+    Says which newer ones are damaged.
+
+    Raises:
+        DataError: there are checkpoints, and all are damaged.
+    """
+    found = list_checkpoints(root)
+    for checkpoint in reversed(found):
         reason = damage(checkpoint)
         if not reason:
             return checkpoint
         logger.warning("checkpoint %s is damaged and not used: %s", checkpoint, reason)
+    if found:
+        raise DataError(
+            f"{root}: none of its {len(found)} checkpoints is complete ({found[-1].name}: {damage(found[-1])});"
+            " nothing was changed: restore one from a copy, or start a new run in another --out folder"
+        )
     return None
 
 
@@ -127,9 +139,32 @@ def require_complete(checkpoint: Path) -> Path:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, and leftovers of dead writers; only once a new one is in place."""
-    for checkpoint in list_checkpoints(root)[:-keep]:
-        doomed = root / f".{checkpoint.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
-        checkpoint.rename(doomed)  # first out of sight: a half-removed checkpoint must not bear its name
+    """Remove what is older than the newest complete checkpoints, and leftovers of dead writers.
+
+    Args:
+        root: the folder of checkpoints.
+        keep: complete checkpoints that stay; damaged ones do not count.
+    """
+    complete = 0
+    for checkpoint in reversed(list_checkpoints(root)):
+        if complete == keep:
+            doomed = root / f".{checkpoint.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+            checkpoint.rename(doomed)  # first out of sight: a half-removed checkpoint must not bear its name
+        elif _is_complete(checkpoint):
+            complete += 1
     for leftover in root.glob(f".{PREFIX}*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+_read: dict[Path, list[tuple[str, int, int]]] = {}
+"""Checkpoints found complete, with name, size and time of change of each file: a run reads each of them once."""
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if _read.get(checkpoint) != stats:
+        if damage(checkpoint):
+            return False
+        _read[checkpoint] = stats
+    return True

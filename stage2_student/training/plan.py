@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from stage2_student.student.adapter import Card
 from stage2_student.student.shard_facts import ShardFacts, read_facts, require_base
 from stage2_student.training.checkpoint import Progression, read_state
 from stage2_student.training.phases import Phases, plan_phases
-from stage2_student.training.run_identity import identity_of_run
+from stage2_student.training.run_identity import comparable, identity_of_run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +72,12 @@ def make_plan(
     progression = Progression()
     if checkpoint is not None:
         progression, saved = read_state(checkpoint)
+        if saved.get("set_hash") in shards.replaces:
+            saved["set_hash"] = shards.set_hash
+            _go_on_without(progression, shards)
         remedy = "restore them, or start a new run in another --out folder"
-        require_same(identity, saved, f"{checkpoint}: cannot be resumed with other settings", remedy)
+        what = f"{checkpoint}: cannot be resumed with other settings"
+        require_same(comparable(identity), comparable(saved), what, remedy)
     card = Card(
         objective=config.train.objective,
         sampler="lcm" if config.train.objective == "lcm" else "ddim",
@@ -91,4 +98,16 @@ def make_plan(
         card=card,
         identity=identity,
         progression=progression,
+    )
+
+
+def _go_on_without(progression: Progression, shards: ShardSet) -> None:
+    """Move a run on to the set that is left of its own: the order is that of another set, so an epoch starts."""
+    epoch = int(progression.loader["epoch"]) + 1
+    progression.loader = {**progression.loader, "set_hash": shards.set_hash, "epoch": epoch, "position": 0}
+    logger.warning(
+        "damaged samples are left out of the run's set, %d stay: from here on it is another set, and the run goes"
+        " on at the start of epoch %d in that one's order; weights, optimizer and step stay as they are",
+        len(shards),
+        epoch,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.config import Config
 
 HARMLESS = frozenset(
     {
-        "batch_size",  # batch_size x processes is compared instead, as global_batch
+        "batch_size",  # batch_size x processes is noted instead
         "checkpoint_every",
         "gradient_checkpointing",
         "keep_checkpoints",
@@ -18,6 +19,19 @@ HARMLESS = frozenset(
     }
 )
 """Keys of [train] that do not change what is learnt."""
+
+
+_GLOBAL_BATCH, _ACCUMULATION = "global_batch (train.batch_size x processes)", "train.gradient_accumulation"
+
+
+def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity with the samples of a step in one figure: how ranks and micro batches split them is free.
+
+    The samples of a step are one piece of the stream of samples, and its loss is their mean, in any split.
+    """
+    rest = dict(identity)
+    samples = rest.pop(_GLOBAL_BATCH, 0) * rest.pop(_ACCUMULATION, 1)
+    return {**rest, "samples a step (train.batch_size x train.gradient_accumulation x processes)": samples}
 
 
 def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_hash: str) -> dict[str, Any]:
@@ -38,7 +52,7 @@ def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_ha
     return found | {
         "model.dtype": config.model.dtype,
         "shards.window_shards": config.shards.window_shards,
-        "global_batch (train.batch_size x processes)": config.train.batch_size * world,
+        _GLOBAL_BATCH: config.train.batch_size * world,
         "base_fingerprint": base_fingerprint,
         "set_hash": set_hash,
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from common.config import Config
@@ -201,23 +202,25 @@ class Trainer:
         """Return the mean loss over all ranks, before the weights are touched.
 
         Raises:
-            DataError: a sample's loss, or the gradient, is not finite.
+            DataError: a sample's loss on any rank, or the gradient, is not finite; every rank names the same.
         """
-        finite = torch.isfinite(losses)
-        overflow_is_normal = self.accelerator.scaler is not None  # fp16: the scaler skips the step and adapts
-        if not bool(finite.all()) or not (overflow_is_normal or math.isfinite(float(norm))):
-            bad = indices[~finite.cpu()].tolist() or indices.tolist()
-            keys = ", ".join(f"{self.plan.shards.key(index)} (index {index})" for index in bad[:8])
-            what = "the loss" if not bool(finite.all()) else "the gradient's norm"
-            raise DataError(
-                f"step {self.progression.step + 1}: {what} is not finite on sample {keys}"
-                f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}; nothing was changed by this step: lower"
-                " train.learning_rate, or look at the samples with `inspect`; the last checkpoint is intact"
-            )
         mean = losses.double().mean()
         if self.accelerator.num_processes > 1:
-            mean = self.accelerator.reduce(mean, reduction="mean")
-        return float(mean)
+            mean = self.accelerator.reduce(mean, reduction="mean")  # not finite on all ranks if it is not on one
+        finite = math.isfinite(float(mean))
+        overflow_is_normal = self.accelerator.scaler is not None  # fp16: the scaler skips the step and adapts
+        if finite and (overflow_is_normal or math.isfinite(float(norm))):
+            return float(mean)
+        bad = indices.tolist() if finite else indices[~torch.isfinite(losses).cpu()].tolist()
+        if self.accelerator.num_processes > 1:
+            bad = gather_object(bad)
+        keys = ", ".join(f"{self.plan.shards.key(index)} (index {index})" for index in bad[:8])
+        what = "the gradient's norm" if finite else "the loss"
+        raise DataError(
+            f"step {self.progression.step + 1}: {what} is not finite on sample {keys}"
+            f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}; nothing was changed by this step: lower"
+            " train.learning_rate, or look with `verify` for samples that hold NaN; the last checkpoint is intact"
+        )
 
     def _agree(self, stop_requested: bool) -> bool:
         """Return whether any rank was asked to stop, the same on all."""

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from common.errors import DataError, UsageError
-from stage2_student.student.adapter import load_tensors, read_card
-from stage2_student.train import TrainResult, hold_run, train
+from shards.reading.reader import ShardSet
+from stage2_student.student.adapter import Card, load_tensors, read_card
+from stage2_student.train import TrainResult, hold_run, make_accelerator, train
 from stage2_student.training.runlog import read_log
+from tests.shards.builders import flip_bit
 from tests.stage2_student.conftest import Configure, write_shards
 
 TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds"}
@@ -240,3 +242,93 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
     config = configure(max_steps=50, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0, checkpoint_every=1)
     with pytest.raises(DataError, match=r"step \d+: the .* is not finite on sample 00000000\d \(index \d\)"):
         train(config, shards=shards, run=tmp_path / "run")
+
+
+def injure(checkpoint: Path) -> None:
+    state = checkpoint / "state.json"
+    state.write_bytes(state.read_bytes()[:-1] + b" ")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    settings = {"checkpoint_every": 2, "max_steps": 4, "keep_checkpoints": 1}
+    first = train(configure(**{**settings, "keep_checkpoints": 3}), shards=shards, run=tmp_path / "run")
+    checkpoints = first.run / "checkpoints"
+    for checkpoint in checkpoints.iterdir():
+        injure(checkpoint)
+    before = sorted(checkpoints.rglob("*"))
+    with pytest.raises(DataError, match=r"none of its 2 checkpoints is complete \(step-00000004: .*restore one"):
+        train(configure(**settings), shards=shards, run=first.run, resume="auto")
+    assert sorted(checkpoints.rglob("*")) == before
+
+
+def test_the_start_is_chosen_by_who_holds_the_lock(configure: Configure, shards: Path, tmp_path: Path) -> None:
+    first = train(configure(max_steps=2), shards=shards, run=tmp_path / "run")
+    injure(first.run / "checkpoints/step-00000002")
+    with hold_run(first.run), pytest.raises(UsageError, match="another process is training"):
+        train(configure(max_steps=2), shards=shards, run=first.run, resume="auto")
+
+
+def test_another_split_of_the_same_samples_goes_on_in_the_same_order(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    settings = {"checkpoint_every": 2, "max_steps": 4}
+    whole = train(configure(**settings, batch_size=2), shards=shards, run=tmp_path / "run")
+    start = whole.run / "checkpoints/step-00000002"
+    split = configure(**settings, batch_size=1, gradient_accumulation=2)
+    resumed = train(split, shards=shards, run=tmp_path / "split", resume=str(start))
+    assert resumed.resumed_from == 2
+    a, b = weights(resumed), weights(whole)
+    assert all(float((a[name] - b[name]).norm()) <= 1e-3 * float(b[name].norm()) + 1e-7 for name in b)
+    with pytest.raises(DataError, match=r"samples a step .*: received 4, expected 2"):
+        train(configure(**settings, batch_size=4), shards=shards, run=tmp_path / "other", resume=str(start))
+
+
+def test_a_run_goes_on_without_samples_that_were_damaged_meanwhile(
+    configure: Configure, base_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = write_shards(tmp_path / "shards", base_folder / "base.safetensors")
+    settings = {"checkpoint_every": 2, "keep_checkpoints": 9}
+    run = tmp_path / "run"
+    first = train(configure(**settings, max_steps=2), shards=shards, run=run)
+    same_set = train(
+        configure(**settings, max_steps=4), shards=shards, run=run, resume="auto", exclude_damaged=True
+    )
+    assert card_of(same_set).set_hash == card_of(first).set_hash and "damaged samples" not in caplog.text
+
+    member = ShardSet.open(shards).table(1)[2].members[2]
+    flip_bit(shards / "shard-000001.tar", 8 * member.offset)
+    (shards / "shard-000002.tar").unlink()
+    with pytest.raises(DataError, match="--exclude-damaged"):
+        train(configure(**settings, max_steps=6), shards=shards, run=run, resume="auto")
+    resumed = train(
+        configure(**settings, max_steps=6), shards=shards, run=run, resume="auto", exclude_damaged=True
+    )
+    assert resumed.resumed_from == 4
+    assert "7 stay" in caplog.text and "start of epoch 1" in caplog.text
+    assert card_of(resumed).set_hash != card_of(first).set_hash
+
+    shutil.copytree(run, tmp_path / "killed")  # before the first checkpoint of the new set: only its list is there
+    shutil.rmtree(tmp_path / "killed/checkpoints/step-00000006")
+    again = train(configure(**settings, max_steps=6), shards=shards, run=tmp_path / "killed", resume="auto")
+    assert again.resumed_from == 4 and same(weights(again), weights(resumed))
+    last = train(configure(**settings, max_steps=7), shards=shards, run=run, resume="auto")
+    assert last.resumed_from == 6
+
+
+def card_of(result: TrainResult) -> Card:
+    assert result.checkpoint is not None
+    return read_card(result.checkpoint / "lora")
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_named(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_accelerator(configure())
+    assert "accelerate launch" not in caplog.text
+    # what `accelerate launch --cpu --num_processes 2` sets, see the test that runs it
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    make_accelerator(configure())
+    assert "started this one alone" in caplog.text

@@ -71,6 +71,18 @@ def test_a_damaged_checkpoint_is_replaced_and_a_complete_one_kept(tmp_path: Path
     assert damage(checkpoint) == "" and (checkpoint / "lora/unet/weights").read_bytes() == b"third"
 
 
+def test_pruning_counts_complete_checkpoints_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, fill())
+    prune(tmp_path, keep=9)  # all were complete then
+    (tmp_path / "step-00000003/state.json").write_bytes(b"[]")
+    prune(tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    save_checkpoint(tmp_path, 4, fill())
+    prune(tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004"]
+
+
 def test_pruning_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
     for step in (1, 2, 9, 10):
         save_checkpoint(tmp_path, step, fill())
