@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
 
 from common.anytext2.conditioning import Uncond
 from common.seeding import generator
 from shards.files.failures import Failure
 from shards.files.manifest import Manifest, create_or_check
-from shards.files.names import shard_name
+from shards.files.names import shard_name, sidecar_name
 from shards.files.plan import PlannedShard, extend_plan
+from shards.files.sidecar import encode_sidecar
+from shards.reading.reader import ShardSet
 from shards.records.meta import SampleMeta
 from shards.records.record import CHUNK_TOKENS, Record
 from shards.writing.writer import ShardWriter, read_committed
@@ -131,6 +136,29 @@ def assert_same_record(received: Record, expected: Record) -> None:
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
         else:
             assert ours == theirs, name
+
+
+def write_over(folder: Path, shard_number: int, sample: int, member: str, tail: bytes) -> str:
+    """Let a member of a sample end in other bytes, as if the shard had been written so: all checksums are right.
+
+    Returns:
+        The sample's key.
+    """
+    shards = ShardSet.open(folder, allow_incomplete=True)
+    header, entries = shards.headers[shard_number], shards.table(shard_number)
+    entry = entries[sample]
+    data = bytearray((folder / header.shard).read_bytes())
+    members = []
+    for found in entry.members:
+        end = found.offset + found.length
+        if found.name == member:
+            data[end - len(tail) : end] = tail
+        members.append(dataclasses.replace(found, crc32c=google_crc32c.value(bytes(data[found.offset : end]))))
+    entries[sample] = dataclasses.replace(entry, members=tuple(members))
+    (folder / header.shard).write_bytes(data)
+    header = dataclasses.replace(header, sha256=hashlib.sha256(data).hexdigest())
+    (folder / sidecar_name(header.shard)).write_bytes(encode_sidecar(header, entries))
+    return entry.key
 
 
 def flip_bit(path: Path, bit: int) -> None:

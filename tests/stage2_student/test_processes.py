@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import pytest
 import torch
 
 from common.config import PROJECT_ROOT
+from shards.records.members import ROLLOUT
 from stage2_student.student.adapter import load_tensors
 from stage2_student.student.checkpoint_folders import newest_checkpoint
 from stage2_student.train import train
 from stage2_student.training.runlog import read_log
-from tests.stage2_student.conftest import Configure
+from tests.shards.builders import write_over
+from tests.stage2_student.conftest import Configure, write_shards
 
 TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds"}
 RUN_AND_LIST_MODULES = """
@@ -57,7 +60,7 @@ SETTINGS = {
     "batch_size": 2,
     "learning_rate": 1e-3,
     "warmup_steps": 2,
-    "num_workers": 0,
+    "num_workers": 2,
     "log_every": 2,
     "checkpoint_every": 1000,
 }
@@ -78,6 +81,39 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """Start a process that leads a group of its own."""
+    return subprocess.Popen(
+        command,
+        cwd=PROJECT_ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(event: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not event() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def torchrun(*options: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return [
+        *launcher,
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        *options,
+        "pipeline.py",
+        "train",
+    ]
+
+
 @pytest.fixture(scope="module")
 def story(base_folder: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("processes")
@@ -87,13 +123,9 @@ def story(base_folder: Path, shards: Path, tmp_path_factory: pytest.TempPathFact
 
     code = RUN_AND_LIST_MODULES.format(modules=str(modules))
     command = [sys.executable, "-c", code, "pipeline.py", *arguments]
-    process = subprocess.Popen(
-        command, cwd=PROJECT_ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 200
-    while len(read_log(run)) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process = start(command)
+    wait_for(lambda: len(read_log(run)) >= 2, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout`, a shell or a job system does: the workers get it too
     out, err = process.communicate(timeout=100)
     stopped = subprocess.CompletedProcess(command, process.returncode, out, err)
     checkpoint = newest_checkpoint(run / "checkpoints")
@@ -161,9 +193,8 @@ def test_two_processes_train_like_one_with_their_batches_together(
 ) -> None:
     settings = {**SETTINGS, "max_steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "gradient_accumulation": 2}
     (tmp_path / "small.toml").write_text(toml_of(base_folder, **settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "pipeline.py", "train"]
-    command += ["--config", str(tmp_path / "small.toml"), "--shards", str(shards), "--out", str(tmp_path / "two")]
+    command = [*torchrun(), "--config", str(tmp_path / "small.toml")]
+    command += ["--shards", str(shards), "--out", str(tmp_path / "two")]
     two = subprocess.run(
         command, cwd=PROJECT_ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=280
     )
@@ -182,3 +213,68 @@ def test_two_processes_train_like_one_with_their_batches_together(
                 assert float((found[name] - tensor).norm()) <= 2e-3 * float(tensor.norm()), (run, name)
     losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_torchrun_goes_on_after_a_killed_rank_and_stops_with_a_checkpoint(
+    base_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.toml").write_text(
+        toml_of(base_folder, **{**SETTINGS, "max_steps": 10**6, "num_workers": 1})
+    )
+    run = tmp_path / "run"
+    command = [*torchrun("--max-restarts", "1"), "--config", str(tmp_path / "small.toml"), "--resume", "auto"]
+    command += ["--shards", str(shards), "--out", str(run), "--set", "train.checkpoint_every=2"]
+    process = start(command)
+    wait_for(lambda: len(read_log(run)) >= 2, process)
+    first = ranks_of(process)
+    os.kill(first[0], signal.SIGKILL)  # the one that holds the lock, with a worker
+    wait_for(lambda: not_of(first, process), process)
+    steps = read_log(run)[-1]["step"]
+    wait_for(lambda: read_log(run)[-1]["step"] >= steps + 4, process)
+    os.killpg(process.pid, signal.SIGTERM)  # which torchrun passes on to ranks that had it already
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1, errors  # torchrun's own
+    assert errors.count("is in a checkpoint: run the same command again") == 2, errors  # every rank ended with 75
+    assert "another process is training" not in errors
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None and f"step {int(newest.name[5:])} of" in errors
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def not_of(first: list[int], process: subprocess.Popen[str]) -> bool:
+    now = ranks_of(process)
+    return len(now) == 2 and not set(now) & set(first)
+
+
+def test_every_rank_names_the_samples_whose_loss_is_not_finite_and_no_others(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    shards = write_shards(tmp_path / "shards", base_folder / "base.safetensors", samples=4)
+    key = write_over(shards, 0, 1, ROLLOUT, b"\x00\x7e" * 64)
+    settings = {**SETTINGS, "num_workers": 0, "batch_size": 1}
+    (tmp_path / "small.toml").write_text(toml_of(base_folder, **settings))
+    command = [*torchrun(), "--config", str(tmp_path / "small.toml")]
+    command += ["--shards", str(shards), "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, cwd=PROJECT_ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=200
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: step")]
+    assert 1 <= len(lines) <= 2, done.stderr  # torchrun may end one before it speaks
+    assert all(f"is not finite on sample {key} (index 1); nothing" in line for line in lines), lines
+
+
+def test_accelerate_that_starts_one_process_of_two_is_named(
+    base_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.toml").write_text(toml_of(base_folder, **{**SETTINGS, "max_steps": 1}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["pipeline.py", "train", "--config", str(tmp_path / "small.toml")]
+    command += ["--shards", str(shards), "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, cwd=PROJECT_ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "was asked for several processes and started this one alone" in done.stderr

@@ -18,8 +18,17 @@ from shards.looking.finalize import finalize
 from shards.looking.verify import verify_set
 from shards.reading.reader import ShardSet
 from shards.records.codec import encode_record
+from shards.records.members import CONDITIONING, ROLLOUT
 from shards.writing.writer import ShardWriter
-from tests.shards.builders import PROVENANCE, flip_bit, input_ids, join_set, make_record, write_set
+from tests.shards.builders import (
+    PROVENANCE,
+    flip_bit,
+    input_ids,
+    join_set,
+    make_record,
+    write_over,
+    write_set,
+)
 
 IDS = input_ids(10)
 SIDECAR = "shard-000001.json"
@@ -54,6 +63,21 @@ def verify(shards: ShardSet) -> list[str]:
 def test_a_sound_set_verifies(folder: Path) -> None:
     shards = ShardSet.open(folder)
     assert verify(shards) == [] and read_all(shards) == (IDS, [])
+
+
+@pytest.mark.parametrize("tail", [b"\x00\x7e", b"\x00\x7c", b"\x00\xfc"], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("member", [CONDITIONING, ROLLOUT])
+def test_a_tensor_that_was_written_with_a_nan_is_damage_whatever_its_checksums(
+    folder: Path, member: str, tail: bytes
+) -> None:
+    name = {CONDITIONING: "text_context", ROLLOUT: "rollout_latents"}[member]
+    key = write_over(folder, 1, 2, member, tail)
+    (message,) = verify(ShardSet.open(folder))
+    assert f"{NAME}: sample {key}, {member}: {name} holds NaN or infinity" in message
+    with pytest.raises(DataError, match=f"damaged: .*{key}"):
+        finalize(folder)
+    kept = ShardSet.open(folder, exclude_damaged=True)
+    assert kept.excluded == {NAME: [key]} and len(kept) == len(IDS) - 1
 
 
 def test_truncation_at_every_block_is_found_by_name_and_the_rest_can_be_used(folder: Path) -> None:
