@@ -39,17 +39,22 @@ def _end(number: int, frame: FrameType | None) -> None:
         f"error: stopped by {signal.Signals(number).name} with nothing to commit: run the same command again\n"
     )
     os.write(2, message.encode())
-    if _is_importing(frame):  # an exception might be taken for a library that is missing
+    if not _passes_an_exception_on(frame):
         os._exit(Stopped.exit_code)
     raise SystemExit(Stopped.exit_code)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
+def _passes_an_exception_on(frame: FrameType | None) -> bool:
+    """Tell whether an exception would reach the top.
+
+    Not in an import, which may take it for a library that is missing, nor in what Python calls last of all.
+    """
+    name = ""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            return True
-        frame = frame.f_back
-    return False
+            return False
+        name, frame = frame.f_code.co_name, frame.f_back
+    return name in ("<module>", "_run_module_as_main")
 
 
 def _handle_all(handler: Any) -> dict[int, Any]:
