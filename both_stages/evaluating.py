@@ -22,6 +22,7 @@ from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.inputs.fonts import configured_fonts
 from stage1_teacher.measuring.held_out import HeldOut, describe_settings, read_undrawn
 from stage1_teacher.measuring.teacher_sampler import default_grids, teacher_samplers
+from stage1_teacher.rendering.first_inputs import require_fonts
 from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.evaluation.image_folder import count_samples, folder_run
@@ -142,6 +143,7 @@ def _prepare_drawing(config: Config, question: Question) -> Prepared:
     """Prepare the teacher, the students and the true images of held-out inputs."""
     settings = RenderSettings.from_config(config)
     inputs = open_inputs(question.annotations, question.prompts, config.inputs, settings.fonts)
+    require_fonts(inputs, settings)
     grids = () if question.no_teacher else question.grids or default_grids(config)
     held_out = HeldOut(inputs, settings, config.evaluate.num_samples)
 

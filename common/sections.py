@@ -53,6 +53,9 @@ class InputsConfig(Section):
     """Font file that renders glyph lines and glyph maps."""
     fonts: dict[str, str] = Field(default_factory=dict)
     """Further fonts by name, for lines that ask for one."""
+    fallback_fonts: Names = ()
+    """Names of `fonts`, or font files: where a line's font lacks some of its characters, the first of these that
+    has all of them renders it. An input with a line that none can render fails."""
     random_fonts: bool = False
     """Render each line in a font chosen from `font` and `fonts`, where it does not name one."""
     font_hint_prob: Share = 1.0

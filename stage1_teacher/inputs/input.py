@@ -43,6 +43,20 @@ class InputFailure(DataError):
         self.reason = reason
 
 
+class FontLacksCharacters(InputFailure):
+    """No font that may render a line has all of its characters: counted apart, as one setting mends all of them.
+
+    Attributes:
+        characters: that are missing.
+    """
+
+    REASON = "font lacks characters"
+
+    def __init__(self, characters: str, message: str) -> None:
+        super().__init__(self.REASON, message)
+        self.characters = characters
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """One line of text to be rendered."""
@@ -120,6 +134,29 @@ def check_fields(value: dict[str, Any], known: Collection[str], where: str, igno
             f"{where}: unknown field {unknown[0]!r}; {nearest(unknown[0], known)}"
             " (if it is harmless, add it to inputs.ignore_fields)"
         )
+
+
+_INVISIBLE = frozenset(
+    chr(code)
+    for first, last in (
+        (0x034F, 0x034F),  # combining grapheme joiner
+        (0x115F, 0x1160),  # Hangul fillers
+        (0x17B4, 0x17B5),  # Khmer inherent vowels
+        (0x180B, 0x180F),  # Mongolian variation selectors
+        (0x2800, 0x2800),  # braille blank
+        (0x3164, 0x3164),  # Hangul filler
+        (0xFE00, 0xFE0F),  # variation selectors
+        (0xFFA0, 0xFFA0),  # half-width Hangul filler
+        (0xE0100, 0xE01EF),  # variation selectors
+    )
+    for code in range(first, last + 1)
+)
+"""Characters without ink that Unicode counts as letters or marks."""
+
+
+def is_visible(character: str) -> bool:
+    """Tell whether a character is meant to leave ink: no space, no mere control of how others look."""
+    return not (character.isspace() or character in _INVISIBLE or unicodedata.category(character) in ("Cf", "Zs"))
 
 
 def check_text(text: Any, where: str) -> str:

@@ -18,9 +18,9 @@ from common.errors import DataError, UsageError
 from common.layouts import Color, Layout, Line
 from common.progress import Progress
 from stage1_teacher.inputs.files import Inputs
-from stage1_teacher.inputs.fonts import font_sha256
 from stage1_teacher.inputs.input import UNKNOWN_COLOR, Input, InputFailure
 from stage1_teacher.measuring.ablations import leave_out
+from stage1_teacher.recording.identity import describe_fonts
 from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 from stage1_teacher.teacher.teacher import Teacher
 
@@ -194,8 +194,5 @@ def describe_settings(config: Config, settings: RenderSettings) -> dict[str, Any
     return {  # under the names that these keys had first: evaluations begun before go on
         "precompute": {"seed": config.precompute.seed, **config.inputs.model_dump(include=names)},
         "teacher": {**config.teacher.model_dump(), "font_hint_prob": config.inputs.font_hint_prob},
-        "fonts": {
-            "default": font_sha256(settings.font)[:16],
-            "named": {name: font_sha256(path)[:16] for name, path in sorted(settings.fonts.items())},
-        },
+        "fonts": describe_fonts(settings, digits=16),
     }

@@ -28,7 +28,7 @@ RECIPE = 1
 
 _NOT_IDENTITY = {"ignore_fields", "max_failures", "render_workers"}
 """Settings of `inputs` and `precompute` that change no record."""
-_OTHERWISE = {"font", "fonts", "font_hint_prob"}
+_OTHERWISE = {"font", "fonts", "fallback_fonts", "font_hint_prob"}
 """Settings of `inputs` that the identity holds elsewhere: fonts by their content, the rest as of the teacher."""
 _PACKAGES = (
     "diffusers",
@@ -69,15 +69,25 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
             "precompute": {**config.precompute.model_dump(exclude=_NOT_IDENTITY), **inputs},
             "shards": {"samples_per_shard": config.shards.samples_per_shard},
         },
-        "fonts": {
-            "default": font_sha256(settings.font),
-            "named": {name: font_sha256(path) for name, path in settings.fonts.items()},
-        },
+        "fonts": describe_fonts(settings),
         "text_layout": text_layout(),
         "dtype": "float16",
         "solver": {"name": "ddim", "timesteps": grid, "alphas_cumprod_end": 1.0},
         "timesteps": grid[:: config.precompute.record_every] if rollout else [],
         "alphas_cumprod": make_alphas_cumprod().tolist(),
+    }
+
+
+def describe_fonts(settings: RenderSettings, digits: int = 64) -> dict[str, Any]:
+    """Return what fonts count as: their files' hashes, the first `digits` of each.
+
+    Fallbacks are there only where there are any, so that sets begun before there were go on.
+    """
+    fallbacks = [font_sha256(path)[:digits] for path in settings.fallback_fonts]
+    return {
+        "default": font_sha256(settings.font)[:digits],
+        "named": {name: font_sha256(path)[:digits] for name, path in settings.fonts.items()},
+        **({"fallback": fallbacks} if fallbacks else {}),
     }
 
 
