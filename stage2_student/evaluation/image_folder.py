@@ -7,12 +7,12 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import DataError, reason
 from common.files import canonical_json, sha256_file
 from common.layouts import Layout
+from common.pictures import as_seen
 from common.progress import Progress
 from stage2_student.evaluation.runs import Job, Run, Sampled
 
@@ -104,8 +104,8 @@ def folder_run(folder: Path, label: str, jobs: Sequence[Job]) -> Run:
                         " when all of its images are final"
                     )
                 with Image.open(io.BytesIO(data)) as image:
-                    images.append(np.asarray(image.convert("RGB")))
-            except (OSError, UnidentifiedImageError) as error:
+                    images.append(as_seen(image))
+            except (OSError, ValueError, UnidentifiedImageError) as error:
                 raise DataError(f"{path}: not readable as an image ({reason(error)}); make it again") from None
         return Sampled(images=images)
 

@@ -46,6 +46,16 @@ def test_common_formats_are_read_as_rgb_in_minus_one_to_one(kind: str, mode: str
         assert values.mean((1, 2)) == pytest.approx([1, 0, -1], abs=0.03)
 
 
+def test_an_image_lies_as_a_viewer_shows_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned to the left
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "JPEG", exif=exif)
+    assert decode_image(buffer.getvalue(), 64, "x")[1] == (30, 40)
+    values, _ = decode_image(encode(Image.fromarray(np.full((64, 64), 30000, np.uint16))), 64, "x")
+    assert ((values + 1) * 127.5).round().max() == 117
+
+
 def test_an_image_of_its_own_size_is_not_resampled() -> None:
     values, size = decode_image(GOLDEN, 512, "x")
     pixels = np.asarray(Image.open(io.BytesIO(GOLDEN)).convert("RGB"))
