@@ -15,6 +15,8 @@ from common.files import write_bytes_atomic
 Picture = NDArray[np.uint8]
 """(H, W, 3), RGB."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""Of image files. Pillow reads more; some of those start other programs."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,6 +27,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image of each orientation tag upright."""
+_SIDEWAYS = {_TURNS[tag] for tag in (5, 6, 7, 8)}
 _MAX_16_BITS = 65535
 _GAP, _LABEL_HEIGHT = 6, 20
 """Of a grid, pixels."""
@@ -54,17 +57,34 @@ def as_seen(image: Image.Image) -> Picture:
     return np.asarray(upright.convert("RGB"))
 
 
+def size_as_seen(path: Path) -> tuple[int, int]:
+    """Return an image file's (width, height), upright.
+
+    Raises:
+        OSError: it cannot be read, or is none of `FORMATS`.
+        Exception: whatever Pillow's decoders raise on damaged bytes.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        turned = _turn(image) in _SIDEWAYS
+        return (height, width) if turned else (width, height)
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged tags turn nothing, as in viewers
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    turn = _turn(image)
     if turn is None:
         return image
     turned = image.transpose(turn)
     turned.info.update(image.info)
     return turned
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged tags turn nothing, as in viewers
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _sixteen_bits(image: Image.Image) -> Picture:

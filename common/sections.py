@@ -69,7 +69,10 @@ class InputsConfig(Section):
     watermark_threshold: float = 1.0
     """Annotations with a larger wm_score are skipped."""
     use_images: bool = True
-    """False leaves annotations' image files alone: no edit mode, no looks of lines as hints, 512 x 512 assumed."""
+    """False leaves annotations' image files alone: no edit mode, no looks of lines as hints."""
+    frame: NonNegativeInt = 0
+    """Side in pixels of the square that annotations' polygons refer to where no image says: with
+    use_images = false, or when images are scored and the annotated one is not there. 0 takes AnyWord's 512."""
     ignore_fields: Names = ()
     """Further json fields that annotations and prompts may have; they are not read."""
 

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.errors import DataError, reason
+from common.pictures import size_as_seen
 from stage1_teacher.inputs.captions import describe_watermark
 from stage1_teacher.inputs.fonts import find_font, line_identity
 from stage1_teacher.inputs.input import (
@@ -40,8 +41,10 @@ ENTRY_FIELDS = ("img_name", "caption", "wm_score", "annotations")
 _ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "font", "glyph_map")
 LINE_FIELDS = (*_ID_LINE_FIELDS, "pos", "rec_score")
 
-FRAME_WITHOUT_IMAGE = 512.0
+ANYWORD_SIDE = 512
 """AnyWord's images have this side, so its polygons can be placed without them."""
+WELL_OUTSIDE = 1.25
+"""Sides of its frame beyond which no annotated image's polygon reaches."""
 
 
 class Annotations:
@@ -56,6 +59,8 @@ class Annotations:
         *,
         fonts: Mapping[str, Path] | None = None,
         use_images: bool = True,
+        frame: int = 0,
+        measure_images: bool = False,
         watermark_threshold: float = 1.0,
         ignored_fields: Collection[str] = (),
     ) -> None:
@@ -64,7 +69,9 @@ class Annotations:
         Args:
             path: the json file.
             fonts: configured font files by name; other fonts are paths relative to the file's folder.
-            use_images: False leaves image files alone: generate mode, no looks as font hints, 512 x 512 assumed.
+            use_images: False leaves image files alone: generate mode, no looks as font hints.
+            frame: side of the square that polygons refer to without images; 0 for AnyWord's.
+            measure_images: without `use_images`: polygons refer to the image's own size where it is there.
             watermark_threshold: entries with a larger wm_score are left out.
             ignored_fields: fields that may be there and are not read.
 
@@ -81,15 +88,32 @@ class Annotations:
             ignored=self._ignored,
             keep=self._keep,
         )
-        self._root = self._find_root(self._entries.header["data_root"]) if use_images else path.parent
+        root = self._entries.header["data_root"]
+        self._root = self._find_root(root) if use_images else None
+        self._side = frame or ANYWORD_SIDE
+        self._measured = self._folder(root) if measure_images and not use_images else None
 
     def _find_root(self, data_root: Any) -> Path:
         if not isinstance(data_root, str):
             raise DataError(f"{self._path}: data_root is {data_root!r:.60}, expected a folder's path")
-        root = (self._path.parent / data_root).resolve()
+        root = self._folder(data_root)
         if not root.is_dir():
             raise DataError(f"{self._path}: data_root {data_root!r} is no folder; looked at {root}")
         return root
+
+    def _folder(self, data_root: Any) -> Path:
+        return (self._path.parent / str(data_root)).resolve()
+
+    def _frame(self, name: Any, where: str) -> tuple[float, float] | None:
+        """Return what polygons refer to; None is the size of the image that is going to be read."""
+        if self._root is not None:
+            return None
+        if self._measured is not None:
+            try:
+                return size_as_seen(locate_image(self._measured, name, where))
+            except Exception:  # not there, or on hostile bytes whatever Pillow raises
+                return None
+        return (self._side, self._side)
 
     def _keep(self, number: int, entry: Any) -> bool:
         where = f"{self._path}: data_list[{number}]"
@@ -152,8 +176,8 @@ class Annotations:
             input_id=self.input_id(index),
             caption=describe_watermark(check_caption(entry.get("caption", ""), where), score),
             lines=lines,
-            image=locate_image(self._root, entry.get("img_name"), where) if self._use_images else None,
-            frame=None if self._use_images else FRAME_WITHOUT_IMAGE,
+            image=None if self._root is None else locate_image(self._root, entry.get("img_name"), where),
+            frame=self._frame(entry.get("img_name"), where),
             name=entry["img_name"] if isinstance(entry.get("img_name"), str) else "",
         )
 

@@ -83,6 +83,8 @@ def open_inputs(
     settings: InputsConfig,
     fonts: Mapping[str, Path],
     limit: int | None = None,
+    *,
+    measure_images: bool = False,
 ) -> Inputs:
     """Scan the files.
 
@@ -92,6 +94,7 @@ def open_inputs(
         settings: how they are read.
         fonts: configured fonts by name.
         limit: use the first this many inputs.
+        measure_images: where images are not read, look up the sizes of those that are there.
 
     Raises:
         DataError: a file is missing or its structure is wrong, or there is no input at all.
@@ -101,6 +104,8 @@ def open_inputs(
             path,
             fonts=fonts,
             use_images=settings.use_images,
+            frame=settings.frame,
+            measure_images=measure_images,
             watermark_threshold=settings.watermark_threshold,
             ignored_fields=settings.ignore_fields,
         )

@@ -89,8 +89,8 @@ class Input:
     """All of them, also those beyond `inputs.max_lines`."""
     image: Path | None = None
     """Image file, checked to lie where it may; None if the input has none."""
-    frame: float | None = None
-    """Side in pixels of the square that polygons refer to; None: the image's own size."""
+    frame: tuple[float, float] | None = None
+    """(width, height) in pixels that polygons refer to; None: the image's own."""
     mode: str | None = None
     """"generate" or "edit"; None: `inputs.edit_fraction` decides."""
     seed: int | None = None

@@ -28,8 +28,8 @@ RECIPE = 1
 
 _NOT_IDENTITY = {"ignore_fields", "max_failures", "render_workers"}
 """Settings of `inputs` and `precompute` that change no record."""
-_OTHERWISE = {"font", "fonts", "fallback_fonts", "font_hint_prob"}
-"""Settings of `inputs` that the identity holds elsewhere: fonts by their content, the rest as of the teacher."""
+_OTHERWISE = {"font", "fonts", "fallback_fonts", "font_hint_prob", "frame"}
+"""Settings of `inputs` that the identity holds elsewhere, fonts by their content, or only where they are set."""
 _PACKAGES = (
     "diffusers",
     "numpy",
@@ -55,6 +55,7 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
     """
     checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
     inputs = config.inputs.model_dump(mode="json", exclude=_NOT_IDENTITY | _OTHERWISE)
+    frame = {"frame": config.inputs.frame} if config.inputs.frame else {}
     grid = trailing_timesteps(config.precompute.solver_steps).tolist()
     rollout = config.precompute.source == "rollout"
     return {
@@ -66,7 +67,7 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
         "config": {  # under the names that these keys had first: sets begun before go on
             "model": {"dtype": config.model.dtype},
             "teacher": {**config.teacher.model_dump(), "font_hint_prob": config.inputs.font_hint_prob},
-            "precompute": {**config.precompute.model_dump(exclude=_NOT_IDENTITY), **inputs},
+            "precompute": {**config.precompute.model_dump(exclude=_NOT_IDENTITY), **inputs, **frame},
             "shards": {"samples_per_shard": config.shards.samples_per_shard},
         },
         "fonts": describe_fonts(settings),

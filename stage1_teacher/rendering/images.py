@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import reason
-from common.pictures import as_seen
+from common.pictures import FORMATS, as_seen
 from stage1_teacher.inputs.input import InputFailure
 
 MAX_FILE_BYTES = 256 << 20
 MAX_PIXELS = 1 << 26
 """67 megapixels: a file of kilobytes can claim gigabytes of pixels."""
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""Pillow reads more; some of those start other programs."""
 
 
 def read_image_file(path: Path, where: str) -> bytes:

@@ -169,11 +169,10 @@ def _read_image(input_: Input, settings: RenderSettings) -> tuple[rendering.Arra
     if input_.image is None:
         if settings.needs_image:
             raise InputFailure("image missing", f'{input_.where}: precompute.source = "noised" needs an image')
-        side = settings.size if input_.frame is None else input_.frame
-        return None, (side, side)
+        return None, input_.frame or (settings.size, settings.size)
     data = read_image_file(input_.image, input_.where)
     image, own_size = decode_image(data, settings.size, input_.where)
-    return image, own_size if input_.frame is None else (input_.frame, input_.frame)
+    return image, input_.frame or own_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
@@ -17,6 +18,35 @@ from common.progress import Progress
 from stage2_student.evaluation.runs import Job, Run, Sampled
 
 EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+
+
+def name_layouts(folder: Path, layouts: Sequence[Layout], image_names: Sequence[str]) -> list[Layout]:
+    """Name each layout as its images are named in a folder: by the most of the annotated name that is there.
+
+    Args:
+        folder: of the images.
+        layouts: under their benchmark's names, which end at the first dot.
+        image_names: of the annotated images, as annotated.
+
+    Raises:
+        DataError: two annotated images have one name in the folder.
+    """
+    named, owner = [], dict[str, str]()
+    for layout, image_name in zip(layouts, image_names, strict=True):
+        pure = PurePosixPath(image_name)
+        inside = not pure.is_absolute() and ".." not in pure.parts
+        candidates = [str(pure.with_suffix("")), pure.stem] if image_name and inside else []
+        there = (replace(layout, name=name) for name in candidates)
+        chosen = next((one for one in there if find_image(folder, one, 0) is not None), layout)
+        other = owner.setdefault(chosen.name, image_name)
+        if other != image_name and folder.is_dir():
+            raise DataError(
+                f"{folder}: the annotated images {other!r} and {image_name!r} would both be scored by"
+                f" {chosen.name}_0; name the images by the whole names, {pure.stem}_0.jpg ..., in folders where"
+                " these are equal"
+            )
+        named.append(chosen)
+    return named
 
 
 def find_image(folder: Path, layout: Layout, sample: int) -> Path | None:

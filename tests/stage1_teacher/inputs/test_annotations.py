@@ -242,7 +242,7 @@ def test_images_are_not_looked_for_where_they_are_not_wanted(tmp_path: Path) -> 
     path = write(tmp_path, entry(img_name="not there.jpg"), root="/nowhere")
     content = Annotations(path, use_images=False)[0]
     assert content.image is None
-    assert content.frame == 512
+    assert content.frame == (512, 512)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_prompt_needs_no_image(tmp_path: Path) -> None:
     content = read(tmp_path, prompt(lines=lines))[0]
     assert content.caption == "a sign"
     assert content.image is None
-    assert content.frame == 128
+    assert content.frame == (128, 128)
     assert content.lines[0].polygon == ((10, 20), (110, 20), (110, 60), (10, 60))
     assert content.lines[0].color == (220, 30, 40)
     assert content.lines[0].font == FONT
@@ -63,7 +63,7 @@ def test_optional_fields_are_read(tmp_path: Path) -> None:
     shutil.copy(FONT, tmp_path / "mine.ttf")
     lines = [line(font="mine.ttf", color=[1, 2, 3], language="English", glyph_map=False)]
     content = read(tmp_path, prompt(size=512, seed=7, image="a.png", mode="edit", lines=lines))[0]
-    assert (content.frame, content.seed, content.mode) == (512, 7, "edit")
+    assert (content.frame, content.seed, content.mode) == ((512, 512), 7, "edit")
     assert content.image == (tmp_path / "a.png").resolve()
     assert content.lines[0].font == tmp_path.resolve() / "mine.ttf"
     assert content.lines[0].language == "English"

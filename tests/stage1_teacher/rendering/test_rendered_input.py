@@ -45,7 +45,13 @@ def line(text: str = "OPEN", **changes: Any) -> Line:
 
 
 def content(*lines: Line, **changes: Any) -> Input:
-    base: dict[str, Any] = {"where": "here", "input_id": "id", "caption": "a sign", "lines": lines, "frame": 128}
+    base: dict[str, Any] = {
+        "where": "here",
+        "input_id": "id",
+        "caption": "a sign",
+        "lines": lines,
+        "frame": (128, 128),
+    }
     return Input(**(base | changes))
 
 
@@ -93,7 +99,7 @@ def test_nothing_depends_on_when_or_beside_what_an_input_is_drawn() -> None:
 
 def test_an_input_without_text_gets_upstreams_blank_line_at_any_size() -> None:
     for size in (512, 128):
-        rendered = draw(content(frame=300), size=size)
+        rendered = draw(content(frame=(300, 300)), size=size)
         assert rendered.texts == (" ",)
         assert rendered.polygons[0] == corners(*[value * size / 512 for value in (10, 10, 100, 100)])
         assert not rendered.glyphs.any() and rendered.positions.any()
@@ -210,7 +216,7 @@ def test_a_polygon_without_place_or_area_is_a_failure(polygon: Any, message: str
     ids=["beyond the edge", "bow tie", "six corners", "triangle", "enormous"],
 )
 def test_odd_polygons_that_touch_the_image_are_drawn(polygon: Any) -> None:
-    rendered = draw(with_image(line(polygon=polygon), frame=128))
+    rendered = draw(with_image(line(polygon=polygon), frame=(128, 128)))
     assert rendered.positions.any()
     assert np.isfinite(rendered.font_hint.numpy()).all()
 
