@@ -23,7 +23,7 @@ from shards.files.locks import remove_leftovers
 from shards.files.manifest import create_or_check
 from shards.files.plan import Plan, extend_plan
 from shards.remote.upload import Uploader
-from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.inputs.files import open_inputs, say_which_are_equal
 from stage1_teacher.recording.identity import build_identity, describe_machine, describe_run
 from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import ShardMaker
@@ -112,6 +112,7 @@ def precompute(
         identity = manifest.identity_sha256
         remove_leftovers(out)
         ids = inputs.ids()
+        say_which_are_equal(inputs, ids)
         plan = extend_plan(out, ids, config.shards.samples_per_shard)
         keeper = _open_keeper(trajectories, config, manifest.identity, plan)
         share = choose_share(

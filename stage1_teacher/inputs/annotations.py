@@ -10,6 +10,7 @@ Two fields are our additions. `font`, for data that knows its fonts: a name of [
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Collection, Mapping
@@ -36,6 +37,7 @@ from stage1_teacher.inputs.input import (
     make_input_id,
 )
 from stage1_teacher.inputs.json_entries import JsonEntries
+from stage1_teacher.inputs.notices import Notices
 
 ENTRY_FIELDS = ("img_name", "caption", "wm_score", "annotations")
 _ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "font", "glyph_map")
@@ -44,13 +46,14 @@ LINE_FIELDS = (*_ID_LINE_FIELDS, "pos", "rec_score")
 ANYWORD_SIDE = 512
 """AnyWord's images have this side, so its polygons can be placed without them."""
 WELL_OUTSIDE = 1.25
-"""Sides of its frame beyond which no annotated image's polygon reaches."""
+"""Sides of its image beyond which no annotated polygon reaches."""
 
 
 class Annotations:
     """The inputs of one annotation file, read one at a time.
 
-    The order is the file's; entries whose wm_score is above the threshold are left out and do not count.
+    The order is the file's; entries whose wm_score is above the threshold are left out and do not count. How many
+    these are is logged, and what else may be read otherwise than it was meant.
     """
 
     def __init__(
@@ -80,6 +83,9 @@ class Annotations:
         """
         self._path, self._use_images, self._fonts = path, use_images, fonts or {}
         self._threshold, self._ignored = watermark_threshold, frozenset(ignored_fields)
+        self._side = frame or ANYWORD_SIDE
+        assumes_side = not (frame or use_images or measure_images)
+        self._notices = Notices(self._side * WELL_OUTSIDE if assumes_side else math.inf)
         self._ids = bytearray()
         self._entries = JsonEntries(
             path,
@@ -90,8 +96,8 @@ class Annotations:
         )
         root = self._entries.header["data_root"]
         self._root = self._find_root(root) if use_images else None
-        self._side = frame or ANYWORD_SIDE
         self._measured = self._folder(root) if measure_images and not use_images else None
+        self._notices.say(path, watermark_threshold)
 
     def _find_root(self, data_root: Any) -> Path:
         if not isinstance(data_root, str):
@@ -119,12 +125,17 @@ class Annotations:
         where = f"{self._path}: data_list[{number}]"
         if isinstance(entry, dict):  # anything else is recorded as a failure when its turn comes
             check_fields(entry, ENTRY_FIELDS, where, self._ignored)
+            score = entry.get("wm_score")
+            left_out = is_number(score) and score > self._threshold
             lines = entry.get("annotations")
             for place, line in enumerate(lines if isinstance(lines, list) else ()):
                 if isinstance(line, dict):
-                    check_fields(line, LINE_FIELDS, f"{where}.annotations[{place}]", self._ignored)
-            score = entry.get("wm_score")
-            if is_number(score) and score > self._threshold:
+                    at = f"{where}.annotations[{place}]"
+                    check_fields(line, LINE_FIELDS, at, self._ignored)
+                    if not left_out:
+                        self._notices.look_at(line, at)
+            if left_out:
+                self._notices.left_out += 1
                 return False
         self._ids += bytes.fromhex(self._id_of(entry))
         return True
@@ -187,13 +198,12 @@ class Annotations:
         lines = []
         for place, annotation in enumerate(annotations):
             at = f"{where}.annotations[{place}]"
+            if isinstance(annotation, dict) and annotation.get("valid") is False:
+                continue  # it is in the image and is not rendered
             if not isinstance(annotation, dict) or "polygon" not in annotation:
                 raise InputFailure("bad entry", f"{at}: expected an object with a polygon and a text")
             if annotation["polygon"] == []:
                 continue  # upstream's way of saying "no place known"
-            if annotation.get("valid") is False:
-                check_polygon(annotation["polygon"], at)
-                continue  # it is in the image and is not rendered
             language = annotation.get("language")
             if language is not None and not isinstance(language, str):
                 raise InputFailure("bad entry", f"{at}: language is {language!r:.40}, expected a name")

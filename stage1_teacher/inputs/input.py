@@ -160,19 +160,19 @@ def is_visible(character: str) -> bool:
 
 
 def check_text(text: Any, where: str) -> str:
-    """Return a line's text.
+    """Return a line's text in Unicode's composed form (NFC): what looks the same is the same.
 
     Raises:
-        InputFailure: it is not a string, is empty, or holds what cannot be rendered on one line.
+        InputFailure: it is not a string, has nothing to see, or holds what cannot be rendered on one line.
     """
     if not isinstance(text, str):
         raise InputFailure("bad text", f"{where}: text is {text!r:.40}, expected a string")
-    if not text.strip():
+    if not any(map(is_visible, text)):
         raise InputFailure("empty text", f"{where}: text is empty; remove the line")
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             raise InputFailure("bad text", f"{where}: text {text!r:.40} holds the control character {character!r}")
-    return text
+    return unicodedata.normalize("NFC", text)
 
 
 def check_caption(caption: Any, where: str) -> str:
@@ -194,7 +194,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def check_polygon(polygon: Any, where: str) -> Polygon:
-    """Return a polygon as pairs of numbers.
+    """Return a polygon as pairs of numbers, four corners in an order in which no sides cross.
 
     Raises:
         InputFailure: it is no list of at least three different [x, y] pairs of finite numbers.
@@ -213,7 +213,27 @@ def check_polygon(polygon: Any, where: str) -> Polygon:
         raise InputFailure(
             "bad polygon", f"{where}: polygon has {len(set(checked))} different points, expected at least 3"
         )
-    return checked
+    return _uncrossed(checked) if len(checked) == 4 else checked
+
+
+def _uncrossed(corners: Polygon) -> Polygon:
+    """Put four corners into an order in which no sides cross: left to right in both rows, say, is not one."""
+    a, b, c, d = corners
+    if _cross(a, b, c, d):
+        return a, c, b, d
+    if _cross(b, c, d, a):
+        return a, b, d, c
+    return corners
+
+
+def _cross(*ends: tuple[float, float]) -> bool:
+    """Tell whether the lines from the first point to the second and from the third to the fourth cross inside."""
+
+    def side(p: tuple[float, float], q: tuple[float, float], r: tuple[float, float]) -> float:
+        return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
+
+    a, b, c, d = ends
+    return side(a, b, c) * side(a, b, d) < 0 and side(c, d, a) * side(c, d, b) < 0
 
 
 def box_corners(box: Any, where: str) -> Polygon:

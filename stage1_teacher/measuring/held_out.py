@@ -140,6 +140,7 @@ class HeldOut:
         self._ground_known: set[str] = set()
         self.failures: list[str] = []
         """Why others cannot be used."""
+        equal: list[str] = []
         with Progress(min(count, len(inputs)), "held-out inputs", "input") as progress:
             for index in range(len(inputs)):
                 if len(self.layouts) == count:
@@ -149,9 +150,15 @@ class HeldOut:
                     if input_.input_id not in self._inputs_by_id:
                         self._add(input_)
                         progress.update()
+                    else:
+                        equal.append(input_.where)
                 except InputFailure as failure:
                     self.failures.append(str(failure))
                     logger.warning("left out: %s", failure)
+        if equal:
+            logger.warning(
+                "%d inputs say the same as an earlier one and are left out, first %s", len(equal), equal[0]
+            )
         if not self.layouts:
             raise DataError(f"none of {len(inputs)} inputs can be used; the first: {self.failures[0]}")
 

@@ -34,16 +34,16 @@ def name_layouts(folder: Path, layouts: Sequence[Layout], image_names: Sequence[
     named, owner = [], dict[str, str]()
     for layout, image_name in zip(layouts, image_names, strict=True):
         pure = PurePosixPath(image_name)
-        inside = not pure.is_absolute() and ".." not in pure.parts
-        candidates = [str(pure.with_suffix("")), pure.stem] if image_name and inside else []
+        inside = image_name and not pure.is_absolute() and ".." not in pure.parts
+        candidates = [str(pure.with_suffix("")), pure.stem] if inside else []
         there = (replace(layout, name=name) for name in candidates)
         chosen = next((one for one in there if find_image(folder, one, 0) is not None), layout)
         other = owner.setdefault(chosen.name, image_name)
         if other != image_name and folder.is_dir():
+            whole = [f"{PurePosixPath(name).with_suffix('')}_0.jpg" for name in (other, image_name)]
             raise DataError(
                 f"{folder}: the annotated images {other!r} and {image_name!r} would both be scored by"
-                f" {chosen.name}_0; name the images by the whole names, {pure.stem}_0.jpg ..., in folders where"
-                " these are equal"
+                f" {chosen.name}_0; name their images by their whole names, {' and '.join(whole)}"
             )
         named.append(chosen)
     return named

@@ -262,6 +262,17 @@ def test_inputs_that_fail_are_recorded_and_the_others_go_on(place: Place, tmp_pa
     assert finalize(out).failures == {"empty text": 1, "bad polygon": 1}
 
 
+def test_inputs_that_are_equal_are_one_record_and_that_is_said(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = write_prompts(tmp_path / "equal.jsonl", 2)
+    prompts.write_text(prompts.read_text() * 2)
+    assert place.run(tmp_path / "out", "precompute.solver_steps=2", annotations=[], prompts=[prompts]).records == 2
+    (said,) = [message for message in caplog.messages if "become one record" in message]
+    assert said.startswith("2 of 4 inputs say the same as an earlier one")
+    assert "first equal.jsonl:3, as equal.jsonl:1" in said
+
+
 def write_lacking(folder: Path, count: int, *lacking: int) -> Path:
     """Prompts of which some ask for Hebrew in a font that has none."""
     path = write_prompts(folder / "lacking.jsonl", count, first=20)

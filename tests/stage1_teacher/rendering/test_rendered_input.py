@@ -45,14 +45,8 @@ def line(text: str = "OPEN", **changes: Any) -> Line:
 
 
 def content(*lines: Line, **changes: Any) -> Input:
-    base: dict[str, Any] = {
-        "where": "here",
-        "input_id": "id",
-        "caption": "a sign",
-        "lines": lines,
-        "frame": (128, 128),
-    }
-    return Input(**(base | changes))
+    base: dict[str, Any] = {"where": "here", "input_id": "id", "caption": "a sign", "frame": (128, 128)}
+    return Input(**(base | {"lines": lines} | changes))
 
 
 def with_image(*lines: Line, **changes: Any) -> Input:
