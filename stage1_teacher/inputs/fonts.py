@@ -13,7 +13,7 @@ from PIL import ImageFont, features
 
 from common.config import Config
 from common.errors import DataError, reason
-from common.files import sha256_file
+from common.files import is_lfs_pointer, sha256_file
 from stage1_teacher.inputs.input import InputFailure, is_visible, nearest
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(path), size=size, layout_engine=engine)
     except OSError as error:
+        if is_lfs_pointer(path):
+            raise DataError(f"font {path} is a git-lfs pointer; fetch the font itself: git lfs pull") from None
         raise DataError(f"font {path}: {reason(error)}; expected a TrueType or OpenType file") from None
 
 

@@ -63,8 +63,8 @@ class Notices:
             logger.info("%s: entries that are left out: %d, with a %s", path, self.left_out, limit)
         if self._odd_valid.count:
             logger.warning(
-                "%s: lines whose `valid` is neither true nor false: %d (%s); they are rendered, only false leaves a"
-                " line out",
+                "%s: lines whose `valid` is neither true nor false: %d (%s); they are rendered, only false leaves"
+                " one out",
                 path,
                 self._odd_valid.count,
                 self._odd_valid.first,

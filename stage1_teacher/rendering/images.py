@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import reason
+from common.files import LFS_HEADER
 from common.pictures import FORMATS, as_seen
 from stage1_teacher.inputs.input import InputFailure
 
@@ -62,6 +63,9 @@ def decode_image(data: bytes, size: int, where: str) -> tuple[NDArray[np.float32
     except InputFailure:
         raise
     except UnidentifiedImageError:  # its own message holds a memory address
+        if data.startswith(LFS_HEADER):
+            remedy = "fetch the image itself: git lfs pull"
+            raise InputFailure("image unreadable", f"{where}: image is a git-lfs pointer; {remedy}") from None
         raise InputFailure("image unreadable", f"{where}: image is no {', '.join(FORMATS)} file") from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise almost anything
         message = " ".join(str(error).split())

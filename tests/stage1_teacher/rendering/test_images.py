@@ -87,6 +87,11 @@ def test_a_huge_file_is_refused_without_reading_it_whole(tmp_path: Path, monkeyp
     assert read_image_file(tmp_path / "three", "x") == b"abc"
 
 
+def test_a_git_lfs_pointer_is_named() -> None:
+    with pytest.raises(InputFailure, match=r"image is a git-lfs pointer; .* git lfs pull"):
+        decode_image(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", 64, "x")
+
+
 def test_formats_that_start_other_programs_are_not_read() -> None:
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
     with pytest.raises(InputFailure, match="image is no JPEG, PNG, WEBP, BMP file"):
