@@ -7,7 +7,7 @@ from collections import Counter
 from common.errors import UsageError
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import FontLacksCharacters, InputFailure
-from stage1_teacher.rendering.rendered_input import RenderSettings, check_characters
+from stage1_teacher.rendering.rendered_input import RenderSettings, choose_lines
 
 LOOKED_AT = 1000
 """Inputs, the first ones."""
@@ -25,7 +25,7 @@ def require_fonts(inputs: Inputs, settings: RenderSettings) -> None:
     failures = []
     for index in range(count):
         try:
-            check_characters(inputs[index], settings)
+            choose_lines(inputs[index], settings, frame=(1.0, 1.0))
         except FontLacksCharacters as failure:
             failures.append(failure)
         except InputFailure:

@@ -248,15 +248,19 @@ def _spell(characters: str) -> str:
     return " ".join(named) + (f" and {len(characters) - 8} more" if len(characters) > 8 else "")
 
 
-def check_characters(input_: Input, settings: RenderSettings) -> None:
-    """Check that there are fonts for an input's lines, those that `render_input` will choose, without its image.
+def choose_lines(input_: Input, settings: RenderSettings, frame: tuple[float, float]) -> list[tuple[Line, Path]]:
+    """Return the lines that `render_input` renders, each with its font, without opening the image.
+
+    Args:
+        input_: read.
+        settings: how it is rendered.
+        frame: (width, height) that polygons refer to.
 
     Raises:
-        FontLacksCharacters: there is none for a line.
+        FontLacksCharacters: no font has a line's characters.
     """
     choice = _Choice(input_, settings, settings.seed if input_.seed is None else input_.seed)
-    for place, line in enumerate(choice.lines(frame=(1.0, 1.0))):
-        choice.font(line, place)
+    return [(line, choice.font(line, place)) for place, line in enumerate(choice.lines(frame))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
