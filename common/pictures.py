@@ -45,6 +45,7 @@ def as_seen(image: Image.Image) -> Picture:
         ValueError: its pixels are of a kind that has no such reading.
         Exception: whatever Pillow's decoders raise on damaged bytes.
     """
+    _scale_clear_color(image)
     image.load()
     upright = _upright(image)
     if upright.mode.startswith("I"):
@@ -55,6 +56,16 @@ def as_seen(image: Image.Image) -> Picture:
     if upright.mode == "F":
         raise ValueError("pixels are floating-point numbers without a known range")
     return np.asarray(upright.convert("RGB"))
+
+
+def _scale_clear_color(image: Image.Image) -> None:
+    """Scale the one colour that a PNG names as transparent as Pillow is going to scale the pixels, to 8 bits."""
+    clear, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    stored_as = tile[0][3] if tile else None
+    if isinstance(clear, int) and stored_as in ("L;2", "L;4"):
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[stored_as]
+    elif isinstance(clear, tuple) and stored_as == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in clear)
 
 
 def size_as_seen(path: Path) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,30 @@ def test_what_is_transparent_shows_white_and_what_is_not_shows_itself() -> None:
     assert as_seen(opened(palette, transparency=0)).tolist() == [[[255] * 3, [40, 50, 60]]]
     assert as_seen(opened(Image.new("LA", (1, 1), (9, 0)))).tolist() == [[[255] * 3]]
     assert as_seen(opened(Image.new("L", (1, 1), 9), transparency=9)).tolist() == [[[255] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "pixels", "clear", "seen"),
+    [
+        (1, 0, b"\x40", (0,), [255, 255]),
+        (2, 0, b"\x18", (1,), [0, 255, 170]),
+        (4, 0, b"\x12\x30", (2,), [17, 255, 51]),
+        (8, 0, b"\x01\x02", (2,), [1, 255]),
+        (16, 0, b"\x75\x30\x00\x02", (2,), [117, 255]),
+        (8, 2, b"\x01\x01\x01\x02\x02\x02", (2, 2, 2), [1, 255]),
+        (16, 2, b"\x75\x30" * 3 + b"\x12\x34" * 3, (0x1234,) * 3, [117, 255]),
+    ],
+)
+def test_a_pngs_transparent_color_is_found_at_any_depth(
+    bits: int, kind: int, pixels: bytes, clear: tuple[int, ...], seen: list[int]
+) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", len(seen), 1, bits, kind, 0, 0, 0)
+    body = chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) + chunk(b"IDAT", zlib.compress(b"\0" + pixels))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+    assert as_seen(Image.open(io.BytesIO(data)))[0, :, 0].tolist() == seen
 
 
 def test_sixteen_bits_are_scaled_and_not_cut() -> None:
