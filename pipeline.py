@@ -96,7 +96,9 @@ def precompute(
     )
     click.echo(
         f"{out}: {done.shards_written} shards written with {done.records} records, {done.shards_found} were there,"
-        f" {done.failed} inputs failed; task {index} of {count}, {done.shards_planned} shards planned in all"
+        f" {done.failed} inputs failed"
+        + (f" ({done.lacking} of them: no font has their characters)" if done.lacking else "")
+        + f"; task {index} of {count}, {done.shards_planned} shards planned in all"
         + (f"; {done.uploaded} shards uploaded to {upload}" if upload else "")
     )
 

@@ -22,9 +22,10 @@ from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.inputs.fonts import configured_fonts
 from stage1_teacher.measuring.held_out import HeldOut, describe_settings, read_undrawn
 from stage1_teacher.measuring.teacher_sampler import default_grids, teacher_samplers
+from stage1_teacher.rendering.first_inputs import require_fonts
 from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
-from stage2_student.evaluation.image_folder import count_samples, folder_run
+from stage2_student.evaluation.image_folder import count_samples, folder_run, name_layouts
 from stage2_student.evaluation.invocation import note_invocation
 from stage2_student.evaluation.judges import load_judge
 from stage2_student.evaluation.results import save_layouts
@@ -132,8 +133,12 @@ def _prepare_scoring(config: Config, question: Question) -> Prepared:
     images = question.images
     assert images is not None
     without_images = config.inputs.replace(use_images=False)
-    inputs = open_inputs(question.annotations, question.prompts, without_images, configured_fonts(config))
-    layouts = read_undrawn(inputs, config.inputs.size)
+    opened = open_inputs(
+        question.annotations, question.prompts, without_images, configured_fonts(config), measure_images=True
+    )
+    inputs = [opened[index] for index in range(len(opened))]  # one that fails: fewer would be another benchmark
+    layouts = read_undrawn(inputs, config.inputs.frame)
+    layouts = name_layouts(images, layouts, [input_.name for input_ in inputs])
     plan = _plan(config, layouts, samples_per_layout=count_samples(images, layouts))
     return plan, {}, [folder_run(images, images.resolve().name, plan.jobs())]
 
@@ -142,6 +147,7 @@ def _prepare_drawing(config: Config, question: Question) -> Prepared:
     """Prepare the teacher, the students and the true images of held-out inputs."""
     settings = RenderSettings.from_config(config)
     inputs = open_inputs(question.annotations, question.prompts, config.inputs, settings.fonts)
+    require_fonts(inputs, settings)
     grids = () if question.no_teacher else question.grids or default_grids(config)
     held_out = HeldOut(inputs, settings, config.evaluate.num_samples)
 

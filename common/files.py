@@ -34,6 +34,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that git-lfs put in another one's place."""
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Tell whether a file is only git-lfs's pointer to its content; False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_HEADER)) == LFS_HEADER
+    except OSError:
+        return False
+
+
 def fsync_dir(path: Path) -> None:
     """Make renames and new names inside a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -53,6 +53,9 @@ class InputsConfig(Section):
     """Font file that renders glyph lines and glyph maps."""
     fonts: dict[str, str] = Field(default_factory=dict)
     """Further fonts by name, for lines that ask for one."""
+    fallback_fonts: Names = ()
+    """Names of `fonts`, or font files: where a line's font lacks some of its characters, the first of these that
+    has all of them renders it. An input with a line that none can render fails."""
     random_fonts: bool = False
     """Render each line in a font chosen from `font` and `fonts`, where it does not name one."""
     font_hint_prob: Share = 1.0
@@ -66,7 +69,10 @@ class InputsConfig(Section):
     watermark_threshold: float = 1.0
     """Annotations with a larger wm_score are skipped."""
     use_images: bool = True
-    """False leaves annotations' image files alone: no edit mode, no looks of lines as hints, 512 x 512 assumed."""
+    """False leaves annotations' image files alone: no edit mode, no looks of lines as hints."""
+    frame: NonNegativeInt = 0
+    """Side in pixels of the square that annotations' polygons refer to where no image says: with
+    use_images = false, or when images are scored and the annotated one is not there. 0 takes AnyWord's 512."""
     ignore_fields: Names = ()
     """Further json fields that annotations and prompts may have; they are not read."""
 

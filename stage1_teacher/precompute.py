@@ -23,12 +23,13 @@ from shards.files.locks import remove_leftovers
 from shards.files.manifest import create_or_check
 from shards.files.plan import Plan, extend_plan
 from shards.remote.upload import Uploader
-from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.inputs.files import open_inputs, say_which_are_equal
 from stage1_teacher.recording.identity import build_identity, describe_machine, describe_run
 from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import ShardMaker
 from stage1_teacher.recording.share import Share, choose_share
 from stage1_teacher.recording.trajectories import RolloutKeeper, check_has_rollouts
+from stage1_teacher.rendering.first_inputs import require_fonts
 from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 
@@ -49,6 +50,8 @@ class Done:
     """Written now."""
     failed: int
     """Inputs of this task's committed shards that failed, earlier runs included."""
+    lacking: int = 0
+    """Of those, the ones that no font can render."""
     uploaded: int = 0
     """Shards of this task uploaded now."""
 
@@ -80,7 +83,8 @@ def precompute(
         upload: URL to which this task's shards are copied, each after its commit; earlier ones first.
 
     Raises:
-        UsageError: the configuration or the task's number is wrong, or there are no rollouts to keep.
+        UsageError: the configuration or the task's number is wrong, there are no rollouts to keep, or too many
+            inputs have lines that no font can render.
         DataError: a file is missing or wrong, the set was made with other settings, more than `max_failures`
             inputs failed, the teacher produced NaN or Inf, or the upload failed.
         Stopped: a signal came; committed shards are kept and a further run goes on from there.
@@ -90,10 +94,15 @@ def precompute(
     if trajectories is not None:
         check_has_rollouts(config.precompute)
     device = resolve_device(config.model.device)
-    load_teacher = functools.cache(lambda: Teacher.load(config))  # a finished set needs none
     with StopFlag() as stop, _repeatable():
         settings = RenderSettings.from_config(config)
         inputs = open_inputs(annotations, prompts, config.inputs, settings.fonts, limit)
+
+        @functools.cache
+        def load_teacher() -> Teacher:  # a finished set needs none
+            require_fonts(inputs, settings)
+            return Teacher.load(config)
+
         manifest, uncond = create_or_check(
             out,
             build_identity(config, settings),
@@ -103,6 +112,7 @@ def precompute(
         identity = manifest.identity_sha256
         remove_leftovers(out)
         ids = inputs.ids()
+        say_which_are_equal(inputs, ids)
         plan = extend_plan(out, ids, config.shards.samples_per_shard)
         keeper = _open_keeper(trajectories, config, manifest.identity, plan)
         share = choose_share(
@@ -151,6 +161,7 @@ def _count(plan: Plan, share: Share) -> Done:
         shards_without_inputs=share.without_inputs,
         records=share.records,
         failed=share.failed,
+        lacking=share.lacking,
         uploaded=share.uploaded,
     )
 

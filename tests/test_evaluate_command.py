@@ -182,6 +182,59 @@ def test_the_benchmarks_annotations_score_a_folder_of_its_images(tmp_path: Path)
     assert row["sen_acc"]["value"] == pytest.approx(0.75)
 
 
+def write_signs(folder: Path, side: int, *names: str) -> None:
+    """Images of `side` under their names in imgs/, and data.json with their polygons in their pixels."""
+    images, layouts = draw_layouts("signs", len(names), side, (side // 10, side // 8))
+    entries = []
+    for name, image, layout in zip(names, images, layouts, strict=True):
+        (folder / "imgs" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / "imgs" / name)
+        line = {"polygon": [list(corner) for corner in layout.lines[0].polygon], "text": layout.lines[0].text}
+        entries.append({"img_name": name, "caption": name, "annotations": [line]})
+    (folder / "data.json").write_text(json.dumps({"data_root": "imgs", "data_list": entries}))
+
+
+def score(folder: Path, images: Path, *more: str) -> Result:
+    place = ("--annotations", folder / "data.json", "--out", folder / f"out{len(list(folder.iterdir()))}")
+    return run("evaluate", "--images", images, *place, "--set", "evaluate.keep_images=0", *more)
+
+
+def test_scored_images_have_the_polygons_of_the_annotated_images_own_pixels(tmp_path: Path) -> None:
+    write_signs(tmp_path, 800, "one.png", "two.png")
+    (tmp_path / "theirs").mkdir()
+    for name in ("one", "two"):  # drawn at another size
+        Image.open(tmp_path / "imgs" / f"{name}.png").resize((512, 512)).save(tmp_path / f"theirs/{name}_0.png")
+    result = score(tmp_path, tmp_path / "theirs")
+    assert result.exit_code == 0, result.output
+    assert "2 lines of 2 layouts" in result.output and "images are not there" not in result.output
+    values = [json.loads(path.read_bytes()) for path in tmp_path.glob("out*/evaluation.json")]
+    assert [row["sen_acc"]["value"] for value in values for row in value["runs"]] == [1]
+    (tmp_path / "imgs").rename(tmp_path / "gone")
+    result = score(tmp_path, tmp_path / "theirs")
+    assert (result.exit_code, "expected at most 512" in result.output) == (2, True), result.output
+    assert "--set inputs.frame=SIDE" in result.output
+    result = score(tmp_path, tmp_path / "theirs", "--set", "inputs.frame=800")
+    assert result.exit_code == 0 and "1.000" in result.output, result.output
+
+
+def test_images_are_told_apart_by_their_whole_names(tmp_path: Path) -> None:
+    write_signs(tmp_path, 512, "menu.1.png", "menu.2.png", "day1/001.png", "day2/001.png")
+    theirs = tmp_path / "theirs"
+    for name in ("menu.1", "menu.2", "day1/001", "day2/001"):
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "imgs" / f"{name}.png", theirs / f"{name}_0.png")
+    shutil.copy(theirs / "menu.1_0.png", theirs / "menu_0.png")
+    result = score(tmp_path, theirs)
+    assert result.exit_code == 0, result.output
+    (evaluation,) = tmp_path.glob("out*/evaluation.json")
+    assert json.loads(evaluation.read_bytes())["runs"][0]["sen_acc"]["value"] == 1
+    for name in ("menu.1", "menu.2"):
+        (theirs / f"{name}_0.png").unlink()
+    result = score(tmp_path, theirs)
+    assert result.exit_code == 3
+    assert "'menu.1.png' and 'menu.2.png' would both be scored by menu_0" in result.output
+
+
 def test_fonts_of_scored_images_lie_beside_their_configuration(tmp_path: Path) -> None:
     images, layouts = draw_layouts("benchmark", 1, 96, (16, 20))
     shutil.copy("models/fonts/DejaVuSans.ttf", tmp_path / "mine.ttf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import DataError, reason
+from common.files import is_lfs_pointer
 
 DTYPES = {
     "F64": torch.float64,
@@ -24,6 +26,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """safetensors' names of the types that a checkpoint may hold."""
+
+_FOREIGN_OBJECT = re.compile(r"GLOBAL ([\w.]+)")
+"""What torch says of a class that it does not load, e.g. one of Lightning's."""
 
 
 class CheckpointFile:
@@ -51,6 +56,11 @@ class CheckpointFile:
                 raise DataError(f"checkpoint folder {path} holds no .safetensors file")
         elif not path.exists():
             raise DataError(f"checkpoint {path}: no such file or folder")
+        for file in filter(is_lfs_pointer, self.files):
+            raise DataError(
+                f"checkpoint {file} is git-lfs's pointer to the checkpoint, a text of {file.stat().st_size} bytes;"
+                " fetch the file itself: git lfs pull"
+            )
         if path.is_dir() or path.suffix == ".safetensors":
             for file in self.files:
                 self._index_safetensors(file)
@@ -92,6 +102,12 @@ class CheckpointFile:
         return tensor.clone()
 
 
+def _keep_weights(path: Path) -> str:
+    """Return the command that takes the weights out of a training checkpoint."""
+    weights = f"torch.load('{path}', weights_only=False)['state_dict']"
+    return f"python -c \"import torch; torch.save({{'state_dict': {weights}}}, 'weights.ckpt')\""
+
+
 def _open_pickle(path: Path) -> Mapping[str, Tensor]:
     """Map a .ckpt into memory; no code in it is run."""
     try:
@@ -101,7 +117,14 @@ def _open_pickle(path: Path) -> Mapping[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        if (other := _FOREIGN_OBJECT.search(str(error))) is None:
+            raise DataError(f"checkpoint {path} is not a readable .ckpt file of plain tensors") from None
+        raise DataError(
+            f"checkpoint {path} holds other objects than tensors ({other[1]}), which are not loaded, as that runs"
+            f" code of the file; where you trust it, save its weights alone: {_keep_weights(path)}"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise DataError(
             f"checkpoint {path} is not a readable .ckpt file of plain tensors: {reason(error)}"
         ) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.files import canonical_json
-from shards.files.names import FAILURES_DIR
+from shards.files.names import FAILURES_DIR, failures_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,25 @@ def read_failures(folder: Path) -> Iterator[Failure]:
         DataError: a line is damaged; the message names file and line.
     """
     for path in sorted((folder / FAILURES_DIR).glob("shard-*.jsonl")):
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            try:
-                yield Failure(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{path}, line {number}: not a failure record ({error})") from None
+        yield from _read_file(path)
+
+
+def read_failures_of(folder: Path, shard: str) -> list[Failure]:
+    """Return the failures of one shard, none if it has no list of them.
+
+    Raises:
+        DataError: as `read_failures`.
+    """
+    path = folder / failures_name(shard)
+    return list(_read_file(path)) if path.exists() else []
+
+
+def _read_file(path: Path) -> Iterator[Failure]:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            yield Failure(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}, line {number}: not a failure record ({error})") from None
 
 
 def count_by_reason(failures: Iterable[Failure]) -> dict[str, int]:

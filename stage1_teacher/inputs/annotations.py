@@ -10,6 +10,7 @@ Two fields are our additions. `font`, for data that knows its fonts: a name of [
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Collection, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.errors import DataError, reason
+from common.pictures import size_as_seen
 from stage1_teacher.inputs.captions import describe_watermark
 from stage1_teacher.inputs.fonts import find_font, line_identity
 from stage1_teacher.inputs.input import (
@@ -35,19 +37,23 @@ from stage1_teacher.inputs.input import (
     make_input_id,
 )
 from stage1_teacher.inputs.json_entries import JsonEntries
+from stage1_teacher.inputs.notices import Notices
 
 ENTRY_FIELDS = ("img_name", "caption", "wm_score", "annotations")
 _ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "font", "glyph_map")
 LINE_FIELDS = (*_ID_LINE_FIELDS, "pos", "rec_score")
 
-FRAME_WITHOUT_IMAGE = 512.0
+ANYWORD_SIDE = 512
 """AnyWord's images have this side, so its polygons can be placed without them."""
+WELL_OUTSIDE = 1.25
+"""Sides of its image beyond which no annotated polygon reaches."""
 
 
 class Annotations:
     """The inputs of one annotation file, read one at a time.
 
-    The order is the file's; entries whose wm_score is above the threshold are left out and do not count.
+    The order is the file's; entries whose wm_score is above the threshold are left out and do not count. How many
+    these are is logged, and what else may be read otherwise than it was meant.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class Annotations:
         *,
         fonts: Mapping[str, Path] | None = None,
         use_images: bool = True,
+        frame: int = 0,
+        measure_images: bool = False,
         watermark_threshold: float = 1.0,
         ignored_fields: Collection[str] = (),
     ) -> None:
@@ -64,7 +72,9 @@ class Annotations:
         Args:
             path: the json file.
             fonts: configured font files by name; other fonts are paths relative to the file's folder.
-            use_images: False leaves image files alone: generate mode, no looks as font hints, 512 x 512 assumed.
+            use_images: False leaves image files alone: generate mode, no looks as font hints.
+            frame: side of the square that polygons refer to without images; 0 for AnyWord's.
+            measure_images: without `use_images`: polygons refer to the image's own size where it is there.
             watermark_threshold: entries with a larger wm_score are left out.
             ignored_fields: fields that may be there and are not read.
 
@@ -73,6 +83,9 @@ class Annotations:
         """
         self._path, self._use_images, self._fonts = path, use_images, fonts or {}
         self._threshold, self._ignored = watermark_threshold, frozenset(ignored_fields)
+        self._side = frame or ANYWORD_SIDE
+        assumes_side = not (frame or use_images or measure_images)
+        self._notices = Notices(self._side * WELL_OUTSIDE if assumes_side else math.inf)
         self._ids = bytearray()
         self._entries = JsonEntries(
             path,
@@ -81,26 +94,48 @@ class Annotations:
             ignored=self._ignored,
             keep=self._keep,
         )
-        self._root = self._find_root(self._entries.header["data_root"]) if use_images else path.parent
+        root = self._entries.header["data_root"]
+        self._root = self._find_root(root) if use_images else None
+        self._measured = self._folder(root) if measure_images and not use_images else None
+        self._notices.say(path, watermark_threshold)
 
     def _find_root(self, data_root: Any) -> Path:
         if not isinstance(data_root, str):
             raise DataError(f"{self._path}: data_root is {data_root!r:.60}, expected a folder's path")
-        root = (self._path.parent / data_root).resolve()
+        root = self._folder(data_root)
         if not root.is_dir():
             raise DataError(f"{self._path}: data_root {data_root!r} is no folder; looked at {root}")
         return root
+
+    def _folder(self, data_root: Any) -> Path:
+        return (self._path.parent / str(data_root)).resolve()
+
+    def _frame(self, name: Any, where: str) -> tuple[float, float] | None:
+        """Return what polygons refer to; None is the size of the image that is going to be read."""
+        if self._root is not None:
+            return None
+        if self._measured is not None:
+            try:
+                return size_as_seen(locate_image(self._measured, name, where))
+            except Exception:  # not there, or on hostile bytes whatever Pillow raises
+                return None
+        return (self._side, self._side)
 
     def _keep(self, number: int, entry: Any) -> bool:
         where = f"{self._path}: data_list[{number}]"
         if isinstance(entry, dict):  # anything else is recorded as a failure when its turn comes
             check_fields(entry, ENTRY_FIELDS, where, self._ignored)
+            score = entry.get("wm_score")
+            left_out = is_number(score) and score > self._threshold
             lines = entry.get("annotations")
             for place, line in enumerate(lines if isinstance(lines, list) else ()):
                 if isinstance(line, dict):
-                    check_fields(line, LINE_FIELDS, f"{where}.annotations[{place}]", self._ignored)
-            score = entry.get("wm_score")
-            if is_number(score) and score > self._threshold:
+                    at = f"{where}.annotations[{place}]"
+                    check_fields(line, LINE_FIELDS, at, self._ignored)
+                    if not left_out:
+                        self._notices.look_at(line, at)
+            if left_out:
+                self._notices.left_out += 1
                 return False
         self._ids += bytes.fromhex(self._id_of(entry))
         return True
@@ -152,8 +187,8 @@ class Annotations:
             input_id=self.input_id(index),
             caption=describe_watermark(check_caption(entry.get("caption", ""), where), score),
             lines=lines,
-            image=locate_image(self._root, entry.get("img_name"), where) if self._use_images else None,
-            frame=None if self._use_images else FRAME_WITHOUT_IMAGE,
+            image=None if self._root is None else locate_image(self._root, entry.get("img_name"), where),
+            frame=self._frame(entry.get("img_name"), where),
             name=entry["img_name"] if isinstance(entry.get("img_name"), str) else "",
         )
 
@@ -163,13 +198,12 @@ class Annotations:
         lines = []
         for place, annotation in enumerate(annotations):
             at = f"{where}.annotations[{place}]"
+            if isinstance(annotation, dict) and annotation.get("valid") is False:
+                continue  # it is in the image and is not rendered
             if not isinstance(annotation, dict) or "polygon" not in annotation:
                 raise InputFailure("bad entry", f"{at}: expected an object with a polygon and a text")
             if annotation["polygon"] == []:
                 continue  # upstream's way of saying "no place known"
-            if annotation.get("valid") is False:
-                check_polygon(annotation["polygon"], at)
-                continue  # it is in the image and is not rendered
             language = annotation.get("language")
             if language is not None and not isinstance(language, str):
                 raise InputFailure("bad entry", f"{at}: language is {language!r:.40}, expected a name")

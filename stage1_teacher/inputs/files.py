@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -13,6 +14,8 @@ from common.errors import DataError
 from stage1_teacher.inputs.annotations import Annotations
 from stage1_teacher.inputs.input import Input
 from stage1_teacher.inputs.prompts import Prompts
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -77,12 +80,36 @@ class Inputs:
         return source[place]
 
 
+def say_which_are_equal(inputs: Inputs, ids: Sequence[str]) -> None:
+    """Log how many inputs say the same as an earlier one: they become one record.
+
+    Args:
+        inputs: all of them.
+        ids: theirs, in order.
+    """
+    different = len(set(ids))
+    if different == len(ids):
+        return
+    first: dict[str, int] = {}
+    later = next(place for place, input_id in enumerate(ids) if first.setdefault(input_id, place) != place)
+    logger.warning(
+        "%d of %d inputs say the same as an earlier one and become one record with it, first %s, as %s; a prompt"
+        " with a `seed` of its own is another",
+        len(ids) - different,
+        len(ids),
+        inputs.where(later),
+        inputs.where(first[ids[later]]),
+    )
+
+
 def open_inputs(
     annotations: Sequence[Path],
     prompts: Sequence[Path],
     settings: InputsConfig,
     fonts: Mapping[str, Path],
     limit: int | None = None,
+    *,
+    measure_images: bool = False,
 ) -> Inputs:
     """Scan the files.
 
@@ -92,6 +119,7 @@ def open_inputs(
         settings: how they are read.
         fonts: configured fonts by name.
         limit: use the first this many inputs.
+        measure_images: where images are not read, look up the sizes of those that are there.
 
     Raises:
         DataError: a file is missing or its structure is wrong, or there is no input at all.
@@ -101,6 +129,8 @@ def open_inputs(
             path,
             fonts=fonts,
             use_images=settings.use_images,
+            frame=settings.frame,
+            measure_images=measure_images,
             watermark_threshold=settings.watermark_threshold,
             ignored_fields=settings.ignore_fields,
         )

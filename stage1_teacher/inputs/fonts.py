@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,8 +13,8 @@ from PIL import ImageFont, features
 
 from common.config import Config
 from common.errors import DataError, reason
-from common.files import sha256_file
-from stage1_teacher.inputs.input import InputFailure, nearest
+from common.files import is_lfs_pointer, sha256_file
+from stage1_teacher.inputs.input import InputFailure, is_visible, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(path), size=size, layout_engine=engine)
     except OSError as error:
+        if is_lfs_pointer(path):
+            raise DataError(f"font {path} is a git-lfs pointer; fetch the font itself: git lfs pull") from None
         raise DataError(f"font {path}: {reason(error)}; expected a TrueType or OpenType file") from None
 
 
@@ -66,6 +69,20 @@ def configured_fonts(config: Config) -> dict[str, Path]:
         DataError: a file is missing.
     """
     return {name: config.resolve(path, f"inputs.fonts.{name}") for name, path in config.inputs.fonts.items()}
+
+
+def fallback_fonts(config: Config, fonts: Mapping[str, Path]) -> tuple[Path, ...]:
+    """Return the files of inputs.fallback_fonts, in order.
+
+    Args:
+        config: the configuration.
+        fonts: configured font files by name.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    names = config.inputs.fallback_fonts
+    return tuple(fonts.get(name) or config.resolve(name, "inputs.fallback_fonts") for name in names)
 
 
 def line_identity(line: Any, fields: Sequence[str], fonts: Mapping[str, Path], folder: Path) -> Any:
@@ -124,20 +141,37 @@ def _font_path(font: Any, fonts: Mapping[str, Path], folder: Path) -> Path | Non
 
 
 @lru_cache(maxsize=64)
+def _unshaped(path: Path) -> ImageFont.FreeTypeFont:
+    """Open a font so that one character is one glyph: shaping puts others beside a lone mark."""
+    return ImageFont.truetype(str(path), size=_PROBE_SIZE, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(maxsize=64)
 def _missing_glyph(path: Path) -> bytes:
     return _ink(path, "\U0010ffff")  # a noncharacter: no font has it, so this is the "missing" box
 
 
 def _ink(path: Path, character: str) -> bytes:
-    mask = load_font(path, _PROBE_SIZE).getmask(character)
+    mask = _unshaped(path).getmask(character)
     return bytes(mask) + repr(mask.size).encode()
 
 
 @lru_cache(maxsize=65536)
 def _has_character(path: Path, character: str) -> bool:
-    return character.isspace() or _ink(path, character) != _missing_glyph(path)
+    if _ink(path, character) != _missing_glyph(path):
+        return True
+    shaped = text_layout() == "raqm"
+    if not is_visible(character):  # shaping leaves it out, or makes its own space
+        return shaped or not any(_unshaped(path).getmask(character))
+    parts = unicodedata.normalize("NFD", character)
+    return shaped and len(parts) > 1 and all(_has_character(path, part) for part in parts)
+
+
+def missing_characters(path: Path, text: str) -> str:
+    """Return a text's characters that a font would render as its "missing" box, each once."""
+    return "".join(character for character in dict.fromkeys(text) if not _has_character(path, character))
 
 
 def has_glyphs(path: Path, text: str) -> bool:
     """Tell whether a font has a glyph of its own for every character of a text."""
-    return all(_has_character(path, character) for character in text)
+    return not missing_characters(path, text)

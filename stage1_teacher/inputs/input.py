@@ -43,6 +43,20 @@ class InputFailure(DataError):
         self.reason = reason
 
 
+class FontLacksCharacters(InputFailure):
+    """No font that may render a line has all of its characters: counted apart, as one setting mends all of them.
+
+    Attributes:
+        characters: that are missing.
+    """
+
+    REASON = "font lacks characters"
+
+    def __init__(self, characters: str, message: str) -> None:
+        super().__init__(self.REASON, message)
+        self.characters = characters
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """One line of text to be rendered."""
@@ -75,8 +89,8 @@ class Input:
     """All of them, also those beyond `inputs.max_lines`."""
     image: Path | None = None
     """Image file, checked to lie where it may; None if the input has none."""
-    frame: float | None = None
-    """Side in pixels of the square that polygons refer to; None: the image's own size."""
+    frame: tuple[float, float] | None = None
+    """(width, height) in pixels that polygons refer to; None: the image's own."""
     mode: str | None = None
     """"generate" or "edit"; None: `inputs.edit_fraction` decides."""
     seed: int | None = None
@@ -122,20 +136,43 @@ def check_fields(value: dict[str, Any], known: Collection[str], where: str, igno
         )
 
 
+_INVISIBLE = frozenset(
+    chr(code)
+    for first, last in (
+        (0x034F, 0x034F),  # combining grapheme joiner
+        (0x115F, 0x1160),  # Hangul fillers
+        (0x17B4, 0x17B5),  # Khmer inherent vowels
+        (0x180B, 0x180F),  # Mongolian variation selectors
+        (0x2800, 0x2800),  # braille blank
+        (0x3164, 0x3164),  # Hangul filler
+        (0xFE00, 0xFE0F),  # variation selectors
+        (0xFFA0, 0xFFA0),  # half-width Hangul filler
+        (0xE0100, 0xE01EF),  # variation selectors
+    )
+    for code in range(first, last + 1)
+)
+"""Characters without ink that Unicode counts as letters or marks."""
+
+
+def is_visible(character: str) -> bool:
+    """Tell whether a character is meant to leave ink: no space, no mere control of how others look."""
+    return not (character.isspace() or character in _INVISIBLE or unicodedata.category(character) in ("Cf", "Zs"))
+
+
 def check_text(text: Any, where: str) -> str:
-    """Return a line's text.
+    """Return a line's text in Unicode's composed form (NFC): what looks the same is the same.
 
     Raises:
-        InputFailure: it is not a string, is empty, or holds what cannot be rendered on one line.
+        InputFailure: it is not a string, has nothing to see, or holds what cannot be rendered on one line.
     """
     if not isinstance(text, str):
         raise InputFailure("bad text", f"{where}: text is {text!r:.40}, expected a string")
-    if not text.strip():
+    if not any(map(is_visible, text)):
         raise InputFailure("empty text", f"{where}: text is empty; remove the line")
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             raise InputFailure("bad text", f"{where}: text {text!r:.40} holds the control character {character!r}")
-    return text
+    return unicodedata.normalize("NFC", text)
 
 
 def check_caption(caption: Any, where: str) -> str:
@@ -157,7 +194,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def check_polygon(polygon: Any, where: str) -> Polygon:
-    """Return a polygon as pairs of numbers.
+    """Return a polygon as pairs of numbers, four corners in an order in which no sides cross.
 
     Raises:
         InputFailure: it is no list of at least three different [x, y] pairs of finite numbers.
@@ -176,7 +213,27 @@ def check_polygon(polygon: Any, where: str) -> Polygon:
         raise InputFailure(
             "bad polygon", f"{where}: polygon has {len(set(checked))} different points, expected at least 3"
         )
-    return checked
+    return _uncrossed(checked) if len(checked) == 4 else checked
+
+
+def _uncrossed(corners: Polygon) -> Polygon:
+    """Put four corners into an order in which no sides cross: left to right in both rows, say, is not one."""
+    a, b, c, d = corners
+    if _cross(a, b, c, d):
+        return a, c, b, d
+    if _cross(b, c, d, a):
+        return a, b, d, c
+    return corners
+
+
+def _cross(*ends: tuple[float, float]) -> bool:
+    """Tell whether the lines from the first point to the second and from the third to the fourth cross inside."""
+
+    def side(p: tuple[float, float], q: tuple[float, float], r: tuple[float, float]) -> float:
+        return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
+
+    a, b, c, d = ends
+    return side(a, b, c) * side(a, b, d) < 0 and side(c, d, a) * side(c, d, b) < 0
 
 
 def box_corners(box: Any, where: str) -> Polygon:

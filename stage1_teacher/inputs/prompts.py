@@ -190,7 +190,7 @@ def parse_prompt(
         caption=check_caption(prompt.get("caption"), where),
         lines=tuple(_line(line, f"{where}: lines[{i}]", fonts, folder) for i, line in enumerate(lines)),
         image=None if image is None else locate_image(folder, image, where),
-        frame=float(frame),
+        frame=(float(frame), float(frame)),
         mode=mode,
         seed=seed,
     )

@@ -17,10 +17,11 @@ from common.config import Config
 from common.errors import DataError, UsageError
 from common.layouts import Color, Layout, Line
 from common.progress import Progress
+from stage1_teacher.inputs.annotations import ANYWORD_SIDE, WELL_OUTSIDE
 from stage1_teacher.inputs.files import Inputs
-from stage1_teacher.inputs.fonts import font_sha256
 from stage1_teacher.inputs.input import UNKNOWN_COLOR, Input, InputFailure
 from stage1_teacher.measuring.ablations import leave_out
+from stage1_teacher.recording.identity import describe_fonts
 from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 from stage1_teacher.teacher.teacher import Teacher
 
@@ -56,10 +57,10 @@ def describe_undrawn(input_: Input, side: int) -> Layout:
         input_: read without its image.
         side: of the square that polygons refer to where the input_ does not say, pixels.
     """
-    frame = side if input_.frame is None else round(input_.frame)
+    width, height = input_.frame or (side, side)
     return Layout(
         layout_id=input_.input_id,
-        size=(frame, frame),
+        size=(round(height), round(width)),
         lines=tuple(
             Line(
                 text=line.text[:BENCHMARK_MAX_CHARS],
@@ -84,13 +85,37 @@ def image_stem(name: str) -> str:
     return PurePosixPath(name).name.split(".")[0]
 
 
-def read_undrawn(inputs: Inputs, side: int) -> list[Layout]:
-    """Describe all inputs by `describe_undrawn`.
+def read_undrawn(inputs: Sequence[Input], frame: int = 0) -> list[Layout]:
+    """Describe inputs by `describe_undrawn`.
+
+    Args:
+        inputs: without a frame where their image is not there.
+        frame: side in pixels that these refer to; 0 for AnyWord's, which is then said.
 
     Raises:
-        DataError: one is wrong: scoring fewer than all would be another benchmark.
+        UsageError: their polygons show that it is another one.
     """
-    return [describe_undrawn(inputs[index], side) for index in range(len(inputs))]
+    side = frame or ANYWORD_SIDE
+    unknown = [input_ for input_ in inputs if input_.frame is None]
+    remedy = "put the annotated images into data_root, or give --set inputs.frame=SIDE"
+    for input_ in unknown:
+        reach = max((max(corner) for line in input_.lines for corner in line.polygon), default=0)
+        if reach > WELL_OUTSIDE * side:
+            raise UsageError(
+                f"{input_.where}: a polygon reaches to {reach:g} pixels, expected at most {side}, as the annotated"
+                f" image {input_.name!r} is not there to say its size; {remedy}"
+            )
+    if unknown and not frame:
+        logger.warning(
+            "%d of %d annotated images are not there: their polygons are taken to be in pixels of %d x %d; if they"
+            " are not, %s",
+            len(unknown),
+            len(inputs),
+            side,
+            side,
+            remedy,
+        )
+    return [describe_undrawn(input_, side) for input_ in inputs]
 
 
 class HeldOut:
@@ -115,6 +140,7 @@ class HeldOut:
         self._ground_known: set[str] = set()
         self.failures: list[str] = []
         """Why others cannot be used."""
+        equal: list[str] = []
         with Progress(min(count, len(inputs)), "held-out inputs", "input") as progress:
             for index in range(len(inputs)):
                 if len(self.layouts) == count:
@@ -124,9 +150,15 @@ class HeldOut:
                     if input_.input_id not in self._inputs_by_id:
                         self._add(input_)
                         progress.update()
+                    else:
+                        equal.append(input_.where)
                 except InputFailure as failure:
                     self.failures.append(str(failure))
                     logger.warning("left out: %s", failure)
+        if equal:
+            logger.warning(
+                "%d inputs say the same as an earlier one and are left out, first %s", len(equal), equal[0]
+            )
         if not self.layouts:
             raise DataError(f"none of {len(inputs)} inputs can be used; the first: {self.failures[0]}")
 
@@ -194,8 +226,5 @@ def describe_settings(config: Config, settings: RenderSettings) -> dict[str, Any
     return {  # under the names that these keys had first: evaluations begun before go on
         "precompute": {"seed": config.precompute.seed, **config.inputs.model_dump(include=names)},
         "teacher": {**config.teacher.model_dump(), "font_hint_prob": config.inputs.font_hint_prob},
-        "fonts": {
-            "default": font_sha256(settings.font)[:16],
-            "named": {name: font_sha256(path)[:16] for name, path in sorted(settings.fonts.items())},
-        },
+        "fonts": describe_fonts(settings, digits=16),
     }

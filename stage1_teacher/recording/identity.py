@@ -28,8 +28,8 @@ RECIPE = 1
 
 _NOT_IDENTITY = {"ignore_fields", "max_failures", "render_workers"}
 """Settings of `inputs` and `precompute` that change no record."""
-_OTHERWISE = {"font", "fonts", "font_hint_prob"}
-"""Settings of `inputs` that the identity holds elsewhere: fonts by their content, the rest as of the teacher."""
+_OTHERWISE = {"font", "fonts", "fallback_fonts", "font_hint_prob", "frame"}
+"""Settings of `inputs` that the identity holds elsewhere, fonts by their content, or only where they are set."""
 _PACKAGES = (
     "diffusers",
     "numpy",
@@ -55,6 +55,7 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
     """
     checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
     inputs = config.inputs.model_dump(mode="json", exclude=_NOT_IDENTITY | _OTHERWISE)
+    frame = {"frame": config.inputs.frame} if config.inputs.frame else {}
     grid = trailing_timesteps(config.precompute.solver_steps).tolist()
     rollout = config.precompute.source == "rollout"
     return {
@@ -66,18 +67,28 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
         "config": {  # under the names that these keys had first: sets begun before go on
             "model": {"dtype": config.model.dtype},
             "teacher": {**config.teacher.model_dump(), "font_hint_prob": config.inputs.font_hint_prob},
-            "precompute": {**config.precompute.model_dump(exclude=_NOT_IDENTITY), **inputs},
+            "precompute": {**config.precompute.model_dump(exclude=_NOT_IDENTITY), **inputs, **frame},
             "shards": {"samples_per_shard": config.shards.samples_per_shard},
         },
-        "fonts": {
-            "default": font_sha256(settings.font),
-            "named": {name: font_sha256(path) for name, path in settings.fonts.items()},
-        },
+        "fonts": describe_fonts(settings),
         "text_layout": text_layout(),
         "dtype": "float16",
         "solver": {"name": "ddim", "timesteps": grid, "alphas_cumprod_end": 1.0},
         "timesteps": grid[:: config.precompute.record_every] if rollout else [],
         "alphas_cumprod": make_alphas_cumprod().tolist(),
+    }
+
+
+def describe_fonts(settings: RenderSettings, digits: int = 64) -> dict[str, Any]:
+    """Return what fonts count as: their files' hashes, the first `digits` of each.
+
+    Fallbacks are there only where there are any, so that sets begun before there were go on.
+    """
+    fallbacks = [font_sha256(path)[:digits] for path in settings.fallback_fonts]
+    return {
+        "default": font_sha256(settings.font)[:digits],
+        "named": {name: font_sha256(path)[:digits] for name, path in settings.fonts.items()},
+        **({"fallback": fallbacks} if fallbacks else {}),
     }
 
 

@@ -25,7 +25,7 @@ from shards.records.record import Record
 from shards.remote.upload import Uploader
 from shards.writing.writer import ShardWriter
 from stage1_teacher.inputs.files import Inputs
-from stage1_teacher.inputs.input import InputFailure
+from stage1_teacher.inputs.input import FontLacksCharacters, InputFailure
 from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.share import Share
 from stage1_teacher.recording.trajectories import RolloutKeeper
@@ -173,12 +173,15 @@ class ShardMaker:
         index = shard.first_index + place
         logger.warning("input %d failed: %s", index, failure)
         self._share.failed += 1
-        self._reasons[failure.reason] += 1
-        allowed = self._settings.max_failures
-        if self._share.failed > allowed:
+        if isinstance(failure, FontLacksCharacters):  # a font's fault, not the inputs': no sign of bad data
+            self._share.lacking += 1
+        else:
+            self._reasons[failure.reason] += 1
+        allowed, bad = self._settings.max_failures, self._share.failed - self._share.lacking
+        if bad > allowed:
             reason, count = self._reasons.most_common(1)[0]
             raise DataError(
-                f"{self._share.failed} inputs of this task failed, precompute.max_failures is {allowed}; "
+                f"{bad} inputs of this task failed, precompute.max_failures is {allowed}; "
                 f'{count} of them now with "{reason}"; the last one: {failure}; mend the inputs or raise the limit'
             )
         return Failure(

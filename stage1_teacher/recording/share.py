@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UsageError
+from shards.files.failures import read_failures_of
 from shards.files.names import shard_name
 from shards.files.plan import Plan, PlannedShard
 from shards.writing.writer import read_committed
+from stage1_teacher.inputs.input import FontLacksCharacters
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class Share:
     """Of those, neither committed nor possible: this run was not given their inputs."""
     failed: int
     """Inputs that failed, those in shards found included."""
+    lacking: int = 0
+    """Of those, the ones that no font can render."""
     written: int = 0
     """Shards committed by this run."""
     records: int = 0
@@ -129,4 +133,10 @@ def choose_share(
         found=tuple(header.shard for header in headers.values()),
         without_inputs=len(pending) - len(todo),
         failed=sum(header.failed for header in headers.values()),
+        lacking=sum(
+            failure.reason == FontLacksCharacters.REASON
+            for header in headers.values()
+            if header.failed
+            for failure in read_failures_of(folder, header.shard)
+        ),
     )

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import reason
+from common.files import LFS_HEADER
+from common.pictures import FORMATS, as_seen
 from stage1_teacher.inputs.input import InputFailure
 
 MAX_FILE_BYTES = 256 << 20
 MAX_PIXELS = 1 << 26
 """67 megapixels: a file of kilobytes can claim gigabytes of pixels."""
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""Pillow reads more; some of those start other programs."""
 
 
 def read_image_file(path: Path, where: str) -> bytes:
@@ -39,7 +39,7 @@ def read_image_file(path: Path, where: str) -> bytes:
 
 
 def decode_image(data: bytes, size: int, where: str) -> tuple[NDArray[np.float32], tuple[int, int]]:
-    """Decode an image and resize it to a square, as upstream does (bilinear, aspect ratio not kept).
+    """Decode an image as a viewer shows it, and resize it to a square as upstream does (bilinear, ratio not kept).
 
     Args:
         data: a JPEG, PNG, WebP or BMP file's bytes.
@@ -47,7 +47,7 @@ def decode_image(data: bytes, size: int, where: str) -> tuple[NDArray[np.float32
         where: for messages.
 
     Returns:
-        (3, size, size) float32 in [-1, 1], and the file's own (width, height).
+        (3, size, size) float32 in [-1, 1], and the image's own (width, height), upright.
 
     Raises:
         InputFailure: the bytes are no complete image, or claim more than 67 megapixels.
@@ -59,14 +59,18 @@ def decode_image(data: bytes, size: int, where: str) -> tuple[NDArray[np.float32
                 raise InputFailure(
                     "image too large", f"{where}: image of {width} x {height} pixels, at most {MAX_PIXELS}"
                 )
-            pixels = np.asarray(image.convert("RGB"))  # (h, w, 3)
+            pixels = as_seen(image)  # (h, w, 3)
     except InputFailure:
         raise
     except UnidentifiedImageError:  # its own message holds a memory address
+        if data.startswith(LFS_HEADER):
+            remedy = "fetch the image itself: git lfs pull"
+            raise InputFailure("image unreadable", f"{where}: image is a git-lfs pointer; {remedy}") from None
         raise InputFailure("image unreadable", f"{where}: image is no {', '.join(FORMATS)} file") from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise almost anything
         message = " ".join(str(error).split())
         raise InputFailure("image unreadable", f"{where}: image cannot be decoded: {message}") from None
+    height, width = pixels.shape[:2]
     if (height, width) != (size, size):
         pixels = cv2.resize(pixels, (size, size))
     values = pixels.astype(np.float32) / 127.5 - 1.0

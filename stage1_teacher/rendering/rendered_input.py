@@ -15,8 +15,14 @@ from torch import Tensor
 from common.config import Config
 from common.seeding import rng
 from stage1_teacher.inputs import captions
-from stage1_teacher.inputs.fonts import configured_fonts, has_glyphs, load_font
-from stage1_teacher.inputs.input import Input, InputFailure, Line, Polygon
+from stage1_teacher.inputs.fonts import (
+    configured_fonts,
+    fallback_fonts,
+    has_glyphs,
+    load_font,
+    missing_characters,
+)
+from stage1_teacher.inputs.input import FontLacksCharacters, Input, InputFailure, Line, Polygon
 from stage1_teacher.rendering import lines as rendering
 from stage1_teacher.rendering.images import decode_image, read_image_file
 
@@ -42,6 +48,8 @@ class RenderSettings:
     """Draws lines that name no font."""
     fonts: Mapping[str, Path]
     """Configured fonts by name."""
+    fallback_fonts: tuple[Path, ...] = ()
+    """Render lines whose own font lacks characters: the first that has all of them."""
     random_fonts: bool
     font_hint_prob: float
     edit_fraction: float
@@ -60,13 +68,15 @@ class RenderSettings:
         """
         font = config.resolve(config.inputs.font, "inputs.font")
         fonts = configured_fonts(config)
-        for path in (font, *fonts.values()):
+        fallbacks = fallback_fonts(config, fonts)
+        for path in (font, *fonts.values(), *fallbacks):
             load_font(path, 32)
         return RenderSettings(
             seed=config.precompute.seed,
             size=config.inputs.size,
             font=font,
             fonts=fonts,
+            fallback_fonts=fallbacks,
             random_fonts=config.inputs.random_fonts,
             font_hint_prob=config.inputs.font_hint_prob,
             edit_fraction=config.inputs.edit_fraction,
@@ -121,7 +131,8 @@ def render_input(input_: Input, settings: RenderSettings) -> RenderedInput:
     Every random choice is keyed by (seed, input id, purpose), so the result depends on nothing else.
 
     Raises:
-        InputFailure: the image is missing or broken, or a polygon lies outside it or has no area.
+        InputFailure: the image is missing or broken, a polygon lies outside it or has no area, or no font has a
+            line's characters.
     """
     image, frame = _read_image(input_, settings)
     seed = settings.seed if input_.seed is None else input_.seed
@@ -158,11 +169,10 @@ def _read_image(input_: Input, settings: RenderSettings) -> tuple[rendering.Arra
     if input_.image is None:
         if settings.needs_image:
             raise InputFailure("image missing", f'{input_.where}: precompute.source = "noised" needs an image')
-        side = settings.size if input_.frame is None else input_.frame
-        return None, (side, side)
+        return None, input_.frame or (settings.size, settings.size)
     data = read_image_file(input_.image, input_.where)
     image, own_size = decode_image(data, settings.size, input_.where)
-    return image, own_size if input_.frame is None else (input_.frame, input_.frame)
+    return image, input_.frame or own_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +211,24 @@ class _Choice:
         ]
 
     def font(self, line: Line, place: int) -> Path:
-        """Return the font that renders a line."""
+        """Return the font that renders a line.
+
+        Raises:
+            FontLacksCharacters: none that may has all of its characters.
+        """
+        wanted = self._wanted_font(line, place)
+        for path in (wanted, *self.settings.fallback_fonts):
+            if has_glyphs(path, line.text):
+                return path
+        missing = missing_characters(wanted, line.text)
+        nor = ", nor has one font of inputs.fallback_fonts all characters of the line"
+        raise FontLacksCharacters(
+            missing,
+            f"{self.input_.where}: line {line.text!r}: font {wanted.name} lacks {_spell(missing)}"
+            f"{nor if self.settings.fallback_fonts else ''}; add a font that has them to inputs.fallback_fonts",
+        )
+
+    def _wanted_font(self, line: Line, place: int) -> Path:
         if line.font is not None:
             return line.font
         if not self.settings.random_fonts:
@@ -213,6 +240,27 @@ class _Choice:
     def shows_font(self, place: int) -> bool:
         """Tell whether the teacher is told how a line looks."""
         return self._rng("font hint", place).random() < self.settings.font_hint_prob
+
+
+def _spell(characters: str) -> str:
+    """Name characters for a message, at most eight."""
+    named = [f"{character} (U+{ord(character):04X})" for character in characters[:8]]
+    return " ".join(named) + (f" and {len(characters) - 8} more" if len(characters) > 8 else "")
+
+
+def choose_lines(input_: Input, settings: RenderSettings, frame: tuple[float, float]) -> list[tuple[Line, Path]]:
+    """Return the lines that `render_input` renders, each with its font, without opening the image.
+
+    Args:
+        input_: read.
+        settings: how it is rendered.
+        frame: (width, height) that polygons refer to.
+
+    Raises:
+        FontLacksCharacters: no font has a line's characters.
+    """
+    choice = _Choice(input_, settings, settings.seed if input_.seed is None else input_.seed)
+    return [(line, choice.font(line, place)) for place, line in enumerate(choice.lines(frame))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

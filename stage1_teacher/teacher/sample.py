@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from common.anytext2.conditioning import Conditioning
 from common.config import Config
 from common.ddim import trailing_grid
 from stage1_teacher.inputs.prompt_text import prompt_from_text
+from stage1_teacher.rendering.legibility import find_doubts
 from stage1_teacher.rendering.rendered_input import RenderSettings, render_input
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 def encode_prompt(
@@ -28,13 +32,18 @@ def encode_prompt(
 ) -> Conditioning:
     """Render and encode a prompt as precompute does; see `prompt_from_text` for the arguments.
 
+    What will hardly be seen as it is asked for is logged.
+
     Raises:
         UsageError: the prompt's parts do not match, or a value is wrong.
+        InputFailure: no font has a text's characters, or the image cannot be read.
     """
     settings = RenderSettings.from_config(config)
     content = prompt_from_text(
         text, boxes, size=settings.size, fonts=settings.fonts, colors=colors, font=font, image=image
     )
+    for doubt in find_doubts(content, settings, config.load_network().stride):
+        logger.warning("%s", doubt)
     return teacher.encode([render_input(content, settings)])[0]
 
 

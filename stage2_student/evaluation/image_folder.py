@@ -5,18 +5,48 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import DataError, reason
 from common.files import canonical_json, sha256_file
 from common.layouts import Layout
+from common.pictures import as_seen
 from common.progress import Progress
 from stage2_student.evaluation.runs import Job, Run, Sampled
 
 EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+
+
+def name_layouts(folder: Path, layouts: Sequence[Layout], image_names: Sequence[str]) -> list[Layout]:
+    """Name each layout as its images are named in a folder: by the most of the annotated name that is there.
+
+    Args:
+        folder: of the images.
+        layouts: under their benchmark's names, which end at the first dot.
+        image_names: of the annotated images, as annotated.
+
+    Raises:
+        DataError: two annotated images have one name in the folder.
+    """
+    named, owner = [], dict[str, str]()
+    for layout, image_name in zip(layouts, image_names, strict=True):
+        pure = PurePosixPath(image_name)
+        inside = image_name and not pure.is_absolute() and ".." not in pure.parts
+        candidates = [str(pure.with_suffix("")), pure.stem] if inside else []
+        there = (replace(layout, name=name) for name in candidates)
+        chosen = next((one for one in there if find_image(folder, one, 0) is not None), layout)
+        other = owner.setdefault(chosen.name, image_name)
+        if other != image_name and folder.is_dir():
+            whole = [f"{PurePosixPath(name).with_suffix('')}_0.jpg" for name in (other, image_name)]
+            raise DataError(
+                f"{folder}: the annotated images {other!r} and {image_name!r} would both be scored by"
+                f" {chosen.name}_0; name their images by their whole names, {' and '.join(whole)}"
+            )
+        named.append(chosen)
+    return named
 
 
 def find_image(folder: Path, layout: Layout, sample: int) -> Path | None:
@@ -104,8 +134,8 @@ def folder_run(folder: Path, label: str, jobs: Sequence[Job]) -> Run:
                         " when all of its images are final"
                     )
                 with Image.open(io.BytesIO(data)) as image:
-                    images.append(np.asarray(image.convert("RGB")))
-            except (OSError, UnidentifiedImageError) as error:
+                    images.append(as_seen(image))
+            except (OSError, ValueError, UnidentifiedImageError) as error:
                 raise DataError(f"{path}: not readable as an image ({reason(error)}); make it again") from None
         return Sampled(images=images)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.errors import DataError, UsageError, reason
 from common.files import canonical_json, sha256_file, write_bytes_atomic
+from common.pictures import as_seen
 from common.progress import Progress
 from common.signals import StopFlag
 from stage2_student.evaluation.image_folder import digest_images, hash_images
@@ -289,6 +290,6 @@ def _batches(paths: Sequence[Path]) -> Iterator[Tensor]:
 def _read(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
+            return as_seen(image).copy()
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as an image ({reason(error)}); replace the file") from None

@@ -41,12 +41,27 @@ def ned(text: str, read: str) -> float:
 
     Source: AnyText-benchmark: 1 - levenshtein / (length of the longer + 1e-5).
     """
+    text, read = composed(text), composed(read)
     return 1 - levenshtein(text, read) / (max(len(text), len(read)) + 1e-5)
 
 
+def composed(text: str) -> str:
+    """Return a text in Unicode's composed form (NFC): two texts that look the same for sure are then equal."""
+    return unicodedata.normalize("NFC", text)
+
+
 def fold(text: str) -> str:
-    """Drop case, width and spaces: these a judge guesses, what is left are the letters."""
-    return "".join(unicodedata.normalize("NFKC", text).split()).casefold()
+    """Drop case, width and spaces: these a judge guesses, what is left are the letters.
+
+    Of Unicode's compatible characters only those of another width fold: ² is no 2 to who reads it.
+    """
+    narrow = "".join(map(_usual_width, text))
+    return composed("".join(composed(narrow).split()).casefold())
+
+
+def _usual_width(character: str) -> str:
+    kind, _, code = unicodedata.decomposition(character).partition(" ")
+    return chr(int(code, 16)) if kind in ("<wide>", "<narrow>") else character
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from common.layouts import Color, Layout, Line
 from stage2_student.evaluation.crops import MARGIN, cut_line, ink_mask, line_height
 from stage2_student.evaluation.judges import Judge, Reading
+from stage2_student.evaluation.metrics import composed
 
 PUREST = 70
 """Percentile of the distance to the ground from which an ink pixel's colour counts: edges are mixtures."""
@@ -39,7 +40,7 @@ class LineResult:
     @property
     def exact(self) -> bool:
         """Whether the line counts for Sen. Acc."""
-        return self.text == self.read
+        return composed(self.text) == composed(self.read)
 
 
 def read_images(

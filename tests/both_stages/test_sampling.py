@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from both_stages.sampling import ImageSampler, Prompt, RecordOf
 from common.config import PROJECT_ROOT, Config
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from pipeline import cli
 from tests.fresh_student import write_fresh_student
 from tests.stage1_teacher.small_teacher import load, write_prompts, write_teacher
@@ -136,3 +136,15 @@ def test_a_student_samples_a_record_without_the_teachers_code(folder: Path) -> N
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_will_hardly_be_seen_is_said_and_sampled_all_the_same(
+    teacher: ImageSampler, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = Prompt(text='"OPEN" above "TAXI"', boxes=[(8, 8, 56, 40), (8, 30, 70, 60)])
+    assert len(teacher.sample(prompt).pictures) == 1
+    cut, overlap = caplog.messages
+    assert cut.startswith("the box of 'TAXI' is cut by the edge of the image of 64 x 64 pixels")
+    assert overlap.startswith("the boxes of 'OPEN' and 'TAXI' overlap by 480 pixels")
+    with pytest.raises(DataError, match=r"font DejaVuSans\.ttf lacks 咖 \(U\+5496\)"):
+        teacher.sample(Prompt(text='"咖啡"', boxes=[(8, 8, 56, 40)]))

@@ -171,6 +171,40 @@ def test_files_that_are_no_checkpoint_are_one_line_errors(
     assert "code ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_whole_checkpoint_cast_to_half_is_on_the_same_schedule(tmp_path: Path, dtype: torch.dtype) -> None:
+    cast = {key: value.to(dtype) for key, value in schedule_buffers().items()}
+    for name in ("cast.ckpt", "cast.safetensors"):
+        check_schedule(CheckpointFile(write(tmp_path / name, cast)))
+    betas = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)  # another one that is in use, cast too
+    cast["alphas_cumprod"] = torch.cumprod(1 - betas, 0).to(dtype)
+    with pytest.raises(DataError, match="alphas_cumprod differs by"):
+        check_schedule(CheckpointFile(write(tmp_path / "other.safetensors", cast)))
+
+
+class Callback:
+    """As Lightning stores its own beside the weights."""
+
+
+def test_what_is_no_plain_checkpoint_says_what_it_is_and_what_to_do(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    torch.save({"state_dict": tensors, "callbacks": {"x": Callback()}}, tmp_path / "lightning.ckpt")
+    expected = r"lightning\.ckpt holds other objects than tensors \(tests.*\.Callback\)"
+    with pytest.raises(DataError, match=expected) as caught:
+        CheckpointFile(tmp_path / "lightning.ckpt")
+    assert "\n" not in str(caught.value)
+    command = str(caught.value).partition('python -c "')[2].removesuffix('"')
+    exec(command.replace("weights.ckpt", str(tmp_path / "weights.ckpt")))  # the remedy, as it is given
+    assert CheckpointFile(tmp_path / "weights.ckpt").shapes.keys() == tensors.keys()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 6000000000\n"
+    for name in ("a.ckpt", "b.safetensors", "folder/c.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(DataError, match=r"git-lfs's pointer to the checkpoint, a text of 75 .*git lfs pull"):
+            CheckpointFile((tmp_path / name).parent if "/" in name else tmp_path / name)
+
+
 def test_the_schedules_buffers_are_the_released_ones_and_others_are_refused(tmp_path: Path) -> None:
     buffers = schedule_buffers()
     assert len(buffers) == 13

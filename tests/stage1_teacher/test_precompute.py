@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from shards.files.failures import read_failures
 from shards.looking.finalize import finalize
 from shards.reading.reader import ShardSet
 from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.inputs.fonts import font_sha256
 from stage1_teacher.inputs.input import InputFailure
 from stage1_teacher.inputs.prompts import Prompts
 from stage1_teacher.precompute import Done, precompute
+from stage1_teacher.recording.identity import build_identity
 from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import group_by_rendered
 from stage1_teacher.rendering.rendered_input import RenderSettings, render_input
@@ -34,6 +37,7 @@ from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 from tests.stage1_teacher.small_teacher import (
     DATA,
+    FONT,
     ROOT,
     annotation,
     load,
@@ -256,6 +260,61 @@ def test_inputs_that_fail_are_recorded_and_the_others_go_on(place: Place, tmp_pa
     shards = ShardSet.open(out)
     assert [shards.key(index) for index in range(len(shards))] == ["000000001", "000000003"]
     assert finalize(out).failures == {"empty text": 1, "bad polygon": 1}
+
+
+def test_inputs_that_are_equal_are_one_record_and_that_is_said(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = write_prompts(tmp_path / "equal.jsonl", 2)
+    prompts.write_text(prompts.read_text() * 2)
+    assert place.run(tmp_path / "out", "precompute.solver_steps=2", annotations=[], prompts=[prompts]).records == 2
+    (said,) = [message for message in caplog.messages if "become one record" in message]
+    assert said.startswith("2 of 4 inputs say the same as an earlier one")
+    assert "first equal.jsonl:3, as equal.jsonl:1" in said
+
+
+def write_lacking(folder: Path, count: int, *lacking: int) -> Path:
+    """Prompts of which some ask for Hebrew in a font that has none."""
+    path = write_prompts(folder / "lacking.jsonl", count, first=20)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for place in lacking:
+        lines[place]["lines"][0] |= {"text": "שלום", "font": str(FONT.with_name("Roboto-Bold.ttf"))}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_inputs_that_no_font_can_render_do_not_count_as_bad_ones(place: Place, tmp_path: Path) -> None:
+    out, prompts = tmp_path / "out", write_lacking(tmp_path, 11, 0)
+    overrides = ("precompute.max_failures=0", "shards.samples_per_shard=1", "precompute.solver_steps=2")
+    few = {"annotations": [], "prompts": [prompts], "limit": 2}
+    with pytest.raises(UsageError, match=r"^1 of the first 2 inputs have a line that no font can render.*: ש ל "):
+        place.run(out, *overrides, **few)
+    assert not (out / "manifest.json").exists()  # nor was a teacher loaded
+    done = place.run(out, *overrides, annotations=[], prompts=[prompts])
+    assert (done.records, done.failed, done.lacking) == (10, 1, 1)
+    failure, *others = read_failures(out)
+    assert not others
+    assert (failure.sample_index, failure.reason) == (0, "font lacks characters")
+    assert "lacking.jsonl:1: line 'שלום': font Roboto-Bold.ttf lacks ש (U+05E9)" in failure.message
+    done = place.run(out, *overrides, **few)  # a finished set is not looked at again
+    assert (done.shards_written, done.failed, done.lacking) == (0, 1, 1)
+    more = write_prompts(tmp_path / "more.jsonl", 1, first=40)
+    assert place.run(out, *overrides, annotations=[], prompts=[prompts, more]).records == 1
+
+
+def test_fallback_fonts_are_part_of_the_identity_where_there_are_any(place: Place, tmp_path: Path) -> None:
+    def identity(*overrides: str) -> dict[str, Any]:
+        config = load(place.config, *overrides)
+        return build_identity(config, RenderSettings.from_config(config))
+
+    fallback = f'inputs.fallback_fonts=["{FONT}"]'
+    assert "fallback" not in json.dumps(identity())
+    with_fallback = identity(fallback)
+    assert with_fallback["fonts"].pop("fallback") == [font_sha256(FONT)]
+    assert with_fallback == identity()
+    prompts = write_lacking(tmp_path, 2, 0, 1)
+    done = place.run(tmp_path / "out", fallback, "precompute.solver_steps=2", annotations=[], prompts=[prompts])
+    assert (done.records, done.failed) == (2, 0)
 
 
 def test_too_many_failures_stop_the_run_and_keep_what_is_committed(place: Place, tmp_path: Path) -> None:

@@ -48,6 +48,34 @@ def reason_of(folder: Path, value: Any) -> tuple[str, str]:
     return caught.value.reason, str(caught.value)
 
 
+def test_what_may_be_read_otherwise_than_meant_is_counted_and_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    odd = [line(valid=0), line(valid="false"), line(valid=False), line(valid=True), line(valid=None), line()]
+    entries = entry(annotations=odd), entry(wm_score=0.9, annotations=[line(valid=1)]), entry(wm_score=0.1)
+    annotations = Annotations(write(folder, *entries), watermark_threshold=0.5)
+    assert len(annotations[0].lines) == 5  # as ever: only false leaves a line out
+    left_out, valid = caplog.messages
+    assert "entries that are left out: 1, with a wm_score above inputs.watermark_threshold = 0.5" in left_out
+    assert "lines whose `valid` is neither true nor false: 2 (" in valid
+    assert "data.json: data_list[0].annotations[0] has 0" in valid
+    caplog.clear()
+    large = write(folder, entry(annotations=[line(polygon=[[1, 1], [900, 1], [900, 90]])]))
+    assert Annotations(large, use_images=False)[0].frame == (512, 512)
+    assert "does not fit the image size that is assumed without images: 1 (" in caplog.messages[0]
+    caplog.clear()
+    assert Annotations(large, use_images=False, frame=1024)[0].frame == (1024, 1024)
+    assert not caplog.messages
+
+
+def test_a_line_that_is_not_rendered_may_have_any_polygon(folder: Path) -> None:
+    for polygon in ([[1, 2]], "nowhere", None, [[0, 0], [1, None], [5, 5]], ...):
+        hidden = {name: value for name, value in line(polygon=polygon, valid=False).items() if value is not ...}
+        (kept,) = read_one(folder, entry(annotations=[hidden, line()])).lines
+        assert kept.text == "OPEN"
+
+
 def test_every_field_of_both_versions_is_read(folder: Path) -> None:
     content = read_one(
         folder,
@@ -242,7 +270,7 @@ def test_images_are_not_looked_for_where_they_are_not_wanted(tmp_path: Path) -> 
     path = write(tmp_path, entry(img_name="not there.jpg"), root="/nowhere")
     content = Annotations(path, use_images=False)[0]
     assert content.image is None
-    assert content.frame == 512
+    assert content.frame == (512, 512)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_a_prompt_needs_no_image(tmp_path: Path) -> None:
     content = read(tmp_path, prompt(lines=lines))[0]
     assert content.caption == "a sign"
     assert content.image is None
-    assert content.frame == 128
+    assert content.frame == (128, 128)
     assert content.lines[0].polygon == ((10, 20), (110, 20), (110, 60), (10, 60))
     assert content.lines[0].color == (220, 30, 40)
     assert content.lines[0].font == FONT
@@ -63,7 +64,7 @@ def test_optional_fields_are_read(tmp_path: Path) -> None:
     shutil.copy(FONT, tmp_path / "mine.ttf")
     lines = [line(font="mine.ttf", color=[1, 2, 3], language="English", glyph_map=False)]
     content = read(tmp_path, prompt(size=512, seed=7, image="a.png", mode="edit", lines=lines))[0]
-    assert (content.frame, content.seed, content.mode) == (512, 7, "edit")
+    assert (content.frame, content.seed, content.mode) == ((512, 512), 7, "edit")
     assert content.image == (tmp_path / "a.png").resolve()
     assert content.lines[0].font == tmp_path.resolve() / "mine.ttf"
     assert content.lines[0].language == "English"
@@ -101,6 +102,28 @@ def test_a_line_of_another_structure_stops_everything_at_once(tmp_path: Path, te
         Prompts(tmp_path / "none.jsonl", size=64, fonts={})
     path.write_text('{"caption": "x", "comment": "y"}')
     assert Prompts(path, size=64, fonts={}, ignored_fields=["comment"])[0].caption == "x"
+
+
+def test_four_corners_in_any_order_are_the_same_quadrilateral(tmp_path: Path) -> None:
+    corners = [[5, 18], [91, 20], [88, 48], [2, 44]]
+    around = [corners[i:] + corners[:i] for i in range(4)]
+    around += [order[::-1] for order in around]
+    for order in itertools.permutations(corners):
+        polygon = read(tmp_path, prompt(lines=[line(polygon=list(order), box=...)]))[0].lines[0].polygon
+        assert [list(corner) for corner in polygon] in around
+        assert list(map(list, polygon)) == list(order) or list(order) not in around  # one that was right stays
+    dented = [[0, 0], [90, 0], [40, 20], [0, 90]]  # not convex, and no sides cross
+    assert read(tmp_path, prompt(lines=[line(polygon=dented, box=...)]))[0].lines[0].polygon == tuple(
+        map(tuple, dented)
+    )
+
+
+def test_texts_are_composed_and_what_shows_nothing_is_empty(tmp_path: Path) -> None:
+    texts = "Cafe\u0301", "CO²", "ﬁn", "Ａ", "क\u094dष"
+    lines = read(tmp_path, prompt(lines=[line(text=text) for text in texts]))[0].lines
+    assert [text.text for text in lines] == ["Café", "CO²", "ﬁn", "Ａ", "क\u094dष"]
+    for nothing in ("\u200b", "\ufeff \u2060", "\u3164", "\u2800\u00ad", "\ufe0f", "\u3000", "\U000e0100"):
+        assert reason_of(tmp_path, prompt(lines=[line(text=nothing)])) == "empty text"
 
 
 @pytest.mark.parametrize(

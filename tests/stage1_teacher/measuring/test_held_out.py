@@ -191,7 +191,7 @@ def test_undrawn_layouts_follow_the_benchmarks_cut_and_names(tmp_path: Path) -> 
     lines[0]["valid"], lines[3]["glyph_map"] = False, False
     path = write_annotations(tmp_path / "a.json", annotation(0, img_name="000123.new.jpg", annotations=lines))
     config = load(None, "inputs.use_images=false")  # type: ignore[arg-type]
-    (layout,) = read_undrawn(open_inputs([path], [], config.inputs, {}), 64)
+    (layout,) = read_undrawn([open_inputs([path], [], config.inputs, {})[0]])
     assert layout.name == image_stem("some/000123.new.jpg") == "000123"
     assert len(layout.lines) == 20
     assert [place for place, line in enumerate(layout.lines) if not line.in_glyph_map] == [2]

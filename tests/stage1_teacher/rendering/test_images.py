@@ -46,6 +46,16 @@ def test_common_formats_are_read_as_rgb_in_minus_one_to_one(kind: str, mode: str
         assert values.mean((1, 2)) == pytest.approx([1, 0, -1], abs=0.03)
 
 
+def test_an_image_lies_as_a_viewer_shows_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned to the left
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "JPEG", exif=exif)
+    assert decode_image(buffer.getvalue(), 64, "x")[1] == (30, 40)
+    values, _ = decode_image(encode(Image.fromarray(np.full((64, 64), 30000, np.uint16))), 64, "x")
+    assert ((values + 1) * 127.5).round().max() == 117
+
+
 def test_an_image_of_its_own_size_is_not_resampled() -> None:
     values, size = decode_image(GOLDEN, 512, "x")
     pixels = np.asarray(Image.open(io.BytesIO(GOLDEN)).convert("RGB"))
@@ -75,6 +85,11 @@ def test_a_huge_file_is_refused_without_reading_it_whole(tmp_path: Path, monkeyp
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 3)
     (tmp_path / "three").write_bytes(b"abc")
     assert read_image_file(tmp_path / "three", "x") == b"abc"
+
+
+def test_a_git_lfs_pointer_is_named() -> None:
+    with pytest.raises(InputFailure, match=r"image is a git-lfs pointer; .* git lfs pull"):
+        decode_image(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", 64, "x")
 
 
 def test_formats_that_start_other_programs_are_not_read() -> None:

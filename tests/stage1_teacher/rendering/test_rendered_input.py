@@ -14,7 +14,7 @@ from common.config import load_config
 from common.errors import DataError
 from stage1_teacher.inputs.captions import text_caption
 from stage1_teacher.inputs.files import Inputs
-from stage1_teacher.inputs.input import Input, InputFailure, Line
+from stage1_teacher.inputs.input import FontLacksCharacters, Input, InputFailure, Line
 from stage1_teacher.inputs.prompts import Prompts
 from stage1_teacher.rendering.ahead import render_ahead
 from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
@@ -45,8 +45,8 @@ def line(text: str = "OPEN", **changes: Any) -> Line:
 
 
 def content(*lines: Line, **changes: Any) -> Input:
-    base: dict[str, Any] = {"where": "here", "input_id": "id", "caption": "a sign", "lines": lines, "frame": 128}
-    return Input(**(base | changes))
+    base: dict[str, Any] = {"where": "here", "input_id": "id", "caption": "a sign", "frame": (128, 128)}
+    return Input(**(base | {"lines": lines} | changes))
 
 
 def with_image(*lines: Line, **changes: Any) -> Input:
@@ -93,7 +93,7 @@ def test_nothing_depends_on_when_or_beside_what_an_input_is_drawn() -> None:
 
 def test_an_input_without_text_gets_upstreams_blank_line_at_any_size() -> None:
     for size in (512, 128):
-        rendered = draw(content(frame=300), size=size)
+        rendered = draw(content(frame=(300, 300)), size=size)
         assert rendered.texts == (" ",)
         assert rendered.polygons[0] == corners(*[value * size / 512 for value in (10, 10, 100, 100)])
         assert not rendered.glyphs.any() and rendered.positions.any()
@@ -157,7 +157,7 @@ def test_random_fonts_are_chosen_among_those_that_have_the_characters() -> None:
         return len({tuple(item.glyph_lines.flatten().tolist()) for item in rendered})
 
     assert used("OPEN") == 2
-    plain_only = "\u16a0"  # a rune: DejaVu Sans has it, its bold face does not
+    plain_only = "\U0001d5a0"  # DejaVu Sans has it, its bold face does not
     assert used(plain_only) == 1
     assert draw(content(line(plain_only)), random_fonts=True).glyphs.any()
     once, twice = (
@@ -210,7 +210,7 @@ def test_a_polygon_without_place_or_area_is_a_failure(polygon: Any, message: str
     ids=["beyond the edge", "bow tie", "six corners", "triangle", "enormous"],
 )
 def test_odd_polygons_that_touch_the_image_are_drawn(polygon: Any) -> None:
-    rendered = draw(with_image(line(polygon=polygon), frame=128))
+    rendered = draw(with_image(line(polygon=polygon), frame=(128, 128)))
     assert rendered.positions.any()
     assert np.isfinite(rendered.font_hint.numpy()).all()
 
@@ -222,6 +222,31 @@ def test_noised_records_need_an_image(tmp_path: Path) -> None:
     broken.write_bytes((DATA / "imgs" / "a.png").read_bytes()[:500])
     with pytest.raises(InputFailure, match="cannot be decoded"):
         draw(with_image(line(), image=broken))
+
+
+def test_a_line_that_its_font_lacks_is_rendered_in_the_first_fallback_that_has_all_of_it() -> None:
+    roboto, serif = (FONT.with_name(name) for name in ("Roboto-Bold.ttf", "SourceSerifPro-Bold.otf"))
+    hebrew = line("שלום", font=roboto)
+    expected = r"font Roboto-Bold.ttf lacks ש \(U\+05E9\) ל .*fallback_fonts"
+    with pytest.raises(FontLacksCharacters, match=expected) as caught:
+        draw(content(hebrew), fallback_fonts=(serif,))
+    assert caught.value.characters == "שלום"
+    fallen = draw(content(hebrew), fallback_fonts=(serif, BOLD, FONT))
+    asked = draw(content(line("שלום", font=BOLD)))
+    assert same(fallen, asked)
+    # One font for the whole line, and none in the place of one that has the characters.
+    with pytest.raises(FontLacksCharacters):
+        draw(content(line("CAFÉ 咖啡")), fallback_fonts=(BOLD,))
+    assert same(draw(content(line("CAFÉ")), fallback_fonts=(BOLD,)), draw(content(line("CAFÉ"))))
+
+
+def test_what_is_not_meant_to_be_seen_needs_no_glyph() -> None:
+    for text in ("A\u3000B", "A\u200dB", "A\u00a0B", "❤\ufe0f", "Cafe\u0301", "\u01ed"):
+        assert draw(content(line(text))).glyphs.any()
+    for text in ("咖", "नमस्ते", "A\U0010fffd"):
+        with pytest.raises(FontLacksCharacters):
+            draw(content(line(text)))
+    assert draw(content(line("OPEN " * 4 + "咖啡"))).texts == ("OPEN " * 4,)  # only what is rendered counts
 
 
 def test_settings_check_their_fonts(tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ def test_ned_is_the_published_formula() -> None:
 def test_folding_drops_case_width_and_spaces_and_nothing_else() -> None:
     assert fold("New Yｏrk ") == fold("newyork")
     assert fold("0") != fold("O")
+    assert fold("ｶﾞ") == fold("ガ") and fold("A\u3000B") == fold("ab")
+    assert fold("CO²") != fold("co2") and fold("①") != fold("1")
+
+
+def test_texts_that_look_the_same_are_the_same() -> None:
+    assert ned("Cafe\u0301", "Caf\u00e9") == ned("Café", "Café") == pytest.approx(1, abs=1e-4)
+    assert ned("CO²", "CO2") < 1
 
 
 def grouped(values: dict[str, list[float]]) -> Grouped:
