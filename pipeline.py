@@ -471,23 +471,20 @@ def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, t
 def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
     """Hand a student on to other tools.
 
-    `merged` adds the adapter to the checkpoint that --config names and keeps its keys. Sample any of them without
-    guidance at the printed timesteps: diffusers' DDIMScheduler with timestep_spacing="trailing" and
+    `merged` adds the adapter to the checkpoint that --config names and keeps its keys. `kohya` puts WriteNet's
+    adapters into a file of their own beside --out. Sample any of them without guidance at the printed timesteps,
+    which each file's metadata has too: diffusers' DDIMScheduler with timestep_spacing="trailing" and
     set_alpha_to_one=True has them.
 
     Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
     """
-    from stage2_student.student import export as exporting
-    from stage2_student.student.adapter import find_adapter, read_card
+    from stage2_student.student.export import export as run
 
-    folder = find_adapter(adapter)
-    if kind == "merged":
-        count = exporting.export_merged(config, folder, out)
-    else:
-        count = {"diffusers": exporting.export_diffusers, "kohya": exporting.export_kohya}[kind](folder, out)
-    card = read_card(folder)
+    done = run(config, adapter, kind, out)
+    card = done.card
     click.echo(
-        f"{out}: {count} adapted modules; {card.num_steps} {card.sampler} steps at t = {list(card.timesteps)}"
+        f"{', '.join(map(str, done.files))}: {done.modules} adapted modules; {card.num_steps} {card.sampler} steps"
+        f" at t = {list(card.timesteps)}"
     )
 
 

@@ -123,7 +123,7 @@ def shards_option(help_text: str = "A set that precompute wrote.", *, required: 
 
 
 def adapter_option(
-    help_text: str = "A run's folder, a checkpoint, an adapter.", *, required: bool = True
+    help_text: str = "A run's folder, a checkpoint, an adapter, or what export wrote.", *, required: bool = True
 ) -> Decorator:
     """Add --adapter for one student; the command receives `adapter: Path`."""
     return click.option("--adapter", type=PATH, required=required, help=help_text)

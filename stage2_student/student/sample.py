@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.anytext2.checkpoint import load_vae
+from common.anytext2.checkpoint import load_denoiser, load_vae
 from common.anytext2.conditioning import Conditioning, ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.anytext2.vae import VAE
@@ -22,6 +22,7 @@ from common.schedule import diffuse
 from common.seeding import generator
 from shards.reading.reader import ShardSet
 from stage2_student.student.adapter import Card, attach_adapter, find_adapter, read_card
+from stage2_student.student.exported import read_metadata
 from stage2_student.student.lora import merge
 from stage2_student.student.shard_facts import read_facts, require_base
 from stage2_student.student.student import DTYPES, Student, load_base
@@ -44,7 +45,7 @@ class LoadedStudent:
 
         Args:
             config: its [model] section.
-            adapter: a run's folder, a checkpoint, or an adapter's folder.
+            adapter: a run's folder, a checkpoint, an adapter's folder, or a file that `export` wrote.
             steps: the number of steps that was asked for, or None for the student's own.
 
         Raises:
@@ -52,10 +53,17 @@ class LoadedStudent:
             DataError: no adapter there, or it belongs to another base.
         """
         folder = find_adapter(adapter)
-        read_card(folder).require_steps(steps)  # before the base is loaded
-        device = resolve_device(config.model.device)
-        student, checkpoint = load_base(config, DTYPES[config.model.dtype], device)
-        card = attach_adapter(student, folder, fingerprint(checkpoint, "base"))
+        card = read_card(folder)
+        card.require_steps(steps)  # before the base is loaded
+        device, dtype = resolve_device(config.model.device), DTYPES[config.model.dtype]
+        if folder.is_file() and read_metadata(folder).get("layout") == "merged":
+            checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
+            card.require_base(fingerprint(checkpoint, "base"), folder)
+            base = load_denoiser(config.load_network(), folder, dtype, device)
+            student = Student(base.unet, base.writenet)
+            return LoadedStudent(student=student.requires_grad_(False), card=card, device=device)
+        student, checkpoint = load_base(config, dtype, device)
+        attach_adapter(student, folder, fingerprint(checkpoint, "base"))
         for model in (student.unet, student.writenet):
             merge(model)  # sampling changes no adapter: what it adds to every layer's work can be spared
         return LoadedStudent(student=student.requires_grad_(False), card=card, device=device)
