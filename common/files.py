@@ -30,19 +30,20 @@ def canonical_json(value: Any) -> bytes:
     return text.encode() + b"\n"
 
 
-def require_suffix(path: Path, *suffixes: str) -> None:
+def require_suffix(path: Path, *suffixes: str, option: str = "--out") -> None:
     """Refuse a name that says another format than what would be written.
 
     Args:
         path: of the file to be.
-        suffixes: in lower case, with their dots.
+        *suffixes: in lower case, with their dots.
+        option: that the name was given by.
 
     Raises:
         UsageError: the name ends otherwise.
     """
     if path.suffix.lower() not in suffixes:
         raise UsageError(
-            f"--out {path}: received {f'a {path.suffix} file' if path.suffix else 'a name without extension'},"
+            f"{option} {path}: received {f'a {path.suffix} file' if path.suffix else 'a name without extension'},"
             f" expected {' or '.join(suffixes)}, which is what would be in it; give such a name"
         )
 

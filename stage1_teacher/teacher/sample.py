@@ -1,8 +1,10 @@
-"""Sampling with the teacher: a typed prompt encoded, and a solve from noise on the trailing grid."""
+"""Sampling with the teacher: prompts, typed or of a file, encoded, and a solve from noise on the trailing grid."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,32 +12,100 @@ from torch import Tensor
 from common.anytext2.conditioning import Conditioning
 from common.config import Config
 from common.ddim import trailing_grid
+from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.inputs.fonts import configured_fonts
+from stage1_teacher.inputs.input import Input, Line
 from stage1_teacher.inputs.prompt_text import prompt_from_text
-from stage1_teacher.rendering.rendered_input import RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 
+logger = logging.getLogger(__name__)
 
-def encode_prompt(
+Size = tuple[int, int]
+"""(W, H) of an image in pixels."""
+
+
+def prompt_input(
     config: Config,
-    teacher: Teacher,
     text: str,
     boxes: Sequence[str | Sequence[float]],
     *,
+    texts: Sequence[str] = (),
     colors: Sequence[str] = (),
     font: str | None = None,
     image: Path | None = None,
-) -> Conditioning:
-    """Render and encode a prompt as precompute does; see `prompt_from_text` for the arguments.
+    size: Size | None = None,
+) -> Input:
+    """Read a prompt as a person types it, boxes in pixels of the image; see `prompt_from_text` for the others.
 
     Raises:
         UsageError: the prompt's parts do not match, or a value is wrong.
     """
-    settings = RenderSettings.from_config(config)
-    content = prompt_from_text(
-        text, boxes, size=settings.size, fonts=settings.fonts, colors=colors, font=font, image=image
+    width, height = size or (config.inputs.size, config.inputs.size)
+    fonts = configured_fonts(config)
+    typed = prompt_from_text(
+        text, boxes, size=height, texts=texts, fonts=fonts, colors=colors, font=font, image=image
     )
-    return teacher.encode([render_input(content, settings)])[0]
+    if width == height:
+        return typed
+
+    def in_frame(line: Line) -> Line:  # which is a square
+        return replace(line, polygon=tuple((x * height / width, y) for x, y in line.polygon))
+
+    return replace(typed, lines=tuple(map(in_frame, typed.lines)))
+
+
+def read_prompts(config: Config, path: Path, size: Size | None = None) -> list[Input]:
+    """Read a prompts file as precompute does, and see that each of its prompts can be rendered.
+
+    Args:
+        config: inputs, teacher and precompute are used.
+        path: the JSONL file.
+        size: of the images, in pixels; None for `inputs.size`. The square that boxes refer to is stretched to it.
+
+    Raises:
+        DataError: the file or one of its prompts is wrong.
+    """
+    settings = _settings(config, size)
+    found = open_inputs((), (path,), config.inputs, settings.fonts)
+    inputs = [found[index] for index in range(len(found))]
+    for content in inputs:
+        render_input(content, settings)
+    return inputs
+
+
+def encode_input(
+    config: Config, teacher: Teacher, content: Input, size: Size | None = None
+) -> tuple[Conditioning, RenderedInput]:
+    """Render and encode an input as precompute does.
+
+    Args:
+        config: inputs, teacher and precompute are used.
+        teacher: its encoders.
+        content: the input.
+        size: of the image, in pixels; None for `inputs.size`.
+
+    Raises:
+        InputFailure: it cannot be rendered.
+    """
+    rendered = render_input(content, _settings(config, size))
+    asked = tuple(line.text for line in content.lines)
+    if asked and rendered.texts != asked:
+        logger.warning(
+            "%s: asked for %s, shown are %s; inputs.max_lines = %d and inputs.max_chars = %d allow no more",
+            content.where,
+            ", ".join(map(repr, asked)),
+            ", ".join(map(repr, rendered.texts)),
+            config.inputs.max_lines,
+            config.inputs.max_chars,
+        )
+    return teacher.encode([rendered])[0], rendered
+
+
+def _settings(config: Config, size: Size | None) -> RenderSettings:
+    settings = RenderSettings.from_config(config)
+    return settings if size is None else replace(settings, size=size[1], width=size[0])
 
 
 def sample_latents(

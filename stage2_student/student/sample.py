@@ -21,6 +21,7 @@ from common.pictures import Picture
 from common.schedule import diffuse
 from common.seeding import generator
 from shards.reading.reader import ShardSet
+from shards.records.meta import SampleMeta
 from stage2_student.student.adapter import Card, attach_adapter, find_adapter, read_card
 from stage2_student.student.exported import read_metadata
 from stage2_student.student.lora import merge
@@ -134,6 +135,8 @@ class Start:
     """The noise that the teacher had, (B, C, h, w) float32; None if any will do."""
     x0: Tensor | None = None
     """What the teacher made of it, likewise."""
+    meta: SampleMeta | None = None
+    """Of a record, what it says of itself."""
 
 
 def read_start(config: Config, location: str, index: int, seed: int | None, num_images: int) -> Start:
@@ -157,13 +160,13 @@ def read_start(config: Config, location: str, index: int, seed: int | None, num_
     require_base(read_facts(shards), base, location)
     record = shards[index]
     if seed is not None or record.meta.source != "rollout":
-        return Start(conditioning=record.conditioning)
+        return Start(conditioning=record.conditioning, meta=record.meta)
     if num_images > record.num_rollouts:
         raise UsageError(
             f"--num-images {num_images}: the record holds {record.num_rollouts} solves; give --seed for more"
         )
     solves = record.rollout_latents[:num_images].float()  # (B, S + 1, C, h, w)
-    return Start(conditioning=record.conditioning, noise=solves[:, 0], x0=solves[:, -1])
+    return Start(conditioning=record.conditioning, noise=solves[:, 0], x0=solves[:, -1], meta=record.meta)
 
 
 def load_decoder(config: Config) -> VAE:
