@@ -370,6 +370,7 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     from stage2_student.evaluation.summary import format_table, summarise
 
     if quick:
+        refuse_ignored("--quick sets it", "count", "steps", "layouts")
         count, steps, layouts = 24, 40, 8
     plan = plan_demo(out, count=count, steps=steps, layouts=layouts)
     seconds = {}
@@ -402,7 +403,7 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
 )
 @click.option("--no-teacher", is_flag=True, help="Do not evaluate the teacher.")
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="[NAME=]RUN", help="A trained student; again for more."
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]RUN", help="A student, or its export; again for more."
 )
 @click.option("--truth", is_flag=True, help="Also read the true images, and these through the VAE: the ceiling.")
 @click.option(

@@ -155,6 +155,11 @@ def test_options_that_would_be_ignored_are_refused(place: Place, command: str, o
     assert result.exit_code == 2 and f"received {option}, which would be ignored" in result.output
 
 
+def test_a_quick_demo_refuses_what_it_sets_itself(tmp_path: Path) -> None:
+    result = call("demo", "--quick", "--steps", "9", "--out", tmp_path / "demo")
+    assert result.exit_code == 2 and "received --steps, which would be ignored: --quick sets it" in result.output
+
+
 def said(path: Path) -> dict[str, str]:
     with Image.open(path) as image:
         assert image.format == "PNG" and isinstance(image, PngImageFile)

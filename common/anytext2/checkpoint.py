@@ -20,7 +20,7 @@ from common.anytext2.unet import UNet
 from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
 from common.errors import DataError
-from common.files import fsync_dir, temporary_path
+from common.files import fsync_dir, require_suffix, temporary_path
 from common.schedule import NUM_TRAIN_TIMESTEPS, make_alphas_cumprod
 
 __all__ = [
@@ -228,11 +228,15 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
         path: the file.
         tensors: all of them.
         metadata: what the file says of itself; of a .safetensors in its header, of a .ckpt under METADATA_KEY.
+
+    Raises:
+        UsageError: the suffix is neither.
     """
+    require_suffix(path, ".safetensors", ".ckpt", option="checkpoint")
     temporary = temporary_path(path)
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
         else:
             said = {} if metadata is None else {METADATA_KEY: dict(metadata)}

@@ -211,7 +211,7 @@ def attach_adapter(student: Student, folder: Path, base_fingerprint: str) -> Car
 
 
 def adapter_files(path: Path) -> dict[str, Path]:
-    """Return the files that an adapter consists of, by their names in its folder.
+    """Return the files that an adapter consists of, by name; those of an export by part.
 
     Args:
         path: an adapter's folder, or an exported file.
@@ -222,7 +222,7 @@ def adapter_files(path: Path) -> dict[str, Path]:
     if not path.is_file():
         return {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
     other = exported.read_metadata(path).get("writenet_file")
-    return {name: path.with_name(name) for name in (path.name, other) if name}
+    return {"exported": path, **({"writenet": path.with_name(other)} if other else {})}
 
 
 def find_adapter(path: Path) -> Path:

@@ -74,7 +74,7 @@ def read_metadata(path: Path) -> Metadata:
         DataError: it is no readable .safetensors or .ckpt.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             with safe_open(path, "pt") as file:
                 return dict(file.metadata() or {})
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -35,7 +35,7 @@ def config(configure: Configure) -> Config:
     )
 
 
-def random_adapter(config: Config, base_folder: Path) -> dict[str, torch.Tensor]:
+def random_adapter(config: Config) -> dict[str, torch.Tensor]:
     base, _ = load_base(config, torch.float32, "cpu")
     add_adapters(base, config)
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def adapter(config: Config, base_folder: Path, tmp_path: Path) -> Path:
         set_hash="0" * 64,
         config=config.as_dict(),
     )
-    save_adapter(tmp_path / "adapter", random_adapter(config, base_folder), card)
+    save_adapter(tmp_path / "adapter", random_adapter(config), card)
     return tmp_path / "adapter"
 
 
@@ -109,7 +109,7 @@ def test_diffusers_reads_the_kohya_file_as_the_same_lora(
     """By a stock pipeline's own converter and loader, from the file, with every layer of the UNet adapted."""
     every = {name for name, module in UNet(network).named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     assert any("attn1x" in name for name in every) and any("downsamplers" in name for name in every)
-    tensors = random_adapter(config.replace(lora=config.lora.replace(targets=tuple(sorted(every)))), base_folder)
+    tensors = random_adapter(config.replace(lora=config.lora.replace(targets=tuple(sorted(every)))))
     save_adapter(tmp_path / "every", tensors, read_card(adapter))
     files = export_kohya(tmp_path / "every", tmp_path / "kohya.safetensors").files
     assert [file.name for file in files] == ["kohya.safetensors", "kohya_writenet.safetensors"]
