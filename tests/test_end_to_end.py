@@ -47,6 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     shards, run = folder / "shards", folder / "run"
     made = call("precompute", "--config", config, "--prompts", prompts, "--out", shards)
     assert made.exit_code == 0, made.output
+    AcceleratorState._reset_state(reset_partial_state=True)  # whatever ran before in this process
     trained = call("train", "--config", config, "--shards", shards, "--out", run, sets=TRAINING)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert trained.exit_code == 0, trained.output
