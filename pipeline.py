@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,12 +32,14 @@ from common.cli import (
     config_options,
     input_options,
     out_option,
+    refuse_ignored,
     shards_folder_option,
     shards_option,
 )
 from common.config import PROJECT_ROOT, Config
 from common.errors import DataError, UsageError
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 PACKAGES = ("both_stages", "common", "shards", "stage1_teacher", "stage2_student")
 
 
@@ -139,7 +142,9 @@ def status(shards: Path) -> None:
 
 @cli.command()
 @shards_option()
-@out_option("Make a contact sheet too; needs the teacher's VAE.", PATH, metavar="FILE", required=False)
+@out_option(
+    "Make a contact sheet too; needs the teacher's VAE.", PATH, metavar="FILE", required=False, suffixes=IMAGES
+)
 @click.option("--records", default=4, show_default=True, type=click.IntRange(min=1), help="Rows of the sheet.")
 @config_options
 def inspect(config: Config, shards: str, out: Path | None, records: int) -> None:
@@ -147,6 +152,8 @@ def inspect(config: Config, shards: str, out: Path | None, records: int) -> None
 
     Example: pipeline.py inspect --config configs/tiny.toml --shards demo/shards --out demo/contact_sheet.png
     """
+    if out is None:
+        refuse_ignored("only the sheet of --out has rows", "records")
     from shards.files.failures import count_by_reason, read_failures
     from shards.looking.inspect import describe_set
     from shards.reading.reader import ShardSet
@@ -193,6 +200,8 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
 
     Example: pipeline.py verify --shards demo/shards
     """
+    if recompute is None:
+        refuse_ignored("only --recompute compares with it", "tolerance")
     from shards.looking.verify import audit
 
     found, damages = audit(shards, num_threads=threads)
@@ -256,18 +265,22 @@ def train(
 
 @cli.command()
 @config_options
-@adapter_option("Sample with a student: a run's folder, a checkpoint, an adapter.", required=False)
+@adapter_option("Sample with a student: a run's folder, a checkpoint, an adapter, an export.", required=False)
 @click.option("--teacher", "with_teacher", is_flag=True, help="Sample with the teacher: DDIM with guidance.")
 @click.option(
     "--compare", is_flag=True, help="With --adapter: the teacher's picture of the same noise to its left."
 )
-@click.option("--prompt", help="Caption; the texts to show stand in it in quotation marks.")
+@click.option("--prompt", help='Caption; the texts to show stand in it between "...", “...” or «...».')
 @click.option(
     "--box", "boxes", multiple=True, metavar="X0,Y0,X1,Y1", help="Where each text goes, pixels; again for more."
+)
+@click.option(
+    "--text", "texts", multiple=True, help="The text of each --box; the prompt's marks then mean nothing."
 )
 @click.option("--color", "colors", multiple=True, metavar="#RRGGBB", help="Of each text, or one for all.")
 @click.option("--font", help="A configured font's name, or a font file.")
 @click.option("--image", type=FILE, help="Edit this image instead of generating one.")
+@click.option("--prompts", type=FILE, help="Sample each line of a prompts JSONL, as precompute takes it.")
 @click.option("--record", type=click.IntRange(min=0), help="Take the conditioning of a record of --shards.")
 @shards_option("With --record: its set.", required=False)
 @click.option("--steps", type=click.IntRange(min=1), help="Of the teacher; a student has its own number.")
@@ -275,49 +288,49 @@ def train(
 @click.option(
     "--num-images", type=click.IntRange(min=1), default=1, show_default=True, help="Each of other noise."
 )
-@out_option("PNG file; with a number if there are more.", FILE)
+@click.option("--size", metavar="WxH", help="Of the images, multiples of 64 in the released model.")
+@out_option("PNG file, with a number if there are more; of --prompts a folder of them.", PATH)
+@click.option("--grid", type=FILE, help="Also one PNG file of all images.")
 def sample(
     config: Config,
     adapter: Path | None,
     with_teacher: bool,
-    compare: bool,
     prompt: str | None,
-    boxes: tuple[str, ...],
-    colors: tuple[str, ...],
-    font: str | None,
-    image: Path | None,
+    prompts: Path | None,
     record: int | None,
     shards: str | None,
-    steps: int | None,
-    seed: int | None,
-    num_images: int,
     out: Path,
+    **options: Any,
 ) -> None:
-    """Sample images: with the teacher or a student, from a prompt with boxes or from a record.
+    """Sample images: with the teacher or a student, from a prompt with boxes, a file of prompts, or a record.
 
     From a record a student needs no part of the teacher; --compare then shows the teacher's picture as recorded.
+    Each PNG says in its metadata what it shows, of which seed and model.
 
     Example: pipeline.py sample --config configs/tiny.toml --adapter demo/run --prompt 'a sign that says "OPEN"'
     --box 16,40,112,88 --out open.png
     """
     if (adapter is None) != with_teacher:
         raise UsageError("who samples? Give one of --adapter RUN and --teacher; --compare puts both side by side")
-    if (prompt is None) == (record is None) or (record is None) != (shards is None):
-        raise UsageError("sample what? Give --prompt with a --box for each text, or --record with --shards")
-    from both_stages.sampling import ImageSampler, Prompt, RecordOf
-    from common.pictures import beside, write_png
+    if sum(what is not None for what in (prompt, prompts, record)) != 1 or (record is None) != (shards is None):
+        raise UsageError(
+            "sample what? Give --prompt with a --box for each text, or --prompts, or --record with --shards"
+        )
+    typed = {name: options.pop(name) for name in ("texts", "boxes", "colors", "font", "image")}
+    if prompt is None:
+        refuse_ignored("a record, or a line of --prompts, says it itself", *typed)
+    if record is not None:
+        refuse_ignored("a record has its own", "size")
+    from both_stages.sample_files import sample_files
+    from both_stages.sampling import Prompt, RecordOf
 
-    what: Prompt | RecordOf
+    asked: Prompt | RecordOf | Path | None = prompts
     if prompt is not None:
-        what = Prompt(text=prompt, boxes=boxes, colors=colors, font=font, image=image)
-    else:
-        assert shards is not None and record is not None
-        what = RecordOf(shards=shards, index=record)
-    sampler = ImageSampler(config, adapter=adapter, steps=steps)
-    samples = sampler.sample(what, seed=seed, num_images=num_images, compare=compare)
-    for number, picture in enumerate(samples.pictures):
-        path = out if num_images == 1 else out.with_stem(f"{out.stem}_{number}")
-        write_png(path, picture if samples.teacher is None else beside([samples.teacher[number], picture]))
+        asked = Prompt(text=prompt, **typed)
+    elif shards is not None and record is not None:
+        asked = RecordOf(shards=shards, index=record)
+    assert asked is not None
+    for path in sample_files(config, asked, out, adapter=adapter, **options):
         click.echo(f"{path}")
 
 
@@ -325,7 +338,7 @@ def sample(
 @shards_option("A set of rollouts.")
 @adapter_option()
 @click.option("--records", default="0,1,2,3", show_default=True, metavar="I,J,...", help="Which records to show.")
-@out_option("PNG file.", PATH, metavar="FILE")
+@out_option("PNG file.", PATH, metavar="FILE", suffixes=[".png"])
 @config_options
 def compare(config: Config, shards: str, adapter: Path, records: str, out: Path) -> None:
     """Show layout, teacher and student side by side, from the same noise, for some records.
@@ -364,6 +377,7 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     from stage2_student.evaluation.summary import format_table, summarise
 
     if quick:
+        refuse_ignored("--quick sets it", "count", "steps", "layouts")
         count, steps, layouts = 24, 40, 8
     plan = plan_demo(out, count=count, steps=steps, layouts=layouts)
     seconds = {}
@@ -396,7 +410,7 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
 )
 @click.option("--no-teacher", is_flag=True, help="Do not evaluate the teacher.")
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="[NAME=]RUN", help="A trained student; again for more."
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]RUN", help="A student, or its export; again for more."
 )
 @click.option("--truth", is_flag=True, help="Also read the true images, and these through the VAE: the ceiling.")
 @click.option(
@@ -449,7 +463,7 @@ def evaluate(
 @cli.command()
 @click.option("--evaluation", type=FOLDER, required=True, help="Folder that evaluate wrote.")
 @click.option("--run", "runs", multiple=True, type=FOLDER, help="Training run, for its curve.")
-@out_option("The HTML file.", FILE)
+@out_option("The HTML file.", FILE, suffixes=[".html", ".htm"])
 @click.option("--examples", type=click.IntRange(min=0), default=12, show_default=True, help="Layouts shown.")
 @click.option("--title", default="AnyText2 in few steps: how well text comes out", help="Heading of the page.")
 def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, title: str) -> None:
@@ -478,23 +492,20 @@ def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, t
 def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
     """Hand a student on to other tools.
 
-    `merged` adds the adapter to the checkpoint that --config names and keeps its keys. Sample any of them without
-    guidance at the printed timesteps: diffusers' DDIMScheduler with timestep_spacing="trailing" and
+    `merged` adds the adapter to the checkpoint that --config names and keeps its keys. `kohya` puts WriteNet's
+    adapters into a file of their own beside --out. Sample any of them without guidance at the printed timesteps,
+    which each file's metadata has too: diffusers' DDIMScheduler with timestep_spacing="trailing" and
     set_alpha_to_one=True has them.
 
     Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
     """
-    from stage2_student.student import export as exporting
-    from stage2_student.student.adapter import find_adapter, read_card
+    from stage2_student.student.export import export as run
 
-    folder = find_adapter(adapter)
-    if kind == "merged":
-        count = exporting.export_merged(config, folder, out)
-    else:
-        count = {"diffusers": exporting.export_diffusers, "kohya": exporting.export_kohya}[kind](folder, out)
-    card = read_card(folder)
+    done = run(config, adapter, kind, out)
+    card = done.card
     click.echo(
-        f"{out}: {count} adapted modules; {card.num_steps} {card.sampler} steps at t = {list(card.timesteps)}"
+        f"{', '.join(map(str, done.files))}: {done.modules} adapted modules; {card.num_steps} {card.sampler} steps"
+        f" at t = {list(card.timesteps)}"
     )
 
 

@@ -55,7 +55,7 @@ class Question:
     no_teacher: bool = False
     """Leave the teacher out, but for what `without` asks for."""
     adapters: tuple[tuple[str, Path], ...] = ()
-    """Students: a name for the tables, and a run's folder, a checkpoint, or an adapter's folder."""
+    """Students: a name for the tables, and a run's folder, a checkpoint, an adapter's folder, or an export."""
     truth: bool = False
     """Whether to read the true images too, and these through the VAE."""
     without: tuple[str, ...] = ()
@@ -83,6 +83,8 @@ def evaluate(config: Config, question: Question, out: Path, command: Sequence[st
     """
     if question.images is not None:
         _check_scoring(config, question)
+    elif question.no_teacher and question.grids:
+        raise UsageError("received --teacher with --no-teacher, expected one of them; leave the other out")
     judge = load_judge(config.evaluate.judge)
     prepare = _prepare_drawing if question.images is None else _prepare_scoring
     plan, settings, runs = prepare(config, question)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from common.config import load_config
 from common.errors import AppError, UsageError, explain
+from common.files import require_suffix
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -123,12 +125,43 @@ def shards_option(help_text: str = "A set that precompute wrote.", *, required: 
 
 
 def adapter_option(
-    help_text: str = "A run's folder, a checkpoint, an adapter.", *, required: bool = True
+    help_text: str = "A run's folder, a checkpoint, an adapter, or what export wrote.", *, required: bool = True
 ) -> Decorator:
     """Add --adapter for one student; the command receives `adapter: Path`."""
     return click.option("--adapter", type=PATH, required=required, help=help_text)
 
 
-def out_option(help_text: str, kind: click.Path, **attributes: Any) -> Decorator:
-    """Add --out, required unless it is said otherwise; the command receives `out: Path`."""
-    return click.option("--out", type=kind, help=help_text, **{"required": True, **attributes})
+def out_option(help_text: str, kind: click.Path, *, suffixes: Sequence[str] = (), **attributes: Any) -> Decorator:
+    """Add --out, required unless it is said otherwise; the command receives `out: Path`.
+
+    Args:
+        help_text: what is written.
+        kind: of path.
+        suffixes: of names that say what is written, others are refused; none for any.
+        **attributes: of `click.option`.
+    """
+
+    def check(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+        if value is not None and suffixes:
+            require_suffix(value, *suffixes)
+        return value
+
+    return click.option("--out", type=kind, help=help_text, callback=check, **{"required": True, **attributes})
+
+
+def refuse_ignored(because: str, *names: str) -> None:
+    """Refuse options that the running command would ignore.
+
+    Args:
+        because: why, as in "--record brings its own".
+        *names: of the command's parameters.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    context = click.get_current_context()
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        listed = ", ".join(options[name] for name in given)
+        raise UsageError(f"received {listed}, which would be ignored: {because}; leave {listed} out")

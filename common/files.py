@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from common.errors import UsageError
+
 TEMPORARY_SUFFIX = ".tmp"
 """Files with this suffix are leftovers of dead writers unless one is running; they are never read."""
 
@@ -26,6 +28,24 @@ def canonical_json(value: Any) -> bytes:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
+
+
+def require_suffix(path: Path, *suffixes: str, option: str = "--out") -> None:
+    """Refuse a name that says another format than what would be written.
+
+    Args:
+        path: of the file to be.
+        *suffixes: in lower case, with their dots.
+        option: that the name was given by.
+
+    Raises:
+        UsageError: the name ends otherwise.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(
+            f"{option} {path}: received {f'a {path.suffix} file' if path.suffix else 'a name without extension'},"
+            f" expected {' or '.join(suffixes)}, which is what would be in it; give such a name"
+        )
 
 
 def sha256_file(path: Path) -> str:

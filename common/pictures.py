@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from common.files import write_bytes_atomic
+from common.files import require_suffix, write_bytes_atomic
 
 Picture = NDArray[np.uint8]
 """(H, W, 3), RGB."""
@@ -141,9 +142,34 @@ def in_columns(columns: Mapping[str, Sequence[Picture]]) -> Picture:
     return np.asarray(sheet)
 
 
-def write_png(path: Path, picture: Picture) -> None:
-    """Write a picture as PNG, complete or not at all."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
+def in_grid(pictures: Sequence[Picture], columns: int) -> Picture:
+    """Put pictures of one size into rows of so many, white between and after them."""
+    height, width = pictures[0].shape[:2]
+    rows = -(-len(pictures) // columns)
+    size = (rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, 3)
+    sheet = np.full(size, 255, np.uint8)
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def write_png(path: Path, picture: Picture, texts: Mapping[str, str] | None = None) -> None:
+    """Write a picture as PNG, complete or not at all.
+
+    Args:
+        path: ends in .png.
+        picture: RGB.
+        texts: what the file says of itself, as PNG's text chunks by keyword.
+
+    Raises:
+        UsageError: the name says another format.
+    """
+    require_suffix(path, ".png")
+    chunks, buffer = PngInfo(), io.BytesIO()
+    for keyword, text in (texts or {}).items():
+        chunks.add_text(keyword, text)  # an international one where Latin-1 does not do
+    Image.fromarray(picture).save(buffer, format="PNG", pnginfo=chunks)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(path, buffer.getvalue())

@@ -53,11 +53,14 @@ def pictures(out: Path, name: str) -> np.ndarray:
 def test_teacher_and_student_draw_from_the_same_noise_and_their_costs_are_counted(
     folder: Path, tmp_path: Path
 ) -> None:
+    exported = folder / "student.safetensors"
+    made = run("export", "--adapter", folder / "fresh", "--format", "kohya", "--out", exported)
+    assert made.exit_code == 0, made.output
     result = evaluate(
         folder,
         tmp_path,
-        *("--adapter", f"untrained={folder / 'fresh'}", "--teacher", "trailing:2", "--teacher", "upstream:3"),
-        *("--set", "precompute.guidance_scale=1"),
+        *("--adapter", f"untrained={folder / 'fresh'}", "--adapter", f"exported={exported}"),
+        *("--teacher", "trailing:2", "--teacher", "upstream:3", "--set", "precompute.guidance_scale=1"),
     )
     assert result.exit_code == 0, result.output
     assert "teacher, 2 steps (trailing grid)" in result.output
@@ -65,14 +68,16 @@ def test_teacher_and_student_draw_from_the_same_noise_and_their_costs_are_counte
     assert list(rows) == [
         "teacher, 3 steps (upstream grid)",
         "teacher, 2 steps (trailing grid)",
+        "exported, 2 steps",
         "untrained, 2 steps",
     ]
-    assert [rows[label]["unet_evaluations"] for label in rows] == [3, 2, 2]
-    assert [rows[label]["writenet_evaluations"] for label in rows] == [1, 1, 1]
+    assert [rows[label]["unet_evaluations"] for label in rows] == [3, 2, 2, 2]
+    assert [rows[label]["writenet_evaluations"] for label in rows] == [1, 1, 1, 1]
     assert all(row["seconds_per_image"] > 0 and row["images"] == 3 for row in rows.values())
     # An adapter that changes nothing, without guidance, is the teacher: a difference would be the measurement's.
     ours, theirs = pictures(tmp_path, "untrained-2-steps"), pictures(tmp_path, "teacher-2-steps-trailing-grid")
     assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert np.array_equal(ours, pictures(tmp_path, "exported-2-steps"))
     other = pictures(tmp_path, "teacher-3-steps-upstream-grid")
     assert np.abs(other.astype(int) - theirs).max() > 5
 
@@ -265,6 +270,7 @@ def test_fonts_of_scored_images_lie_beside_their_configuration(tmp_path: Path) -
         (("--adapter", "nowhere"), 3, "nowhere: no adapter there"),
         (("--set", "evaluate.judge=tesseract"), 2, "received 'tesseract'"),
         (("--set", "evaluate.batch_size=0"), 2, "evaluate.batch_size: received 0, expected at least 1"),
+        (("--no-teacher", "--teacher", "trailing:4"), 2, "received --teacher with --no-teacher"),
         (("--images", "nowhere"), 3, "nowhere: no such folder"),
         (("--set", "evaluate.fid_weights=nowhere.pt"), 3, "config evaluate.fid_weights: no file or folder"),
         (("--set", "evaluate.fid_weights=README.md"), 2, "FID compares with the true images; add --truth"),

@@ -20,10 +20,11 @@ from common.anytext2.unet import UNet
 from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
 from common.errors import DataError
-from common.files import fsync_dir, temporary_path
+from common.files import fsync_dir, require_suffix, temporary_path
 from common.schedule import NUM_TRAIN_TIMESTEPS, make_alphas_cumprod
 
 __all__ = [
+    "METADATA_KEY",
     "CheckpointFile",
     "check_keys",
     "check_schedule",
@@ -40,6 +41,8 @@ __all__ = [
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Source = Path | CheckpointFile
+METADATA_KEY = "metadata"
+"""Of a .ckpt, beside its "state_dict"."""
 
 
 def load_unet(
@@ -223,18 +226,28 @@ def check_schedule(file: CheckpointFile) -> None:
         )
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors under upstream's keys, as .ckpt or .safetensors by the name's suffix.
 
     The file appears under its name only when complete and on disk.
+
+    Args:
+        path: the file.
+        tensors: all of them.
+        metadata: what the file says of itself; of a .safetensors in its header, of a .ckpt under METADATA_KEY.
+
+    Raises:
+        UsageError: the suffix is neither.
     """
+    require_suffix(path, ".safetensors", ".ckpt", option="checkpoint")
     temporary = temporary_path(path)
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
-        if path.suffix == ".safetensors":
-            save_file(plain, temporary, metadata={"format": "pt"})
+        if path.suffix.lower() == ".safetensors":
+            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
         else:
-            torch.save({"state_dict": plain}, temporary)
+            said = {} if metadata is None else {METADATA_KEY: dict(metadata)}
+            torch.save({"state_dict": plain, **said}, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # safetensors makes it private

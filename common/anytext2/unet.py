@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -13,6 +14,9 @@ from common.anytext2.config import NetworkConfig
 
 Control = tuple[Tensor, ...]
 """WriteNet's residuals, shallow to deep, the middle block's last."""
+ATTNX_ALIASES = {"attnx1": "attn1x", "attnx2": "attn2x"}
+"""AttnX's names in kohya's LoRA files: diffusers' converter of these files takes `attn1` for its own wherever it
+stands, and makes `attn1.processorx` of `attn1x`."""
 
 
 class AttnXBlock(BasicTransformerBlock):
@@ -84,6 +88,15 @@ class UNet(UNet2DConditionModel):
         for level, block in zip(reversed(range(len(up))), self.up_blocks, strict=True):
             _replace_blocks(block, attnx=level in sizes.attnx_levels)
 
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Load a LoRA as diffusers does, which calls this of its pipelines too; AttnX may go by its aliases."""
+        lora = pretrained_model_name_or_path_or_dict
+        if isinstance(lora, Mapping):
+            lora = _without_aliases(lora)
+        if kwargs.get("network_alphas"):
+            kwargs["network_alphas"] = _without_aliases(kwargs["network_alphas"])
+        super().load_lora_adapter(lora, *args, **kwargs)
+
     def forward(
         self,
         noisy_latents: Tensor,
@@ -126,3 +139,13 @@ def _replace_blocks(module: nn.Module | None, *, attnx: bool) -> None:
         blocks = attention.transformer_blocks
         for index, block in enumerate(blocks):
             blocks[index] = AttnXBlock(block, attnx=attnx)
+
+
+def _without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give AttnX its own name in the keys of a LoRA."""
+    named = {}
+    for key, value in values.items():
+        for alias, name in ATTNX_ALIASES.items():
+            key = key.replace(f".{alias}.", f".{name}.")
+        named[key] = value
+    return named

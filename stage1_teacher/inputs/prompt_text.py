@@ -1,7 +1,12 @@
-"""A prompt as a person types it: a sentence with the texts in quotation marks, and a box for each."""
+"""A prompt as a person types it: a sentence with the texts in quotation marks, or beside it, and a box for each.
+
+Texts are found between "...", “...” or «...». Where the sentence has such marks for something else (a 5" pipe), or
+the image is to show a mark, the texts are given beside it, and no mark in the sentence means anything.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +16,10 @@ from common.errors import UsageError
 from stage1_teacher.inputs.input import Input, InputFailure
 from stage1_teacher.inputs.prompts import parse_prompt
 
+logger = logging.getLogger(__name__)
+
+MARKS = '"...", “...” or «...»'
+"""That count as quotation marks, for messages."""
 _QUOTED = re.compile('"([^"]*)"|“([^”]*)”|«([^»]*)»')
 
 
@@ -19,6 +28,7 @@ def prompt_from_text(
     boxes: Sequence[str | Sequence[float]],
     *,
     size: int,
+    texts: Sequence[str] = (),
     fonts: Mapping[str, Path] | None = None,
     colors: Sequence[str] = (),
     font: str | None = None,
@@ -29,9 +39,9 @@ def prompt_from_text(
 
     Args:
         prompt: the sentence; it is also the image's caption, as it stands.
-        boxes: x0, y0, x1, y1 in pixels of the image, as numbers or as "x0,y0,x1,y1", one for each quoted text, in
-            order.
+        boxes: x0, y0, x1, y1 in pixels of the image, as numbers or as "x0,y0,x1,y1", one for each text, in order.
         size: side of the image in pixels.
+        texts: to show, as they are; none: those that the sentence quotes.
         fonts: configured font files by name.
         colors: "#rrggbb" for each text, none at all, or one for all.
         font: a configured font's name or a font file, for all texts.
@@ -41,15 +51,20 @@ def prompt_from_text(
     Raises:
         UsageError: the number of texts, boxes and colours do not match, or a value is wrong.
     """
-    texts = [next(filter(None, groups), "") for groups in _QUOTED.findall(prompt)]
-    if len(texts) != len(boxes):
+    found = list(texts) or quoted_texts(prompt, boxed=len(boxes) > 0)
+    where = "--text" if texts else f"the prompt, between {MARKS}"
+    if len(found) != len(boxes):
         raise UsageError(
-            f"prompt has {len(texts)} quoted texts and {len(boxes)} boxes; give one --box x0,y0,x1,y1 for each"
+            f"received {len(found)} texts from {where} ({_listed(found)}) and {len(boxes)} boxes, expected as"
+            " many: give one --box x0,y0,x1,y1 for each, or the texts themselves as one --text beside each --box"
         )
-    if len(colors) not in (0, 1, len(texts)):
-        raise UsageError(f"{len(colors)} colours for {len(texts)} texts; give one for each, one for all, or none")
+    if len(colors) not in (0, 1, len(found)):
+        raise UsageError(f"{len(colors)} colours for {len(found)} texts; give one for each, one for all, or none")
+    if not found and (colors or font is not None):
+        raise UsageError(f"--color or --font: no text to use it for; found none in {where}; leave it out")
+    logger.info("texts, from %s: %s", where, _listed(found))
     lines: list[dict[str, Any]] = []
-    for place, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+    for place, (text, box) in enumerate(zip(found, boxes, strict=True)):
         line: dict[str, Any] = {"text": text, "box": _numbers(box)}
         if colors:
             line["color"] = colors[place % len(colors)]
@@ -67,6 +82,35 @@ def prompt_from_text(
         return parse_prompt(value, where="prompt", size=float(size), fonts=fonts or {}, folder=folder)
     except InputFailure as error:
         raise UsageError(str(error)) from None
+
+
+def quoted_texts(prompt: str, *, boxed: bool) -> list[str]:
+    """Return the texts that stand in a sentence between quotation marks.
+
+    Args:
+        prompt: the sentence.
+        boxed: whether texts are expected at all; else a mark alone is no more than that.
+
+    Raises:
+        UsageError: a mark is left over, or a text begins or ends with a space: marks were taken for quotation
+            marks that are none.
+    """
+    texts = [next(filter(None, groups), "") for groups in _QUOTED.findall(prompt)]
+    rest = [mark for mark in _QUOTED.sub("", prompt) if mark in '"“”«»']
+    if rest and (boxed or texts):
+        trouble = f"the mark {rest[0]} stands without its other half"
+    elif loose := [text for text in texts if text != text.strip()]:
+        trouble = f"the text {_listed(loose[:1])} begins or ends with a space, as between marks that quote nothing"
+    else:
+        return texts
+    raise UsageError(
+        f"prompt {prompt!r}: {trouble}; found {_listed(texts)} between {MARKS}; give the texts themselves as one"
+        " --text beside each --box"
+    )
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return ", ".join(map(repr, texts)) or "none"
 
 
 def _numbers(box: str | Sequence[float]) -> list[float]:

@@ -38,16 +38,18 @@ def read_image_file(path: Path, where: str) -> bytes:
     return data
 
 
-def decode_image(data: bytes, size: int, where: str) -> tuple[NDArray[np.float32], tuple[int, int]]:
-    """Decode an image as a viewer shows it, and resize it to a square as upstream does (bilinear, ratio not kept).
+def decode_image(
+    data: bytes, size: int | tuple[int, int], where: str
+) -> tuple[NDArray[np.float32], tuple[int, int]]:
+    """Decode an image as a viewer shows it, and resize it as upstream does (bilinear, aspect ratio not kept).
 
     Args:
         data: a JPEG, PNG, WebP or BMP file's bytes.
-        size: side in pixels.
+        size: side of the square in pixels, or (H, W).
         where: for messages.
 
     Returns:
-        (3, size, size) float32 in [-1, 1], and the image's own (width, height), upright.
+        (3, H, W) float32 in [-1, 1], and the image's own (width, height), upright.
 
     Raises:
         InputFailure: the bytes are no complete image, or claim more than 67 megapixels.
@@ -71,7 +73,8 @@ def decode_image(data: bytes, size: int, where: str) -> tuple[NDArray[np.float32
         message = " ".join(str(error).split())
         raise InputFailure("image unreadable", f"{where}: image cannot be decoded: {message}") from None
     height, width = pixels.shape[:2]
-    if (height, width) != (size, size):
-        pixels = cv2.resize(pixels, (size, size))
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if (height, width) != (rows, columns):
+        pixels = cv2.resize(pixels, (columns, rows))
     values = pixels.astype(np.float32) / 127.5 - 1.0
     return np.ascontiguousarray(values.transpose(2, 0, 1)), (width, height)

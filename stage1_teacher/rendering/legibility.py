@@ -60,11 +60,12 @@ def _too_small(input_: Input, settings: RenderSettings, stride: int) -> Iterator
 
 def _misplaced(input_: Input, settings: RenderSettings) -> Iterator[str]:
     placed = [(line, _corners(line)) for line, _ in choose_lines(input_, settings, _frame(input_, settings))]
+    height, width = settings.shape
     for line, corners in placed:
-        if corners.min() < 0 or corners.max() > settings.size:
+        if corners.min() < 0 or (corners.max(0) > (width, height)).any():
             yield (
-                f"the box of {line.text!r} is cut by the edge of the image of {settings.size} x {settings.size}"
-                " pixels; put all of it inside"
+                f"the box of {line.text!r} is cut by the edge of the image of {width} x {height} pixels;"
+                " put all of it inside"
             )
     for (one, corners), (other, others) in combinations(placed, 2):
         area, _ = cv2.intersectConvexConvex(cv2.convexHull(corners), cv2.convexHull(others))
@@ -73,7 +74,8 @@ def _misplaced(input_: Input, settings: RenderSettings) -> Iterator[str]:
 
 
 def _frame(input_: Input, settings: RenderSettings) -> tuple[float, float]:
-    return input_.frame or (settings.size, settings.size)
+    height, width = settings.shape
+    return input_.frame or (width, height)
 
 
 def _corners(line: Line) -> Array:

@@ -58,6 +58,13 @@ class RenderSettings:
     prompt_suffix: str
     needs_image: bool
     """Inputs without an image fail."""
+    width: int | None = None
+    """Of an image that is not square, whose height is `size`, pixels; records are square."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (H, W), pixels."""
+        return self.size, self.size if self.width is None else self.width
 
     @staticmethod
     def from_config(config: Config) -> RenderSettings:
@@ -100,7 +107,7 @@ class RenderedInput:
     """As rendered: cut at `max_chars`."""
     languages: tuple[str, ...]
     polygons: tuple[Polygon, ...]
-    """In pixels of `size`."""
+    """In pixels of the image."""
     colors: Tensor
     """(n, 3) float32: r, g, b in 0-255, 500 each for unknown."""
     in_glyph_map: tuple[bool, ...]
@@ -153,7 +160,7 @@ def render_input(input_: Input, settings: RenderSettings) -> RenderedInput:
         colors=torch.tensor([line.color for line in lines], dtype=torch.float32),
         in_glyph_map=tuple(line.in_glyph_map for line in lines),
         mode=mode,
-        size=(settings.size, settings.size),
+        size=settings.shape,
         seed=seed,
         glyphs=torch.from_numpy(np.maximum.reduce([line.glyphs for line in rendered])[None]),
         positions=torch.from_numpy(positions),
@@ -169,9 +176,10 @@ def _read_image(input_: Input, settings: RenderSettings) -> tuple[rendering.Arra
     if input_.image is None:
         if settings.needs_image:
             raise InputFailure("image missing", f'{input_.where}: precompute.source = "noised" needs an image')
-        return None, input_.frame or (settings.size, settings.size)
+        height, width = settings.shape
+        return None, input_.frame or (width, height)
     data = read_image_file(input_.image, input_.where)
-    image, own_size = decode_image(data, settings.size, input_.where)
+    image, own_size = decode_image(data, settings.shape, input_.where)
     return image, input_.frame or own_size
 
 
@@ -193,14 +201,14 @@ class _Choice:
         return "edit" if has_image and self._rng("mode").random() < self.settings.edit_fraction else "generate"
 
     def lines(self, frame: tuple[float, float]) -> list[Line]:
-        """Return at most `max_lines` lines, cut at `max_chars`, their polygons in pixels of `size`."""
-        size, lines = self.settings.size, list(self.input_.lines)
+        """Return at most `max_lines` lines, cut at `max_chars`, their polygons in pixels of the image."""
+        (height, width), lines = self.settings.shape, list(self.input_.lines)
         if len(lines) > self.settings.max_lines:
             kept = sorted(self._rng("lines").sample(range(len(lines)), self.settings.max_lines))
             lines = [lines[place] for place in kept]
         if not lines:
             lines, frame = [Line(text=_NO_TEXT, polygon=_NO_TEXT_BOX)], (_NO_TEXT_FRAME, _NO_TEXT_FRAME)
-        scale_x, scale_y = size / frame[0], size / frame[1]
+        scale_x, scale_y = width / frame[0], height / frame[1]
         return [
             replace(
                 line,
@@ -274,19 +282,19 @@ class _RenderedLine:
 
 
 def _render_line(line: Line, place: int, choice: _Choice, image: rendering.Array | None) -> _RenderedLine:
-    side = choice.settings.size
+    shape = choice.settings.shape
     polygon = np.array(line.polygon, np.float32)
     where = f"{choice.input_.where}: line {line.text!r}"
-    if np.abs(polygon).max() > _MAX_SIDES * side:
+    if np.abs(polygon).max() > _MAX_SIDES * max(shape):
         raise InputFailure("bad polygon", f"{where}: polygon reaches far out of the image")
     if min(cv2.minAreaRect(polygon)[1]) < _MIN_SIDE:
-        raise InputFailure("bad polygon", f"{where}: polygon is less than a pixel wide at {side} x {side}")
-    position = rendering.render_mask(polygon, (side, side))
+        raise InputFailure("bad polygon", f"{where}: polygon is less than a pixel wide at {shape[1]} x {shape[0]}")
+    position = rendering.render_mask(polygon, shape)
     if not position.any():
         raise InputFailure("bad polygon", f"{where}: polygon lies outside the image")
     font = choice.font(line, place)
-    glyphs = rendering.render_glyph_map(line.text, polygon, font, line.color, (side, side))
-    hint = np.zeros((side, side), np.float32)
+    glyphs = rendering.render_glyph_map(line.text, polygon, font, line.color, shape)
+    hint = np.zeros(shape, np.float32)
     if choice.shows_font(place):
         if line.font is not None:  # asked for: the rendered line itself shows the look
             hint = glyphs.astype(np.float32)

@@ -1,9 +1,10 @@
-"""Sampling with the teacher: a typed prompt encoded, and a solve from noise on the trailing grid."""
+"""Sampling with the teacher: prompts, typed or of a file, encoded, and a solve from noise on the trailing grid."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -11,40 +12,89 @@ from torch import Tensor
 from common.anytext2.conditioning import Conditioning
 from common.config import Config
 from common.ddim import trailing_grid
+from stage1_teacher.inputs.files import open_inputs
+from stage1_teacher.inputs.fonts import configured_fonts
+from stage1_teacher.inputs.input import Input
 from stage1_teacher.inputs.prompt_text import prompt_from_text
 from stage1_teacher.rendering.legibility import find_doubts
-from stage1_teacher.rendering.rendered_input import RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+Size = tuple[int, int]
+"""(W, H) of an image in pixels."""
 
-def encode_prompt(
+
+def prompt_input(
     config: Config,
-    teacher: Teacher,
     text: str,
     boxes: Sequence[str | Sequence[float]],
     *,
+    texts: Sequence[str] = (),
     colors: Sequence[str] = (),
     font: str | None = None,
     image: Path | None = None,
-) -> Conditioning:
-    """Render and encode a prompt as precompute does; see `prompt_from_text` for the arguments.
-
-    What will hardly be seen as it is asked for is logged.
+    size: Size | None = None,
+) -> Input:
+    """Read a prompt as a person types it, boxes in pixels of the image; see `prompt_from_text` for the others.
 
     Raises:
         UsageError: the prompt's parts do not match, or a value is wrong.
         InputFailure: no font has a text's characters, or the image cannot be read.
     """
-    settings = RenderSettings.from_config(config)
-    content = prompt_from_text(
-        text, boxes, size=settings.size, fonts=settings.fonts, colors=colors, font=font, image=image
+    width, height = size or (config.inputs.size, config.inputs.size)
+    fonts = configured_fonts(config)
+    typed = prompt_from_text(
+        text, boxes, size=height, texts=texts, fonts=fonts, colors=colors, font=font, image=image
     )
-    for doubt in find_doubts(content, settings, config.load_network().stride):
-        logger.warning("%s", doubt)
-    return teacher.encode([render_input(content, settings)])[0]
+    return replace(typed, frame=(float(width), float(height)))
+
+
+def read_prompts(config: Config, path: Path, size: Size | None = None) -> list[Input]:
+    """Read a prompts file as precompute does, and see that each of its prompts can be rendered.
+
+    Args:
+        config: inputs, teacher and precompute are used.
+        path: the JSONL file.
+        size: of the images, in pixels; None for `inputs.size`. The square that boxes refer to is stretched to it.
+
+    Raises:
+        DataError: the file or one of its prompts is wrong.
+    """
+    settings = _settings(config, size)
+    found = open_inputs((), (path,), config.inputs, settings.fonts)
+    inputs = [found[index] for index in range(len(found))]
+    for input_ in inputs:
+        render_input(input_, settings)
+    return inputs
+
+
+def encode_input(
+    config: Config, teacher: Teacher, input_: Input, size: Size | None = None
+) -> tuple[Conditioning, RenderedInput]:
+    """Render and encode an input as precompute does; what will hardly be seen as it is asked for is logged.
+
+    Args:
+        config: inputs, teacher and precompute are used.
+        teacher: its encoders.
+        input_: the input.
+        size: of the image, in pixels; None for `inputs.size`.
+
+    Raises:
+        InputFailure: it cannot be rendered.
+    """
+    settings = _settings(config, size)
+    rendered = render_input(input_, settings)
+    for doubt in find_doubts(input_, settings, config.load_network().stride):
+        logger.warning("%s: %s", input_.where, doubt)
+    return teacher.encode([rendered])[0], rendered
+
+
+def _settings(config: Config, size: Size | None) -> RenderSettings:
+    settings = RenderSettings.from_config(config)
+    return settings if size is None else replace(settings, size=size[1], width=size[0])
 
 
 def sample_latents(

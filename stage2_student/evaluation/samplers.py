@@ -19,7 +19,7 @@ from common.pictures import Picture
 from common.seeding import generator
 from stage2_student.evaluation.counting import EvaluationCounter
 from stage2_student.evaluation.runs import Job, Run, Sampled
-from stage2_student.student.adapter import find_adapter, read_card
+from stage2_student.student.adapter import adapter_files, find_adapter, read_card
 from stage2_student.student.sample import LoadedStudent
 
 
@@ -131,7 +131,7 @@ class StudentSampler:
 
         Args:
             config: model is used.
-            adapter: a run's folder, a checkpoint, or an adapter's folder.
+            adapter: a run's folder, a checkpoint, an adapter's folder, or an exported file.
             name: for the label.
             condition: encodes inputs by their ids.
 
@@ -145,7 +145,7 @@ class StudentSampler:
         self.label = f"{name}, {card.num_steps} step{'s' if card.num_steps > 1 else ''}"
         self.steps = card.num_steps
         self.settings: Mapping[str, Any] = {
-            "adapter": _hash_files(folder),
+            "adapter": {name: sha256_file(file)[:16] for name, file in adapter_files(folder).items()},
             "base": card.base_fingerprint,
             "teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher"),
             "objective": card.objective,
@@ -169,9 +169,3 @@ class StudentSampler:
     def latents(self, prepared: ConditioningBatch, noise: Tensor) -> Tensor:
         """Sample latents, (B, C, h, w), from noise (B, K, C, h, w)."""
         return self._load().latents(prepared, noise)
-
-
-def _hash_files(folder: Path) -> dict[str, str]:
-    """Return the start of the SHA-256 of every file of an adapter, by relative name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): sha256_file(path)[:16] for path in files}

@@ -1,4 +1,4 @@
-"""A trained student on disk: LoRA files and the card that says how to sample with them."""
+"""A trained student on disk: LoRA files and the card that says how to sample with them; or one exported file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import DataError, UsageError, reason
 from common.files import canonical_json, write_bytes_atomic
+from stage2_student.student import exported
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, LIST_FILE, newest_checkpoint
 from stage2_student.student.lora import attach, load_lora, save_lora
 from stage2_student.student.student import Student, split_parts
@@ -61,6 +62,69 @@ class Card:
         """Return the card after so many optimizer steps."""
         return dataclasses.replace(self, step=step)
 
+    def to_metadata(self, layout: str) -> exported.Metadata:
+        """Return what an exported file says of itself.
+
+        The training's configuration stays at home: it names folders of the machine.
+
+        Args:
+            layout: of the file, see `exported`.
+        """
+        return {
+            "layout": layout,
+            "objective": self.objective,
+            "sampler": self.sampler,
+            "num_inference_steps": str(self.num_steps),
+            "timesteps": json.dumps(list(self.timesteps)),
+            "guidance_scale": "1.0",
+            "trained_steps": str(self.step),
+            "rank": str(self.rank),
+            "alpha": str(float(self.rank) if layout == "diffusers" else self.alpha),
+            "base_fingerprint": self.base_fingerprint,
+            "set_hash": self.set_hash,
+        }
+
+    @staticmethod
+    def from_metadata(metadata: Mapping[str, str], path: Path) -> Card:
+        """Read what an exported file says of itself.
+
+        Raises:
+            DataError: it says too little to sample with it.
+        """
+        try:
+            return Card(
+                objective=metadata["objective"],
+                sampler=metadata["sampler"],
+                timesteps=tuple(int(t) for t in json.loads(metadata["timesteps"])),
+                step=int(metadata["trained_steps"]),
+                rank=int(metadata["rank"]),
+                alpha=float(metadata["alpha"]),
+                base_fingerprint=metadata["base_fingerprint"],
+                set_hash=metadata["set_hash"],
+                config={},
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}: its metadata does not say how to sample it ({reason(error)}), expected that of a file"
+                " which export wrote; give the run's folder, or export it again"
+            ) from None
+
+    def require_base(self, fingerprint: str, path: Path) -> None:
+        """Refuse another base than the one that was trained on.
+
+        Args:
+            fingerprint: of the base at hand.
+            path: of the adapter, for messages.
+
+        Raises:
+            DataError: it is another.
+        """
+        if self.base_fingerprint != fingerprint:
+            raise DataError(
+                f"adapter {path}: trained on the base {self.base_fingerprint[:12]}, received the base"
+                f" {fingerprint[:12]}; set model.checkpoint to the one that it was trained on"
+            )
+
     def require_steps(self, steps: int | None) -> None:
         """Refuse another number of steps than the student was trained for.
 
@@ -93,11 +157,13 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], card: Card) -> Non
 
 
 def read_card(folder: Path) -> Card:
-    """Read an adapter's card.
+    """Read the card of an adapter's folder, or of an exported file.
 
     Raises:
         DataError: it is missing, or not one that this version knows.
     """
+    if folder.is_file():
+        return Card.from_metadata(exported.read_metadata(folder), folder)
     path = folder / CARD_FILE
     try:
         values = json.loads(path.read_bytes())
@@ -112,11 +178,13 @@ def read_card(folder: Path) -> Card:
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read an adapter's tensors, by the names of `Student.trainable`.
+    """Read the tensors of an adapter's folder, or of an exported LoRA, by the names of `Student.trainable`.
 
     Raises:
         DataError: a file is missing or unreadable.
     """
+    if folder.is_file():
+        return exported.read_tensors(folder, exported.read_metadata(folder))
     parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
     return {f"{part}.{name}": tensor for part in parts for name, tensor in load_lora(folder / part)[0].items()}
 
@@ -126,18 +194,14 @@ def attach_adapter(student: Student, folder: Path, base_fingerprint: str) -> Car
 
     Args:
         student: without adapters.
-        folder: holds the card.
+        folder: holds the card; or an exported LoRA.
         base_fingerprint: of the student's checkpoint.
 
     Raises:
         DataError: the adapter is unreadable, or was trained on another base.
     """
     card = read_card(folder)
-    if card.base_fingerprint != base_fingerprint:
-        raise DataError(
-            f"adapter {folder}: trained on the base {card.base_fingerprint[:12]}, received the base"
-            f" {base_fingerprint[:12]}; set model.checkpoint to the one that it was trained on"
-        )
+    card.require_base(base_fingerprint, folder)
     models: dict[str, nn.Module] = {"unet": student.unet, "writenet": student.writenet}
     for part, tensors in split_parts(load_tensors(folder)).items():
         if part not in models:
@@ -146,17 +210,32 @@ def attach_adapter(student: Student, folder: Path, base_fingerprint: str) -> Car
     return card
 
 
+def adapter_files(path: Path) -> dict[str, Path]:
+    """Return the files that an adapter consists of, by name; those of an export by part.
+
+    Args:
+        path: an adapter's folder, or an exported file.
+
+    Raises:
+        DataError: an exported file is unreadable.
+    """
+    if not path.is_file():
+        return {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+    other = exported.read_metadata(path).get("writenet_file")
+    return {"exported": path, **({"writenet": path.with_name(other)} if other else {})}
+
+
 def find_adapter(path: Path) -> Path:
     """Find the adapter to sample with.
 
     Args:
-        path: a run's folder (its newest complete checkpoint is taken), a checkpoint, or an adapter's folder. Of a
-            checkpoint that keeps an average of the weights, the average is taken.
+        path: a run's folder (its newest complete checkpoint is taken), a checkpoint, an adapter's folder, or a
+            file that `export` wrote. Of a checkpoint that keeps an average of the weights, the average is taken.
 
     Raises:
         DataError: there is none.
     """
-    if (path / CARD_FILE).exists():
+    if path.is_file() or (path / CARD_FILE).exists():
         return path
     checkpoint = path if (path / LIST_FILE).exists() else newest_checkpoint(path / CHECKPOINTS_DIR)
     if checkpoint is not None:
@@ -164,5 +243,6 @@ def find_adapter(path: Path) -> Path:
             if (checkpoint / kind / CARD_FILE).exists():
                 return checkpoint / kind
     raise DataError(
-        f"{path}: no adapter there; expected the folder of a run with a checkpoint, or an adapter's folder"
+        f"{path}: no adapter there; expected the folder of a run with a checkpoint, an adapter's folder, or a file"
+        " that export wrote"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,67 +14,97 @@ from common.anytext2.checkpoint import export_state, write_checkpoint
 from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
-from common.errors import DataError
-from common.files import write_bytes_atomic
-from stage2_student.student.adapter import Card, attach_adapter, load_tensors, read_card
+from common.errors import DataError, UsageError
+from common.files import require_suffix, sha256_file, write_bytes_atomic
+from stage2_student.student.adapter import (
+    Card,
+    adapter_files,
+    attach_adapter,
+    find_adapter,
+    load_tensors,
+    read_card,
+)
+from stage2_student.student.exported import Metadata, to_diffusers, to_kohya
 from stage2_student.student.lora import adapted_layers, merge
-from stage2_student.student.student import Student, load_base
+from stage2_student.student.student import Student, load_base, split_parts
 
 FORMATS = ("diffusers", "kohya", "merged")
-KOHYA_PREFIXES = {"unet": "lora_unet", "writenet": "lora_controlnet"}
-"""kohya's tools know the first; files with the second are for tools that know WriteNet."""
 
 
-def export_diffusers(adapter: Path, out: Path) -> int:
-    """Write one file as diffusers' LoRA loaders read it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What was written."""
 
-    Keys are `unet.NAME.lora_A.weight` and `unet.NAME.lora_B.weight` (and `writenet. ...`). alpha / rank is
-    multiplied into B, so that the file means the same to loaders that take alpha to be the rank.
+    files: tuple[Path, ...]
+    """The one that was asked for, then what belongs to it."""
+    modules: int
+    """That are adapted."""
+    card: Card
+    """How to sample it."""
+
+
+def export(config: Config, adapter: Path, layout: str, out: Path) -> Exported:
+    """Hand a student on.
+
+    Args:
+        config: for `merged`, its [model] section.
+        adapter: a run's folder, a checkpoint, an adapter's folder, or an exported LoRA.
+        layout: one of FORMATS.
+        out: a .safetensors file; of `merged` or a .ckpt.
+
+    Raises:
+        UsageError: the name of `out` says another format.
+        DataError: there is no adapter, or it is unreadable, or belongs to another base.
+    """
+    require_suffix(out, ".safetensors", *([".ckpt"] if layout == "merged" else []))
+    folder = find_adapter(adapter)
+    if out.resolve() in {path.resolve() for path in adapter_files(folder).values()}:
+        raise UsageError(f"--out {out}: is the adapter itself; give another --out")
+    if layout == "merged":
+        return export_merged(config, folder, out)
+    return export_kohya(folder, out) if layout == "kohya" else export_diffusers(folder, out)
+
+
+def export_diffusers(adapter: Path, out: Path) -> Exported:
+    """Write one file as diffusers' LoRA loaders read it, see `exported`.
 
     Args:
         adapter: the adapter's folder.
         out: a .safetensors file.
-
-    Returns:
-        The number of adapted modules.
 
     Raises:
         DataError: the adapter is unreadable.
     """
     card, tensors = read_card(adapter), load_tensors(adapter)
-    scale = card.alpha / card.rank
-    scaled = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in tensors.items()}
-    _write(out, scaled, card)
-    return len(tensors) // 2
+    _write(out, to_diffusers(tensors, card.alpha / card.rank), card.to_metadata("diffusers"))
+    return Exported(files=(out,), modules=len(tensors) // 2, card=card)
 
 
-def export_kohya(adapter: Path, out: Path) -> int:
-    """Write one file in the naming of kohya's sd-scripts.
-
-    Keys are `lora_unet_NAME.lora_down.weight`, `.lora_up.weight` and `.alpha`, NAME with `_` for `.`.
+def export_kohya(adapter: Path, out: Path) -> Exported:
+    """Write the UNet's adapters as kohya's sd-scripts name them, and WriteNet's to `NAME_writenet.safetensors`.
 
     Args:
         adapter: the adapter's folder.
         out: a .safetensors file.
 
-    Returns:
-        The number of adapted modules.
-
     Raises:
         DataError: the adapter is unreadable.
     """
-    card, renamed = read_card(adapter), {}
-    for name, tensor in load_tensors(adapter).items():
-        part, _, rest = name.partition(".")
-        module, _, side = rest.removesuffix(".weight").rpartition(".")
-        key = f"{KOHYA_PREFIXES[part]}_{module.replace('.', '_')}"
-        renamed[f"{key}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
-        renamed[f"{key}.alpha"] = torch.tensor(card.alpha)
-    _write(out, renamed, card)
-    return len(renamed) // 3
+    card, tensors = read_card(adapter), load_tensors(adapter)
+    parts, files, metadata = split_parts(tensors), [out], card.to_metadata("kohya")
+    link = {}
+    if "writenet" in parts:
+        other = out.with_name(f"{out.stem}_writenet.safetensors")
+        renamed, said = to_kohya(parts["writenet"], "writenet", card.alpha)
+        _write(other, renamed, metadata | said)
+        link = {"writenet_file": other.name, "writenet_sha256": sha256_file(other)}
+        files.append(other)
+    renamed, said = to_kohya(parts["unet"], "unet", card.alpha)
+    _write(out, renamed, metadata | said | link)
+    return Exported(files=tuple(files), modules=len(tensors) // 2, card=card)
 
 
-def export_merged(config: Config, adapter: Path, out: Path) -> int:
+def export_merged(config: Config, adapter: Path, out: Path) -> Exported:
     """Write an AnyText2 checkpoint with the student in place of the teacher, W + (alpha / rank) B A.
 
     Keys, shapes and types are the checkpoint's own; tensors that are not adapted are copied bit for bit. It is to
@@ -85,14 +115,11 @@ def export_merged(config: Config, adapter: Path, out: Path) -> int:
         adapter: the adapter's folder.
         out: a .safetensors or .ckpt file.
 
-    Returns:
-        The number of adapted modules.
-
     Raises:
         DataError: the adapter is unreadable, or belongs to another base.
     """
     student, path = load_base(config, torch.float32, "cpu")
-    attach_adapter(student, adapter, fingerprint(path, "base"))
+    card = attach_adapter(student, adapter, fingerprint(path, "base"))
     count = sum(len(adapted_layers(model)) for model in (student.unet, student.writenet))
     merged = _merge(student, config)
     file = CheckpointFile(path)
@@ -102,8 +129,8 @@ def export_merged(config: Config, adapter: Path, out: Path) -> int:
     for key, tensor in merged.items():
         tensors[key] = tensor.to(tensors[key].dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(out, tensors)
-    return count
+    write_checkpoint(out, tensors, card.to_metadata("merged"))
+    return Exported(files=(out,), modules=count, card=card)
 
 
 def _merge(student: Student, config: Config) -> dict[str, Tensor]:
@@ -120,17 +147,8 @@ def _merge(student: Student, config: Config) -> dict[str, Tensor]:
     return changed
 
 
-def _write(out: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
+def _write(out: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
     """Write a LoRA file whose metadata says how to sample."""
-    metadata = {
-        "format": "pt",
-        "sampler": card.sampler,
-        "num_inference_steps": str(card.num_steps),
-        "timesteps": json.dumps(list(card.timesteps)),
-        "guidance_scale": "1.0",
-        "rank": str(card.rank),
-        "base_fingerprint": card.base_fingerprint,
-    }
     out.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_bytes_atomic(out, save(contiguous, metadata=metadata))
+    write_bytes_atomic(out, save(contiguous, metadata={"format": "pt", **metadata}))

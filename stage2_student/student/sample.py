@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.anytext2.checkpoint import load_vae
+from common.anytext2.checkpoint import load_denoiser, load_vae
 from common.anytext2.conditioning import Conditioning, ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.anytext2.vae import VAE
@@ -21,7 +21,9 @@ from common.pictures import Picture
 from common.schedule import diffuse
 from common.seeding import generator
 from shards.reading.reader import ShardSet
+from shards.records.meta import SampleMeta
 from stage2_student.student.adapter import Card, attach_adapter, find_adapter, read_card
+from stage2_student.student.exported import read_metadata
 from stage2_student.student.lora import merge
 from stage2_student.student.shard_facts import read_facts, require_base
 from stage2_student.student.student import DTYPES, Student, load_base
@@ -44,7 +46,7 @@ class LoadedStudent:
 
         Args:
             config: its [model] section.
-            adapter: a run's folder, a checkpoint, or an adapter's folder.
+            adapter: a run's folder, a checkpoint, an adapter's folder, or a file that `export` wrote.
             steps: the number of steps that was asked for, or None for the student's own.
 
         Raises:
@@ -52,10 +54,17 @@ class LoadedStudent:
             DataError: no adapter there, or it belongs to another base.
         """
         folder = find_adapter(adapter)
-        read_card(folder).require_steps(steps)  # before the base is loaded
-        device = resolve_device(config.model.device)
-        student, checkpoint = load_base(config, DTYPES[config.model.dtype], device)
-        card = attach_adapter(student, folder, fingerprint(checkpoint, "base"))
+        card = read_card(folder)
+        card.require_steps(steps)  # before the base is loaded
+        device, dtype = resolve_device(config.model.device), DTYPES[config.model.dtype]
+        if folder.is_file() and read_metadata(folder).get("layout") == "merged":
+            checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
+            card.require_base(fingerprint(checkpoint, "base"), folder)
+            base = load_denoiser(config.load_network(), folder, dtype, device)
+            student = Student(base.unet, base.writenet)
+            return LoadedStudent(student=student.requires_grad_(False), card=card, device=device)
+        student, checkpoint = load_base(config, dtype, device)
+        attach_adapter(student, folder, fingerprint(checkpoint, "base"))
         for model in (student.unet, student.writenet):
             merge(model)  # sampling changes no adapter: what it adds to every layer's work can be spared
         return LoadedStudent(student=student.requires_grad_(False), card=card, device=device)
@@ -126,6 +135,8 @@ class Start:
     """The noise that the teacher had, (B, C, h, w) float32; None if any will do."""
     x0: Tensor | None = None
     """What the teacher made of it, likewise."""
+    meta: SampleMeta | None = None
+    """Of a record, what it says of itself."""
 
 
 def read_start(config: Config, location: str, index: int, seed: int | None, num_images: int) -> Start:
@@ -149,13 +160,13 @@ def read_start(config: Config, location: str, index: int, seed: int | None, num_
     require_base(read_facts(shards), base, location)
     record = shards[index]
     if seed is not None or record.meta.source != "rollout":
-        return Start(conditioning=record.conditioning)
+        return Start(conditioning=record.conditioning, meta=record.meta)
     if num_images > record.num_rollouts:
         raise UsageError(
             f"--num-images {num_images}: the record holds {record.num_rollouts} solves; give --seed for more"
         )
     solves = record.rollout_latents[:num_images].float()  # (B, S + 1, C, h, w)
-    return Start(conditioning=record.conditioning, noise=solves[:, 0], x0=solves[:, -1])
+    return Start(conditioning=record.conditioning, noise=solves[:, 0], x0=solves[:, -1], meta=record.meta)
 
 
 def load_decoder(config: Config) -> VAE:

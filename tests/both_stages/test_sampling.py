@@ -143,8 +143,8 @@ def test_what_will_hardly_be_seen_is_said_and_sampled_all_the_same(
 ) -> None:
     prompt = Prompt(text='"OPEN" above "TAXI"', boxes=[(8, 8, 56, 40), (8, 30, 70, 60)])
     assert len(teacher.sample(prompt).pictures) == 1
-    cut, overlap = caplog.messages
-    assert cut.startswith("the box of 'TAXI' is cut by the edge of the image of 64 x 64 pixels")
-    assert overlap.startswith("the boxes of 'OPEN' and 'TAXI' overlap by 480 pixels")
+    cut, overlap = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert cut.startswith("prompt: the box of 'TAXI' is cut by the edge of the image of 64 x 64 pixels")
+    assert overlap.startswith("prompt: the boxes of 'OPEN' and 'TAXI' overlap by 480 pixels")
     with pytest.raises(DataError, match=r"font DejaVuSans\.ttf lacks 咖 \(U\+5496\)"):
         teacher.sample(Prompt(text='"咖啡"', boxes=[(8, 8, 56, 40)]))

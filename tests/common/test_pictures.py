@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.pictures import Picture, as_seen, beside, grey, in_columns, write_png
+from common.errors import UsageError
+from common.pictures import Picture, as_seen, beside, grey, in_columns, in_grid, write_png
 
 
 def picture(side: int, seed: int) -> Picture:
@@ -116,3 +117,22 @@ def test_columns_enlarge_small_pictures_by_a_whole_factor(side: int, tile: int) 
     if side == tile:
         assert np.array_equal(sheet[20 : 20 + side, 6 : 6 + side], columns["teacher"][0])
         assert np.array_equal(sheet[20 + side + 6 :][:side, 6 : 6 + side], columns["teacher"][1])
+
+
+def test_a_png_says_what_it_is_and_its_pixels_stay(tmp_path: Path) -> None:
+    texts = {"prompt": "a sign that says \u201c\u8425\u4e1a\u4e2d\u201d", "seed": "7"}
+    write_png(tmp_path / "a.png", picture(32, 0), texts)
+    write_png(tmp_path / "b.png", picture(32, 0))
+    with Image.open(tmp_path / "a.png") as image, Image.open(tmp_path / "b.png") as bare:
+        assert image.text == texts and not bare.text  # type: ignore[attr-defined]
+        assert np.array_equal(np.asarray(image), np.asarray(bare))
+    with pytest.raises(UsageError, match=r"a\.jpg: received a \.jpg file, expected \.png"):
+        write_png(tmp_path / "a.jpg", picture(32, 0))
+
+
+def test_a_grid_has_rows_of_so_many() -> None:
+    tiles = [picture(10, seed) for seed in range(3)]
+    sheet = in_grid(tiles, columns=2)
+    assert sheet.shape == (38, 38, 3)
+    assert np.array_equal(sheet[6:16, 22:32], tiles[1]) and np.array_equal(sheet[22:32, 6:16], tiles[2])
+    assert (sheet[22:32, 22:32] == 255).all()

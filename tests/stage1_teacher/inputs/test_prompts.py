@@ -207,7 +207,7 @@ def test_a_sentence_and_a_prompts_file_give_the_same_content(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (('says "A" and "B"', ["1,1,9,9"]), "2 quoted texts and 1 boxes"),
+        (('says "A" and "B"', ["1,1,9,9"]), "2 texts from the prompt, between .* \\('A', 'B'\\) and 1 boxes"),
         (('says "A"', ["1,1,9"]), "expected \\[x0, y0, x1, y1\\]"),
         (('says "A"', ["1,1,9,x"]), "expected x0,y0,x1,y1"),
         (('says ""', ["1,1,9,9"]), "text is empty"),
@@ -218,3 +218,41 @@ def test_a_sentence_that_does_not_match_its_boxes_is_a_usage_error(arguments: An
         prompt_from_text(*arguments, size=128)
     with pytest.raises(UsageError, match="3 colours for 1 texts"):
         prompt_from_text('"A"', ["1,1,9,9"], size=128, colors=["#000000"] * 3)
+
+
+def test_texts_beside_their_boxes_leave_the_sentences_marks_alone() -> None:
+    sentence = 'a 5" pipe with "OPEN"'
+    content = prompt_from_text(sentence, ["1,1,50,50"], texts=["OPEN"], size=128)
+    assert [item.text for item in content.lines] == ["OPEN"] and content.caption == sentence
+    content = prompt_from_text("a sign", ["1,1,50,50"], texts=['say "hi"'], size=128)
+    assert [item.text for item in content.lines] == ['say "hi"']
+    with pytest.raises(UsageError, match=r"1 texts from --text \('A'\) and 2 boxes"):
+        prompt_from_text("a sign", ["1,1,9,9"] * 2, texts=["A"], size=128)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        'a 5" pipe with "OPEN"',
+        "a 5\" pipe with 'OPEN' and a 6\" one",
+        "a \u00abB\u00bb and \u201cOPEN",
+        'says " OPEN"',
+    ],
+)
+def test_marks_that_quote_nothing_are_not_taken_for_quotation_marks(sentence: str) -> None:
+    with pytest.raises(UsageError, match="give the texts themselves as one --text beside each --box"):
+        prompt_from_text(sentence, ["1,1,50,50"], size=128)
+
+
+def test_a_mark_in_a_sentence_without_texts_is_just_a_mark() -> None:
+    assert prompt_from_text('a 5" pipe', [], size=128).lines == ()
+    with pytest.raises(UsageError, match="no text to use it for"):
+        prompt_from_text("a pipe", [], size=128, colors=["#000000"])
+
+
+def test_it_is_said_which_texts_were_found(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "stage1_teacher"):
+        prompt_from_text("says \u201cOPEN\u201d", ["1,1,50,50"], size=128)
+    assert caplog.messages == [
+        "texts, from the prompt, between \"...\", \u201c...\u201d or \u00ab...\u00bb: 'OPEN'"
+    ]

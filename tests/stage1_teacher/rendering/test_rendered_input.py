@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.config import load_config
 from common.errors import DataError
@@ -287,3 +288,16 @@ def test_a_bug_in_drawing_is_not_taken_for_a_failed_input() -> None:
         pytest.raises(TypeError, match="a bug"),
     ):
         next(rendered)
+
+
+def test_an_image_that_is_not_square_has_its_lines_where_they_were_asked_for() -> None:
+    path = DATA / "imgs" / "a.png"
+    for value in (content(line(), frame=None), with_image(line(), frame=None, mode="edit")):
+        wide = draw(value, size=64, width=192)
+        assert wide.size == (64, 192) == tuple(wide.glyphs.shape[1:]) == tuple(wide.masked_image.shape[1:])
+        rows, columns = np.nonzero(wide.positions[0].numpy())
+        own = (192, 64) if value.image is None else Image.open(path).size
+        scaled = [(x * 192 / own[0], y * 64 / own[1]) for x, y in corners(10, 10, 118, 40)]
+        (left, top), (right, bottom) = scaled[0], scaled[2]
+        assert abs(columns.min() - left) <= 1 and abs(columns.max() - min(right, 191)) <= 1
+        assert abs(rows.min() - top) <= 1 and abs(rows.max() - bottom) <= 1
