@@ -10,14 +10,16 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from common.config import load_config
-from common.errors import AppError, UsageError, explain
+from common.errors import UsageError
+from common.faults import PIPE_CLOSED, explain, output_is_closed
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -53,12 +55,32 @@ class Cli(click.Group):
         _set_up_logging(self.packages, debug)
         try:
             return super().main(args=arguments, **{**kwargs, "prog_name": self.program})
-        except (AppError, OSError) as error:
-            if debug or isinstance(error, BrokenPipeError):
+        except SystemExit as ending:
+            broken = ending.__context__  # click ends any broken pipe with 1, and has silenced the output
+            if not isinstance(broken, BrokenPipeError):
                 raise
-            message, code = explain(error)
-            click.echo(f"error: {message}", err=True)
-            sys.exit(code)
+            if output_is_closed():
+                sys.exit(PIPE_CLOSED)
+            _end(broken, debug)
+        except Exception as error:
+            _end(error, debug)
+
+
+def _end(error: Exception, debug: bool) -> NoReturn:
+    """Exit with one line about an error that is meant for people; any other keeps its traceback."""
+    if isinstance(error, OSError) and error.filename is None and _was_printing(error):
+        error.filename = "standard output"
+    ending = explain(error)
+    if debug or ending is None:
+        raise error
+    message, code = ending
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _was_printing(error: OSError) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).parent.name == "click"
 
 
 def _set_up_logging(packages: Sequence[str], debug: bool) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 
 DTYPES = {
     "F64": torch.float64,
@@ -70,6 +71,7 @@ class CheckpointFile:
                 self.shapes[key] = tuple(header.get_shape())
                 self.dtypes[key] = DTYPES[header.get_dtype()]
         except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise_disk_fault(error, file)
             raise DataError(f"checkpoint {file} is not a readable .safetensors file: {reason(error)}") from None
 
     def sorted_keys(self) -> list[str]:
@@ -88,6 +90,7 @@ class CheckpointFile:
         try:
             tensor: Tensor = self._where[key].get_tensor(key)
         except (SafetensorError, OSError) as error:
+            raise_disk_fault(error, self.path)
             raise DataError(f"checkpoint {self.path}: cannot read {key}: {reason(error)}") from None
         return tensor.clone()
 
@@ -102,6 +105,7 @@ def _open_pickle(path: Path) -> Mapping[str, Tensor]:
                 raise
             loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise_disk_fault(error, path)
         raise DataError(
             f"checkpoint {path} is not a readable .ckpt file of plain tensors: {reason(error)}"
         ) from None

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from common.files import canonical_json
+from common.files import canonical_json, read_bytes
 from shards.files.names import FAILURES_DIR
 
 
@@ -39,7 +39,7 @@ def read_failures(folder: Path) -> Iterator[Failure]:
         DataError: a line is damaged; the message names file and line.
     """
     for path in sorted((folder / FAILURES_DIR).glob("shard-*.jsonl")):
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        for number, line in enumerate(read_bytes(path).splitlines(), 1):
             try:
                 yield Failure(**json.loads(line))
             except (ValueError, TypeError) as error:

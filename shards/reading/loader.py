@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from common.differences import require_same
-from common.errors import DataError
+from common.errors import AppError, DataError, MachineError
 from shards.reading.order import Place, Sample, Slices
 from shards.reading.reader import ShardSet
 from shards.records.batch import Batch, collate_arrays
@@ -138,24 +138,24 @@ class ShardLoader:
             **workers,
         )
         for batch in loader:
-            if isinstance(batch, str):
-                raise DataError(batch)
+            if isinstance(batch, AppError):
+                raise batch
             self._place = self._slices.advance(self._place, self.global_batch)
             yield batch
 
 
-class _Samples(Dataset[Batch | str]):
-    """Reads and collates a batch; an error comes back as its text, for torch wraps exceptions in tracebacks."""
+class _Samples(Dataset[Batch | AppError]):
+    """Reads and collates a batch; an error comes back as a value, for torch wraps exceptions in tracebacks."""
 
     def __init__(self, shards: ShardSet, members: Sequence[str]) -> None:
         self._shards, self._members = shards, members
 
-    def __getitems__(self, samples: list[Sample]) -> Batch | str:
+    def __getitems__(self, samples: list[Sample]) -> Batch | AppError:
         try:
             rows = [self._shards.arrays(index, self._members) for _epoch, index in samples]
             return collate_arrays(rows, [index for _epoch, index in samples], [epoch for epoch, _index in samples])
-        except DataError as error:
-            return str(error)
+        except (DataError, MachineError) as error:
+            return type(error)(str(error))
 
 
 def _identity(batch: Any) -> Any:

@@ -12,6 +12,7 @@ from PIL import ImageFont, features
 
 from common.config import Config
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.files import sha256_file
 from stage1_teacher.inputs.input import InputFailure, nearest
 
@@ -50,6 +51,7 @@ def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(path), size=size, layout_engine=engine)
     except OSError as error:
+        raise_disk_fault(error, path)
         raise DataError(f"font {path}: {reason(error)}; expected a TrueType or OpenType file") from None
 
 
@@ -87,7 +89,8 @@ def _font_identity(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
     path = _font_path(font, fonts, folder)
     try:
         return font if path is None else font_sha256(path)
-    except OSError:  # `find_font` says why, when the input's turn comes
+    except OSError as error:  # `find_font` says why, when the input's turn comes
+        raise_disk_fault(error, path or "")
         return font
 
 
@@ -119,7 +122,8 @@ def _font_path(font: Any, fonts: Mapping[str, Path], folder: Path) -> Path | Non
     path = fonts[font] if font in fonts else folder / font
     try:
         return path if path.is_file() else None
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise_disk_fault(error, path)
         return None
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import reason
+from common.faults import raise_disk_fault
 from stage1_teacher.inputs.input import InputFailure
 
 MAX_FILE_BYTES = 256 << 20
@@ -30,6 +31,7 @@ def read_image_file(path: Path, where: str) -> bytes:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
+        raise_disk_fault(error, path)
         raise InputFailure("image missing", f"{where}: image {path.name!r}: {reason(error)}") from None
     if len(data) > MAX_FILE_BYTES:
         raise InputFailure(

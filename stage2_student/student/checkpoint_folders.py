@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.files import TEMPORARY_SUFFIX, canonical_json, fsync_dir, sha256_file, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def damage(checkpoint: Path) -> str:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_disk_fault(error, checkpoint)
         return f"{LIST_FILE} is unreadable ({reason(error)})"
     return ""
 
