@@ -3,8 +3,9 @@
 
 A stage is imported only inside a command's body: whatever a training worker imports must not hold the teacher.
 
-Exit codes: 0 done; 2 usage; 3 bad input or data, permanent; 75 stopped by a signal with everything committed (run
-again); 1 a bug.
+Exit codes: 0 done; 2 usage, or out of memory; 3 bad input or data, permanent; 74 a fault of the machine that may
+pass (disk, permission, network, credentials, shared memory, GPU, a lost process); 75 stopped by a signal with
+everything committed (run again); 141 nobody reads the output any more; 1 a bug.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import click
 
 from common.config import load_config
 from common.errors import UsageError
-from common.faults import PIPE_CLOSED, explain, output_is_closed
+from common.faults import ending_with_its_pipe, explain, leave
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -55,15 +55,18 @@ class Cli(click.Group):
         _set_up_logging(self.packages, debug)
         try:
             return super().main(args=arguments, **{**kwargs, "prog_name": self.program})
-        except SystemExit as ending:
-            broken = ending.__context__  # click ends any broken pipe with 1, and has silenced the output
-            if not isinstance(broken, BrokenPipeError):
-                raise
-            if output_is_closed():
-                sys.exit(PIPE_CLOSED)
-            _end(broken, debug)
         except Exception as error:
             _end(error, debug)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the arguments, or print help; click itself ends a closed pipe with 1."""
+        with ending_with_its_pipe():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; see `make_context`."""
+        with ending_with_its_pipe():
+            return super().invoke(ctx)
 
 
 def _end(error: Exception, debug: bool) -> NoReturn:
@@ -75,7 +78,7 @@ def _end(error: Exception, debug: bool) -> NoReturn:
         raise error
     message, code = ending
     click.echo(f"error: {message}", err=True)
-    sys.exit(code)
+    leave(code)
 
 
 def _was_printing(error: OSError) -> bool:

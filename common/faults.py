@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
+import logging
 import os
 import re
 import select
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from common.errors import AppError, DataError, MachineError, UsageError, reason
 
@@ -36,7 +38,7 @@ _SAFE = "then run again; what was complete before is untouched"
 _NUMBERS = (
     r"\[Errno (\d+)\]",  # an OSError that crossed from a worker process is its text
     r"\(os error (\d+)\)",  # safetensors and tokenizers
-    r"^unable to .*: [\w ,/]+ \((\d+)\)",  # torch's shared memory
+    r"unable to .*</torch_.*: [\w ,/]+ \((\d+)\)$",  # torch's shared memory
 )
 
 _MEMORY = re.compile(
@@ -61,7 +63,8 @@ def system_error(error: BaseException) -> OSError | None:
         if isinstance(seen, OSError | RuntimeError) or type(seen).__name__ == "SafetensorError":
             for pattern in _NUMBERS:
                 if found := re.search(pattern, str(seen), re.MULTILINE):
-                    return OSError(int(found[1]), os.strerror(int(found[1])))
+                    number, file = int(found[1]), "/dev/shm" if "</torch_" in found[0] else None
+                    return OSError(number, os.strerror(number), file)
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -71,7 +74,7 @@ def disk_fault(error: BaseException, where: str | Path = "") -> MachineError | N
 
     Args:
         error: what was caught.
-        where: what was read or written; the file that the error names, if nothing is given.
+        where: what was read or written, beside the file that the error names.
     """
     found = system_error(error)
     if found is None and isinstance(error, ConnectionError | TimeoutError):
@@ -84,7 +87,8 @@ def disk_fault(error: BaseException, where: str | Path = "") -> MachineError | N
         remedy = f"give this user the right to it, {_SAFE}"
     else:
         remedy = f"mend the disk or the connection, {_SAFE}"
-    named = str(where) or (os.fsdecode(found.filename) if isinstance(found.filename, str | bytes) else "")
+    file = os.fsdecode(found.filename) if isinstance(found.filename, str | bytes) else ""
+    named = ", ".join(part for part in (str(where), file if file not in str(where) else "") if part)
     return MachineError(f"{named}: {reason(found)}; {remedy}" if named else f"{reason(found)}; {remedy}")
 
 
@@ -136,7 +140,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def _known(error: BaseException) -> AppError | None:
-    text = reason(error)
+    text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else reason(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(str(error))):
         return UsageError(
             f"out of memory ({text}); make batches smaller (batch_size of [train], [precompute] or [evaluate]),"
@@ -162,14 +166,42 @@ def _known(error: BaseException) -> AppError | None:
 _AGAIN = "what was committed is kept: run again"
 
 
-def output_is_closed() -> bool:
-    """Tell whether nobody reads what this program prints any more, as after `| head`."""
+@contextmanager
+def ending_with_its_pipe() -> Iterator[None]:
+    """Exit quietly with 141 where nobody reads what this program prints any more, as after `| head`.
+
+    Raises:
+        MachineError: it was another pipe that broke.
+    """
+    try:
+        yield
+    except BrokenPipeError as error:
+        closed = _closed_outputs()
+        if not closed:
+            raise_disk_fault(error)
+        for descriptor in closed:  # Python's last flush must say nothing of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        raise SystemExit(PIPE_CLOSED) from None
+
+
+def _closed_outputs() -> list[int]:
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)
-    return any(event & select.POLLERR for _descriptor, event in poll.poll(0))
+    return [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
 
 
-def silence_output() -> None:
-    """Send standard output nowhere, so that Python's last flush says nothing of a closed pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+def leave(code: int) -> NoReturn:
+    """Exit; past a process group that has lost a member, whose destructor would abort the process with 134."""
+    distributed = sys.modules.get("torch.distributed")
+    if (
+        code == MachineError.exit_code
+        and distributed
+        and distributed.is_available()
+        and distributed.is_initialized()
+    ):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

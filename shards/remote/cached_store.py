@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AppError, DataError, UsageError
-from common.faults import naming
 from common.files import sha256_file
 from shards.files.sidecar import SidecarHeader
 from shards.remote.cache import FileCache
@@ -125,8 +124,7 @@ class CachedStore:
 
     def _download(self, header: SidecarHeader, path: Path) -> None:
         def fetch(fs: Any) -> None:
-            with naming(path):
-                fs.get_file(self._remote.path(header.shard), str(path))
+            fs.get_file(self._remote.path(header.shard), str(path))
             size = path.stat().st_size
             if size != header.bytes:
                 if size == fs.size(self._remote.path(header.shard)):

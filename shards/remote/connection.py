@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from common.errors import AppError, DataError, MachineError, UsageError
+from common.errors import AppError, MachineError, UsageError
 from common.faults import blame
 
 logger = logging.getLogger(__name__)

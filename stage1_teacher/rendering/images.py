@@ -67,6 +67,7 @@ def decode_image(data: bytes, size: int, where: str) -> tuple[NDArray[np.float32
     except UnidentifiedImageError:  # its own message holds a memory address
         raise InputFailure("image unreadable", f"{where}: image is no {', '.join(FORMATS)} file") from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise almost anything
+        raise_disk_fault(error, where)
         message = " ".join(str(error).split())
         raise InputFailure("image unreadable", f"{where}: image cannot be decoded: {message}") from None
     if (height, width) != (size, size):
