@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +22,8 @@ import click
 from common.config import load_config
 from common.errors import UsageError
 from common.faults import ending_with_its_pipe, explain, leave
+
+logger = logging.getLogger(__name__)
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -54,7 +58,8 @@ class Cli(click.Group):
         arguments = [argument for argument in arguments if argument != "--debug"]
         _set_up_logging(self.packages, debug)
         try:
-            return super().main(args=arguments, **{**kwargs, "prog_name": self.program})
+            with _faults_of_threads_in_a_line():
+                return super().main(args=arguments, **{**kwargs, "prog_name": self.program})
         except Exception as error:
             _end(error, debug)
 
@@ -79,6 +84,25 @@ def _end(error: Exception, debug: bool) -> NoReturn:
     message, code = ending
     click.echo(f"error: {message}", err=True)
     leave(code)
+
+
+@contextmanager
+def _faults_of_threads_in_a_line() -> Iterator[None]:
+    """Spare people the traceback of a library's thread that met a fault of the machine, e.g. of TensorBoard's."""
+    before = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        ending = None if ended.exc_value is None else explain(ended.exc_value)
+        if ending is None:
+            before(ended)
+        else:
+            logger.warning("%s", ending[0])
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _was_printing(error: OSError) -> bool:

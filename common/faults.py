@@ -87,7 +87,8 @@ def disk_fault(error: BaseException, where: str | Path = "") -> MachineError | N
         remedy = f"give this user the right to it, {_SAFE}"
     else:
         remedy = f"mend the disk or the connection, {_SAFE}"
-    file = os.fsdecode(found.filename) if isinstance(found.filename, str | bytes) else ""
+    name = found.filename2 if found.errno in _FULL and found.filename2 else found.filename  # a copy's target
+    file = os.fsdecode(name) if isinstance(name, str | bytes) else ""
     named = ", ".join(part for part in (str(where), file if file not in str(where) else "") if part)
     return MachineError(f"{named}: {reason(found)}; {remedy}" if named else f"{reason(found)}; {remedy}")
 
@@ -112,7 +113,7 @@ def naming(path: Path, *, temporary: Path | None = None) -> Iterator[None]:
     """Have an error of the disk name a file, whichever library met it, as an `OSError` with the system's number.
 
     Args:
-        path: the file that is written.
+        path: the file or folder that is written.
         temporary: under which name, which says nothing to a reader of the error.
     """
     try:
@@ -121,12 +122,17 @@ def naming(path: Path, *, temporary: Path | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         found = system_error(error)
-        if found is None or found.filename not in (None, str(temporary)):
+        if found is None or (found.filename is not None and not _is_in(temporary, found.filename)):
             raise
         found.filename = str(path)
         if found is error:
             raise
         raise found from error
+
+
+def _is_in(folder: Path | None, filename: str | bytes | int) -> bool:
+    """Tell whether a file is this one, or in this folder."""
+    return folder is not None and isinstance(filename, str) and Path(filename).is_relative_to(folder)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

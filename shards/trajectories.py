@@ -20,7 +20,7 @@ import numpy as np
 
 from common.differences import require_same
 from common.errors import DataError
-from common.faults import raise_disk_fault
+from common.faults import naming, raise_disk_fault
 from common.files import canonical_json, fsync_dir, read_bytes, sha256_file, write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -227,26 +227,27 @@ def _make_whole(folder: Path, about: dict[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        shape = tuple(about["latent_shape"])
-        steps = len(about["timesteps"]) + 1
-        zarr.create_array(
-            str(temporary / _STATES),
-            shape=(len(about["input_ids"]), steps, *shape),
-            chunks=(1, 1, *shape),
-            shards=(about["block"], steps, *shape),
-            dtype="float16",
-            fill_value=float("nan"),
-            compressors=[Crc32cCodec()],
-            dimension_names=["sample", "step", "channel", "height", "width"],
-        )
-        (temporary / _DONE).mkdir()
-        write_bytes_atomic(temporary / _ABOUT, canonical_json(about))
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / _ABOUT).exists():
-                raise
-        fsync_dir(folder.parent)
+        with naming(folder, temporary=temporary):
+            shape = tuple(about["latent_shape"])
+            steps = len(about["timesteps"]) + 1
+            zarr.create_array(
+                str(temporary / _STATES),
+                shape=(len(about["input_ids"]), steps, *shape),
+                chunks=(1, 1, *shape),
+                shards=(about["block"], steps, *shape),
+                dtype="float16",
+                fill_value=float("nan"),
+                compressors=[Crc32cCodec()],
+                dimension_names=["sample", "step", "channel", "height", "width"],
+            )
+            (temporary / _DONE).mkdir()
+            write_bytes_atomic(temporary / _ABOUT, canonical_json(about))
+            temporary.chmod(0o755)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not (folder / _ABOUT).exists():
+                    raise
+            fsync_dir(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

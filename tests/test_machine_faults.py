@@ -120,6 +120,21 @@ def test_a_disk_that_fills_up_ends_training_and_with_more_space_it_goes_on(place
     assert len(list_checkpoints(disk / "run" / "checkpoints")) > len(whole)
 
 
+@pytest.mark.parametrize("size", [4, 24, 40, 96])
+def test_however_small_the_disk_the_line_names_what_did_not_fit(place: Place, disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
+    made = ("precompute", "--config", place.config, "--prompts", place.prompts, "--out", disk / "set")
+    trained = ("train", "--config", place.config, "--shards", place.shards, "--out", disk / "run")
+    for arguments, sets in (
+        (trained, TRAINING),
+        ((*made, "--trajectories", disk / "rollouts"), ()),
+        (("upload", "--shards", place.shards, "--to", f"file://{disk}/there"), ()),
+    ):
+        assert_fault(call(*arguments, sets=sets), f"error: {disk}/", "No space left on device")
+        for left in disk.iterdir():
+            shutil.rmtree(left)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -82,7 +82,8 @@ class ShardWriter:
         file, self._sink.file = self._sink.file, None
         try:
             if file is not None:
-                file.close()
+                with _named(self._folder / self._name):
+                    file.close()
         finally:
             self._temporary.unlink(missing_ok=True)
 
