@@ -201,7 +201,8 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
         )
     if damages or found is None:
         count = f"{len(damages)} damage{'s' * (len(damages) != 1)} found"
-        raise DataError(f"{shards}: {count}, listed above; run precompute again to mend the shards")
+        remedy = "" if found is None else "; run precompute again to mend the shards"
+        raise DataError(f"{shards}: {count}, listed above{remedy}")
     click.echo(f"{shards}: sound, {len(found)} samples in {len(found.headers)} shards")
     if recompute is not None:
         from common.seeding import rng

@@ -316,6 +316,13 @@ def test_a_server_that_is_not_there_and_credentials_that_are_missing_are_no_dama
         assert "precompute" not in result.output
 
 
+def test_a_set_of_which_nothing_can_be_used_is_not_mended_by_precompute(copied: Path) -> None:
+    (copied / "manifest.json").write_text("<html>please log in</html>")
+    result = call("verify", "--shards", copied)
+    assert_fault(result, "1 damage found", code=3)
+    assert "restore it from a copy" in result.output and "precompute" not in result.output
+
+
 def test_an_unknown_protocol_is_a_wrong_option() -> None:
     assert_fault(call("verify", "--shards", "foo://set"), "foo://set: cannot be opened", code=2)
 
