@@ -3,8 +3,9 @@
 
 A stage is imported only inside a command's body: whatever a training worker imports must not hold the teacher.
 
-Exit codes: 0 done; 2 usage; 3 bad input or data, permanent; 75 stopped by a signal with everything committed (run
-again); 1 a bug.
+Exit codes: 0 done; 2 usage, or out of memory; 3 bad input or data, permanent; 74 a fault of the machine that may
+pass (disk, permission, network, credentials, shared memory, GPU, a lost process); 75 stopped by a signal with
+everything committed (run again); 141 nobody reads the output any more; 1 a bug.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from common.cli import (
     shards_option,
 )
 from common.config import PROJECT_ROOT, Config
-from common.errors import DataError, UsageError
+from common.errors import DataError, MachineError, UsageError
+from common.faults import naming
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 PACKAGES = ("both_stages", "common", "shards", "stage1_teacher", "stage2_student")
@@ -170,7 +172,8 @@ def inspect(config: Config, shards: str, out: Path | None, records: int) -> None
         rows = [found[index] for index in range(0, len(found), step)][:records]
         sheet = make_contact_sheet(rows, functools.partial(decode, load_decoder(config)))
         out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(out)
+        with naming(out):
+            sheet.save(out)
         click.echo(f"{out}")
 
 
@@ -196,7 +199,7 @@ def upload(shards: Path, url: str) -> None:
 def verify(config: Config, shards: str, recompute: int | None, tolerance: float, threads: int) -> None:
     """Check every hash and checksum of a set and name all damage; with --recompute N ask the teacher too.
 
-    Exits with 3 if anything is damaged.
+    Exits with 3 if anything is damaged, with 74 if something can't be read, so that nothing is known of it.
 
     Example: pipeline.py verify --shards demo/shards
     """
@@ -204,12 +207,18 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
         refuse_ignored("only --recompute compares with it", "tolerance")
     from shards.looking.verify import audit
 
-    found, damages = audit(shards, num_threads=threads)
-    for damage in damages:
-        click.echo(damage)
+    found, damages, unread = audit(shards, num_threads=threads)
+    for line in (*damages, *unread):
+        click.echo(line)
+    if unread:
+        raise MachineError(
+            f"{shards}: {len(unread)} files could not be read, {len(damages)} damages found, listed above;"
+            " mend the disk or the connection, then verify again"
+        )
     if damages or found is None:
         count = f"{len(damages)} damage{'s' * (len(damages) != 1)} found"
-        raise DataError(f"{shards}: {count}, listed above; run precompute again to mend the shards")
+        remedy = "" if found is None else "; run precompute again to mend the shards"
+        raise DataError(f"{shards}: {count}, listed above{remedy}")
     click.echo(f"{shards}: sound, {len(found)} samples in {len(found.headers)} shards")
     if recompute is not None:
         from common.seeding import rng

@@ -10,16 +10,22 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from common.config import load_config
-from common.errors import AppError, UsageError, explain
+from common.errors import UsageError
+from common.faults import ending_with_its_pipe, explain, leave
 from common.files import require_suffix
+
+logger = logging.getLogger(__name__)
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -54,13 +60,56 @@ class Cli(click.Group):
         arguments = [argument for argument in arguments if argument != "--debug"]
         _set_up_logging(self.packages, debug)
         try:
-            return super().main(args=arguments, **{**kwargs, "prog_name": self.program})
-        except (AppError, OSError) as error:
-            if debug or isinstance(error, BrokenPipeError):
-                raise
-            message, code = explain(error)
-            click.echo(f"error: {message}", err=True)
-            sys.exit(code)
+            with _faults_of_threads_in_a_line():
+                return super().main(args=arguments, **{**kwargs, "prog_name": self.program})
+        except Exception as error:
+            _end(error, debug)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the arguments, or print help; click itself ends a closed pipe with 1."""
+        with ending_with_its_pipe():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; see `make_context`."""
+        with ending_with_its_pipe():
+            return super().invoke(ctx)
+
+
+def _end(error: Exception, debug: bool) -> NoReturn:
+    """Exit with one line about an error that is meant for people; any other keeps its traceback."""
+    if isinstance(error, OSError) and error.filename is None and _was_printing(error):
+        error.filename = "standard output"
+    ending = explain(error)
+    if debug or ending is None:
+        raise error
+    message, code = ending
+    click.echo(f"error: {message}", err=True)
+    leave(code)
+
+
+@contextmanager
+def _faults_of_threads_in_a_line() -> Iterator[None]:
+    """Spare people the traceback of a library's thread that met a fault of the machine, e.g. of TensorBoard's."""
+    before = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        ending = None if ended.exc_value is None else explain(ended.exc_value)
+        if ending is None:
+            before(ended)
+        else:
+            logger.warning("%s", ending[0])
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _was_printing(error: OSError) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).parent.name == "click"
 
 
 def _set_up_logging(packages: Sequence[str], debug: bool) -> None:

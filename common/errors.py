@@ -24,6 +24,12 @@ class DataError(AppError):
     exit_code = 3
 
 
+class MachineError(AppError):
+    """A disk, a connection, a GPU or another process failed; trying again later may help (exit code 74)."""
+
+    exit_code = 74
+
+
 class Stopped(AppError):
     """A signal asked for a stop and everything finished so far is committed: run again (exit code 75)."""
 
@@ -34,9 +40,3 @@ def reason(error: BaseException) -> str:
     """Say in a few words why something failed: of the disk's errors what the system says, no number and path."""
     text = (getattr(error, "strerror", None) or str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def explain(error: AppError | OSError) -> tuple[str, int]:
-    """Return what a command prints of an error, in one line, and the exit code that it ends with."""
-    code = error.exit_code if isinstance(error, AppError) else DataError.exit_code
-    return " ".join(str(error).split()), code

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import UsageError
+from common.faults import naming
 
 TEMPORARY_SUFFIX = ".tmp"
 """Files with this suffix are leftovers of dead writers unless one is running; they are never read."""
@@ -50,7 +51,7 @@ def require_suffix(path: Path, *suffixes: str, option: str = "--out") -> None:
 
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -65,6 +66,12 @@ def is_lfs_pointer(path: Path) -> bool:
             return file.read(len(LFS_HEADER)) == LFS_HEADER
     except OSError:
         return False
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's bytes; an error of the disk names the file, also once it is open."""
+    with naming(path):
+        return path.read_bytes()
 
 
 def fsync_dir(path: Path) -> None:
@@ -149,12 +156,13 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = temporary_path(path)
     try:
-        with temporary.open("w+b") as file:
-            claim(file.fileno())
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with naming(path, temporary=temporary):
+            with temporary.open("w+b") as file:
+                claim(file.fileno())
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -177,15 +185,16 @@ def create_once(path: Path, data: bytes) -> bool:
     """
     temporary = temporary_path(path)
     try:
-        with temporary.open("wb") as file:
-            claim(file.fileno())
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
+        with naming(path, temporary=temporary):
+            with temporary.open("wb") as file:
+                claim(file.fileno())
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)

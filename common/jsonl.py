@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from common.files import canonical_json
+from common.faults import naming
+from common.files import canonical_json, read_bytes
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ class LineWriter(Generic[T]):
             durable: what `append` returned from is on disk, not only handed to the system.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._encode, self._durable = encode, durable
+        self._path, self._encode, self._durable = path, encode, durable
         self._file = path.open("ab")
         self._file.truncate(len(_complete(path)))
 
@@ -61,12 +62,13 @@ class LineWriter(Generic[T]):
 
     def append(self, *values: T) -> None:
         """Write values, each on a line."""
-        self._file.write(b"".join(map(self._encode, values)))
-        self._file.flush()
-        if self._durable:
-            os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.write(b"".join(map(self._encode, values)))
+            self._file.flush()
+            if self._durable:
+                os.fsync(self._file.fileno())
 
 
 def _complete(path: Path) -> bytes:
-    data = path.read_bytes()
+    data = read_bytes(path)
     return data[: data.rfind(b"\n") + 1]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from common.errors import UsageError
+from common.faults import raise_disk_fault
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -76,6 +77,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} {path}: {error}; save the file as UTF-8") from None
     except (OSError, tomllib.TOMLDecodeError) as error:
+        raise_disk_fault(error, path)
         raise UsageError(f"{what} {path}: {error}") from None
 
 

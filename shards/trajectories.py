@@ -20,7 +20,8 @@ import numpy as np
 
 from common.differences import require_same
 from common.errors import DataError
-from common.files import canonical_json, fsync_dir, sha256_file, write_bytes_atomic
+from common.faults import naming, raise_disk_fault
+from common.files import canonical_json, fsync_dir, read_bytes, sha256_file, write_bytes_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ class TrajectoryStore:
         self.folder = folder
         path = folder / _ABOUT
         try:
-            self._about: dict[str, Any] = json.loads(path.read_bytes())
+            self._about: dict[str, Any] = json.loads(read_bytes(path))
             self.input_ids: tuple[str, ...] = tuple(self._about["input_ids"])
             self.timesteps: tuple[int, ...] = tuple(self._about["timesteps"])
             self._block, self._shape = int(self._about["block"]), tuple(self._about["latent_shape"])
@@ -110,7 +111,7 @@ class TrajectoryStore:
         """Tell whether a block's completion record is there and its file is the one recorded."""
         path = self._block_path(block)
         try:
-            record = json.loads(self._record_path(block).read_bytes())
+            record = json.loads(read_bytes(self._record_path(block)))
             return bool(record["sha256"] == (sha256_file(path) if record["sha256"] else None))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
@@ -190,6 +191,7 @@ class TrajectoryStore:
         try:
             values = np.asarray(self._array[sample, steps])
         except Exception as error:  # zarr raises what its codecs and its store raise
+            raise_disk_fault(error, where)
             raise DataError(f"{where}: damaged ({error}); run precompute --trajectories again") from None
         if not np.isfinite(values).all() or not len(values):
             raise DataError(f"{where}: the state is missing from its file; run precompute --trajectories again")
@@ -197,7 +199,7 @@ class TrajectoryStore:
 
     def _read_failed(self, block: int, where: str) -> frozenset[int]:
         try:
-            return frozenset(json.loads(self._record_path(block).read_bytes())["failed"])
+            return frozenset(json.loads(read_bytes(self._record_path(block)))["failed"])
         except FileNotFoundError:
             what = "was never written"
         except (ValueError, KeyError, TypeError):
@@ -225,26 +227,27 @@ def _make_whole(folder: Path, about: dict[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        shape = tuple(about["latent_shape"])
-        steps = len(about["timesteps"]) + 1
-        zarr.create_array(
-            str(temporary / _STATES),
-            shape=(len(about["input_ids"]), steps, *shape),
-            chunks=(1, 1, *shape),
-            shards=(about["block"], steps, *shape),
-            dtype="float16",
-            fill_value=float("nan"),
-            compressors=[Crc32cCodec()],
-            dimension_names=["sample", "step", "channel", "height", "width"],
-        )
-        (temporary / _DONE).mkdir()
-        write_bytes_atomic(temporary / _ABOUT, canonical_json(about))
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / _ABOUT).exists():
-                raise
-        fsync_dir(folder.parent)
+        with naming(folder, temporary=temporary):
+            shape = tuple(about["latent_shape"])
+            steps = len(about["timesteps"]) + 1
+            zarr.create_array(
+                str(temporary / _STATES),
+                shape=(len(about["input_ids"]), steps, *shape),
+                chunks=(1, 1, *shape),
+                shards=(about["block"], steps, *shape),
+                dtype="float16",
+                fill_value=float("nan"),
+                compressors=[Crc32cCodec()],
+                dimension_names=["sample", "step", "channel", "height", "width"],
+            )
+            (temporary / _DONE).mkdir()
+            write_bytes_atomic(temporary / _ABOUT, canonical_json(about))
+            temporary.chmod(0o755)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not (folder / _ABOUT).exists():
+                    raise
+            fsync_dir(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

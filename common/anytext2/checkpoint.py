@@ -20,6 +20,7 @@ from common.anytext2.unet import UNet
 from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
 from common.errors import DataError
+from common.faults import naming
 from common.files import fsync_dir, require_suffix, temporary_path
 from common.schedule import NUM_TRAIN_TIMESTEPS, make_alphas_cumprod
 
@@ -243,15 +244,17 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     temporary = temporary_path(path)
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
-        if path.suffix.lower() == ".safetensors":
-            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
-        else:
-            said = {} if metadata is None else {METADATA_KEY: dict(metadata)}
-            torch.save({"state_dict": plain, **said}, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors makes it private
-        temporary.replace(path)
+        with naming(path, temporary=temporary):
+            if path.suffix.lower() == ".safetensors":
+                save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+            else:
+                said = {} if metadata is None else {METADATA_KEY: dict(metadata)}
+                with temporary.open("wb") as file:  # on a path torch.save keeps the system's error to itself
+                    torch.save({"state_dict": plain, **said}, file)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)  # safetensors makes it private
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.files import is_lfs_pointer
 
 DTYPES = {
@@ -80,6 +81,7 @@ class CheckpointFile:
                 self.shapes[key] = tuple(header.get_shape())
                 self.dtypes[key] = DTYPES[header.get_dtype()]
         except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise_disk_fault(error, file)
             raise DataError(f"checkpoint {file} is not a readable .safetensors file: {reason(error)}") from None
 
     def sorted_keys(self) -> list[str]:
@@ -98,6 +100,7 @@ class CheckpointFile:
         try:
             tensor: Tensor = self._where[key].get_tensor(key)
         except (SafetensorError, OSError) as error:
+            raise_disk_fault(error, self.path)
             raise DataError(f"checkpoint {self.path}: cannot read {key}: {reason(error)}") from None
         return tensor.clone()
 
@@ -125,6 +128,7 @@ def _open_pickle(path: Path) -> Mapping[str, Tensor]:
             f" code of the file; where you trust it, save its weights alone: {_keep_weights(path)}"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise_disk_fault(error, path)
         raise DataError(
             f"checkpoint {path} is not a readable .ckpt file of plain tensors: {reason(error)}"
         ) from None

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from common.files import canonical_json
+from common.files import canonical_json, read_bytes
 from shards.files.names import FAILURES_DIR, failures_name
 
 
@@ -53,7 +53,7 @@ def read_failures_of(folder: Path, shard: str) -> list[Failure]:
 
 
 def _read_file(path: Path) -> Iterator[Failure]:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             yield Failure(**json.loads(line))
         except (ValueError, TypeError) as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from common.files import canonical_json, write_bytes_atomic
+from common.files import canonical_json, read_bytes, write_bytes_atomic
 from shards.files.names import FROZEN, SCHEMA
 
 Shard = tuple[str, str, int]
@@ -73,7 +73,7 @@ def read_frozen(run_dir: Path) -> FrozenSet:
     """
     path = run_dir / FROZEN
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         raise DataError(f"{run_dir}: no {FROZEN}; this is not the folder of a training run") from None
     try:

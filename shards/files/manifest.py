@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.differences import require_same
 from common.errors import DataError
-from common.files import canonical_json, create_once
+from common.files import canonical_json, create_once, read_bytes
 from shards.files.names import MANIFEST, SCHEMA, UNCOND
 from shards.records.codec import decode_uncond, encode_uncond
 from shards.records.tensor_file import load_metadata
@@ -71,7 +71,7 @@ def create_or_check(
         return manifest, read_uncond(folder, manifest)
     if not (folder / UNCOND).exists():
         create_once(folder / UNCOND, encode_uncond(make_uncond(), {"settings_sha256": settings_sha256}))
-    data = (folder / UNCOND).read_bytes()
+    data = read_bytes(folder / UNCOND)
     if load_metadata(data, str(folder / UNCOND)).get("settings_sha256") != settings_sha256:
         raise DataError(
             f"{folder}: {UNCOND} was made with other settings by a run that stopped before its manifest; "
@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        return decode_manifest(path.read_bytes(), str(path))
+        return decode_manifest(read_bytes(path), str(path))
     except FileNotFoundError:
         kind = "an empty folder" if folder.is_dir() and not any(folder.iterdir()) else "not a set of shards"
         kind = kind if folder.is_dir() else "no such folder"
@@ -126,7 +126,7 @@ def read_uncond(folder: Path, manifest: Manifest) -> Uncond:
     """
     path = folder / UNCOND
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; restore it from a copy: it is part of the set") from None
     check_uncond_hash(data, manifest, str(path))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from common.files import canonical_json, create_once
+from common.files import canonical_json, create_once, read_bytes
 from shards.files.names import PLAN_DIR, SCHEMA
 
 
@@ -121,7 +121,7 @@ def read_plan(folder: Path) -> Plan:
         path = _segment_path(folder, number)
         if path.name not in present:
             raise DataError(f"{path} is missing, later segments are there; restore it from a copy")
-        segment = _decode(path.read_bytes(), path)
+        segment = _decode(read_bytes(path), path)
         expected = sum(s.num_shards for s in segments), sum(len(s.input_ids) for s in segments)
         if (segment.first_shard, segment.first_index) != expected:
             raise DataError(f"{path}: does not continue the segments before it; is it from another set?")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import DataError, MachineError
 from common.files import write_bytes_atomic
 from common.progress import Progress
 from shards.files.failures import count_by_reason, read_failures
@@ -59,6 +59,7 @@ def finalize(folder: Path, *, quick: bool = False) -> Summary:
 
     Raises:
         DataError: shards are missing or damaged; the message names them.
+        MachineError: a shard cannot be read.
     """
     shards = ShardSet.open(folder)
     if not quick:
@@ -142,6 +143,8 @@ def _check_sound(shards: ShardSet) -> None:
         for header, damages in verify_set(shards):
             found += damages
             progress.update(header.bytes)
+    if unread := [damage.message for damage in found if damage.unread]:
+        raise MachineError(f"{unread[0]} ({len(unread)} shards could not be read)")
     if found:
         more = f"; and {len(found) - 5} more: see `verify`" if len(found) > 5 else ""
         raise DataError(

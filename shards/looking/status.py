@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
+from common.faults import naming
 from shards.files.failures import count_by_reason, read_failures
 from shards.files.locks import is_dead, temporaries
 from shards.files.manifest import read_manifest
@@ -93,7 +94,7 @@ def _read_sidecars(folder: Path) -> tuple[list[tuple[SidecarHeader, float]], lis
         if parse_sidecar_name(path.name) is None:
             continue
         try:
-            with path.open("rb", buffering=0) as file:
+            with naming(path), path.open("rb", buffering=0) as file:
                 header = decode_header(file.read(HEADER_READ_BYTES) or b"", path.name)
             size = (folder / header.shard).stat().st_size
             if size != header.bytes:

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from common.errors import DataError, reason
+from common.errors import DataError, MachineError, reason
+from common.faults import disk_fault
 from common.progress import Progress
 from shards.files.plan import read_plan
 from shards.files.sidecar import SidecarHeader
@@ -17,7 +19,18 @@ from shards.reading.reader import ShardSet
 from shards.reading.store import open_store
 
 
-def audit(location: str | Path, num_threads: int = 0) -> tuple[ShardSet | None, list[str]]:
+class Audit(NamedTuple):
+    """What an audit found."""
+
+    shards: ShardSet | None
+    """The set; None if none of it can be used."""
+    damages: list[str]
+    """One line each."""
+    unread: list[str]
+    """What the disk or the connection did not give: nothing is known of it. One line each."""
+
+
+def audit(location: str | Path, num_threads: int = 0) -> Audit:
     """Check a set's manifest, unconditional contexts, plan, sidecars and shards.
 
     A set in work is no damage: shards that are planned and not there yet are not missed, one without its
@@ -27,22 +40,24 @@ def audit(location: str | Path, num_threads: int = 0) -> tuple[ShardSet | None, 
         location: a folder or URL.
         num_threads: that hash; 0 for one per core.
 
-    Returns:
-        The set (None if none of it can be used), and one line for each damage.
+    Raises:
+        MachineError: the set cannot be reached.
     """
     store = open_store(location)
     try:
-        shards = ShardSet(store, find_set(store, allow_incomplete=True, damage="collect"))
+        opened = find_set(store, allow_incomplete=True, damage="collect")
     except DataError as error:
-        return None, [str(error)]
+        return Audit(None, [str(error)], [])
+    shards, unread = ShardSet(store, opened), list(opened.unread)
     found = [line for line in shards.left_out if not line.endswith(PLANNED_ONLY)]
     if "://" not in str(location):
         found += _check_plan(Path(location))
     with Progress(sum(header.bytes for header in shards.headers), "verify", "B") as progress:
         for header, damages in verify_set(shards, num_threads):
-            found += [damage.message for damage in damages]
+            for damage in damages:
+                (unread if damage.unread else found).append(damage.message)
             progress.update(header.bytes)
-    return shards, found
+    return Audit(shards, found, unread)
 
 
 def verify_set(shards: ShardSet, num_threads: int = 0) -> Iterator[tuple[SidecarHeader, list[Damage]]]:
@@ -67,9 +82,17 @@ def _verify_number(shards: ShardSet, number: int) -> list[Damage]:
     except FileNotFoundError:
         return [whole_shard(header.shard, "the file is missing")]
     except OSError as error:
+        if fault := disk_fault(error, header.shard):
+            return [_unread(header, fault)]
         return [whole_shard(header.shard, f"cannot be read ({reason(error)})")]
+    except MachineError as error:
+        return [_unread(header, error)]
     except DataError as error:
         return [Damage(shard=header.shard, sample=None, whole=True, message=str(error))]
+
+
+def _unread(header: SidecarHeader, fault: MachineError) -> Damage:
+    return Damage(shard=header.shard, sample=None, whole=True, unread=True, message=str(fault))
 
 
 def _check_plan(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ import google_crc32c
 import numpy as np
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from shards.files.sidecar import Entry, Member, SidecarHeader
 from shards.records.codec import TENSORS, decode_arrays
 from shards.records.tensor_file import is_finite
@@ -33,6 +34,8 @@ class Damage:
     """No sample of the shard can be used."""
     message: str
     """One line."""
+    unread: bool = False
+    """Nothing is known of it: the disk or the connection failed."""
 
 
 def whole_shard(shard: str, message: str) -> Damage:
@@ -56,6 +59,7 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
     except FileNotFoundError:
         return [whole_shard(shard, "the file is missing")]
     except OSError as error:
+        raise_disk_fault(error, path)
         return [whole_shard(shard, f"cannot be read ({reason(error)})")]
     try:
         size = os.fstat(descriptor).st_size
@@ -65,6 +69,7 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
         if sha256 != header.sha256 or found:
             found += _find_unread_damage(descriptor, size, header, entries)
     except OSError as error:
+        raise_disk_fault(error, path)
         return [whole_shard(shard, f"cannot be read ({reason(error)})")]
     finally:
         os.close(descriptor)

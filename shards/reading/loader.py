@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.differences import require_same
-from common.errors import DataError
+from common.errors import AppError, DataError, MachineError
 from common.signals import blocked
 from shards.reading.order import Place, Sample, Slices
 from shards.reading.parcel import Parcel
@@ -143,26 +143,26 @@ class ShardLoader:
         with blocked():
             batches = iter(loader)  # starts the workers
         for batch in batches:
-            if isinstance(batch, str):
-                raise DataError(batch)
+            if isinstance(batch, AppError):
+                raise batch
             self._place = self._slices.advance(self._place, self.global_batch)
             yield batch
 
 
-class _Samples(Dataset[Batch | Parcel | str]):
-    """Reads and collates a batch; an error comes back as its text, for torch wraps exceptions in tracebacks."""
+class _Samples(Dataset[Batch | Parcel | AppError]):
+    """Reads and collates a batch; an error comes back as a value, for torch wraps exceptions in tracebacks."""
 
     def __init__(self, shards: ShardSet, members: Sequence[str]) -> None:
         self._shards, self._members = shards, members
 
-    def __getitems__(self, samples: list[Sample]) -> Batch | Parcel | str:
+    def __getitems__(self, samples: list[Sample]) -> Batch | Parcel | AppError:
         try:
             rows = [self._shards.arrays(index, self._members) for _epoch, index in samples]
             batch = collate_arrays(
                 rows, [index for _epoch, index in samples], [epoch for epoch, _index in samples]
             )
-        except DataError as error:
-            return str(error)
+        except (DataError, MachineError) as error:
+            return type(error)(str(error))
         return batch if get_worker_info() is None or sys.platform != "linux" else Parcel(batch)
 
 

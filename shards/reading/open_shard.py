@@ -9,6 +9,7 @@ from typing import TypeVar
 import google_crc32c
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from shards.files.names import sidecar_name
 from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table
 from shards.reading.store import Store
@@ -71,4 +72,5 @@ def _guard(action: Callable[[], T], where: str) -> T:
     except FileNotFoundError:
         raise DataError(f"{where}: the file is missing; {_REMEDY}") from None
     except OSError as error:
-        raise DataError(f"{where}: cannot be read ({reason(error)}); check the disk, then run again") from error
+        raise_disk_fault(error, where)
+        raise DataError(f"{where}: cannot be read ({reason(error)}); {_REMEDY}") from error

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.errors import DataError, reason
+from common.errors import AppError, DataError, MachineError, reason
+from common.faults import disk_fault
 from shards.files.frozen import FrozenSet, Shard, hash_set
 from shards.files.manifest import Manifest, check_uncond_hash, decode_manifest
 from shards.files.names import MANIFEST, UNCOND, parse_shard_name, parse_sidecar_name, shard_name, sidecar_name
@@ -45,6 +46,8 @@ class OpenedSet:
     """Why something was left out, one line each."""
     replaces: tuple[str, ...] = ()
     """Hashes of the sets that a run had before something was left out of them."""
+    unread: tuple[str, ...] = ()
+    """What could not be reached, so that nothing is known of it, one line each; only where damage is collected."""
 
     def count(self, header: SidecarHeader) -> int:
         """Samples of a shard that are in the set."""
@@ -63,8 +66,8 @@ def find_set(store: Store, *, allow_incomplete: bool, damage: OnDamage) -> Opene
     Args:
         store: where to look.
         allow_incomplete: take what is committed although the plan has more.
-        damage: "raise" the first; "collect" those of whole shards in `left_out`; or read everything and "exclude"
-            what is damaged.
+        damage: "raise" the first; "collect" those of whole shards in `left_out` and `unread`; or read everything
+            and "exclude" what is damaged.
     """
     manifest, uncond = _read_manifest(store)
     sizes = store.sizes()
@@ -72,6 +75,7 @@ def find_set(store: Store, *, allow_incomplete: bool, damage: OnDamage) -> Opene
     sidecars = sorted(name for name in sizes if parse_sidecar_name(name) is not None)
     damages: list[Damage] = []
     headers = []
+    unread: list[MachineError] = []
     for name, header in _read_headers(store, sidecars):
         try:
             headers.append(_check_header(store, name, header, manifest, sizes, any_size=damage != "raise"))
@@ -79,6 +83,10 @@ def find_set(store: Store, *, allow_incomplete: bool, damage: OnDamage) -> Opene
             if damage == "raise":
                 raise
             damages.append(Damage(shard=name, sample=None, whole=True, message=str(error)))
+        except MachineError as error:
+            if damage != "collect":
+                raise
+            unread.append(error)
     missing = list(_missing(store, shards, sidecars, sizes))
     if missing and not allow_incomplete and damage == "raise":
         raise _incomplete(store, missing)
@@ -92,7 +100,10 @@ def find_set(store: Store, *, allow_incomplete: bool, damage: OnDamage) -> Opene
         headers=tuple(header for header in headers if header.count),
         excluded=excluded,
         left_out=tuple(found.message for found in damages),
+        unread=tuple(map(str, unread)),
     )
+    if unread and not opened.headers:
+        raise unread[0]
     _say_left_out(store, opened)
     return opened
 
@@ -197,7 +208,7 @@ def _read_manifest(store: Store) -> tuple[Manifest, bytes]:
     return manifest, uncond
 
 
-def _read_headers(store: Store, names: Sequence[str]) -> Iterator[tuple[str, SidecarHeader | DataError]]:
+def _read_headers(store: Store, names: Sequence[str]) -> Iterator[tuple[str, SidecarHeader | AppError]]:
     """Read the first line of many sidecars; waiting for a file server is done side by side."""
     chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
     with ThreadPoolExecutor(8) as pool:
@@ -207,7 +218,7 @@ def _read_headers(store: Store, names: Sequence[str]) -> Iterator[tuple[str, Sid
             yield from zip(chunk, found, strict=True)
 
 
-def _read_header(store: Store, name: str) -> SidecarHeader | DataError:
+def _read_header(store: Store, name: str) -> SidecarHeader | AppError:
     where = f"{name} in {store.location}"
     try:
         data = store.read(name, HEADER_READ_BYTES)
@@ -215,22 +226,22 @@ def _read_header(store: Store, name: str) -> SidecarHeader | DataError:
             data = store.read(name)
         return decode_header(data, where)
     except OSError as error:
-        return DataError(f"{where}: cannot be read ({reason(error)}); check the disk, then run again")
-    except DataError as error:
+        return disk_fault(error, where) or DataError(f"{where}: cannot be read ({reason(error)})")
+    except (DataError, MachineError) as error:
         return error
 
 
 def _check_header(
     store: Store,
     name: str,
-    header: SidecarHeader | DataError,
+    header: SidecarHeader | AppError,
     manifest: Manifest,
     sizes: dict[str, int],
     *,
     any_size: bool,
 ) -> SidecarHeader:
     where = f"{name} in {store.location}"
-    if isinstance(header, DataError):
+    if not isinstance(header, SidecarHeader):
         raise header
     if sidecar_name(header.shard) != name:
         raise DataError(f"{where}: it is the sidecar of {header.shard}, renamed; give both files their names back")

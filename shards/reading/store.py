@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from common.faults import naming
 from shards.files.sidecar import SidecarHeader
 
 
@@ -32,7 +33,8 @@ class Store(Protocol):
 
         Raises:
             FileNotFoundError: there is none.
-            DataError: a download failed or brought other bytes than the sidecar says.
+            MachineError: a download failed.
+            DataError: it brought other bytes than the sidecar says.
         """
 
     def prefetch(self, headers: Sequence[SidecarHeader]) -> None:
@@ -63,7 +65,8 @@ class FolderStore:
 
     def read(self, name: str, size: int = -1) -> bytes:
         """See `Store`."""
-        with (self.folder / name).open("rb", buffering=0) as file:
+        path = self.folder / name
+        with naming(path), path.open("rb", buffering=0) as file:
             if size >= 0:
                 return file.read(size) or b""
             return file.readall()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.faults import naming
 from common.files import TEMPORARY_SUFFIX, claim, temporary_path
 from shards.files.locks import remove_leftovers
 
@@ -44,10 +45,11 @@ class FileCache:
                 return path
             temporary = temporary_path(path)
             try:
-                with temporary.open("wb") as file:
-                    claim(file.fileno())  # whoever cleans up sees that this one is alive
-                    make(temporary)
-                temporary.replace(path)
+                with naming(path, temporary=temporary):
+                    with temporary.open("wb") as file:
+                        claim(file.fileno())  # whoever cleans up sees that this one is alive
+                        make(temporary)
+                    temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
         self._evict(keep=path)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, UsageError
+from common.errors import AppError, DataError, UsageError
 from common.files import sha256_file
 from shards.files.sidecar import SidecarHeader
 from shards.remote.cache import FileCache
@@ -116,7 +116,7 @@ class CachedStore:
     def _prefetch_one(self, header: SidecarHeader) -> Path:
         try:
             return self.shard_path(header)
-        except (DataError, OSError) as error:
+        except (AppError, OSError) as error:
             logger.info(
                 "prefetch of %s failed: %s", header.shard, error
             )  # whoever reads it tries again, and raises
@@ -127,6 +127,11 @@ class CachedStore:
             fs.get_file(self._remote.path(header.shard), str(path))
             size = path.stat().st_size
             if size != header.bytes:
+                if size == fs.size(self._remote.path(header.shard)):
+                    raise DataError(
+                        f"{self.location}, {header.shard}: {size} bytes there, expected {header.bytes}; the shard "
+                        "is damaged there: upload it again, or train with --exclude-damaged"
+                    )
                 raise ConnectionError(f"{size} of {header.bytes} bytes arrived")
 
         self._remote.attempt(fetch, f"downloading {header.shard}")

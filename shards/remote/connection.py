@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from common.errors import DataError
+from common.errors import AppError, MachineError, UsageError
+from common.faults import blame
 
 logger = logging.getLogger(__name__)
 
 _TRIES = 5
 _FIRST_WAIT_SECONDS = 0.2
 """Before the second try; it doubles with every try."""
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+"""Not the connection's: trying again at once does not help."""
 
 T = TypeVar("T")
 
@@ -32,7 +37,7 @@ class RemoteFolder:
         """Return this process's file system and the folder's path in it.
 
         Raises:
-            DataError: the protocol is unknown or its package is missing.
+            UsageError: the protocol is unknown or its package is missing.
         """
         if self._process != os.getpid():
             import fsspec
@@ -42,7 +47,7 @@ class RemoteFolder:
                     self.url, skip_instance_cache=True, use_listings_cache=False
                 )
             except (ImportError, ValueError) as error:
-                raise DataError(f"{self.url}: cannot be opened ({error})") from None
+                raise UsageError(f"{self.url}: cannot be opened ({error})") from None
             self._process = os.getpid()
         return self._fs, self._root
 
@@ -55,19 +60,23 @@ class RemoteFolder:
 
         Raises:
             FileNotFoundError: as the action does, at once.
-            DataError: it failed every time.
+            MachineError: it failed every time, or this machine's disk did.
+            DataError: it failed every time, and not by a fault that may pass: a folder is where a file should be.
         """
         fs, _root = self.connect()
         for number in range(_TRIES):
             try:
                 return action(fs)
-            except (FileNotFoundError, DataError):
+            except (FileNotFoundError, AppError):
                 raise
             except Exception as error:  # each protocol has its own errors, and no common base below Exception
+                if isinstance(error, OSError) and error.errno in _DISK:
+                    raise
                 if number == _TRIES - 1:
-                    raise DataError(
-                        f"{self.url}: {what} failed {_TRIES} times ({type(error).__name__}: {error}); "
-                        "check the connection and the credentials, then run again"
+                    known = isinstance(error, OSError) and error.errno is not None
+                    raise (blame(error) if known else MachineError)(
+                        f"{self.url}: {what} failed {_TRIES} times ({type(error).__name__}: {error}); check the "
+                        "connection and the credentials, then run again: what was complete is untouched"
                     ) from error
                 logger.info("%s: %s failed (%s), trying again", self.url, what, error)
                 time.sleep(_FIRST_WAIT_SECONDS * 2**number)

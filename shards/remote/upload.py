@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from common.files import read_bytes
 from shards.files.manifest import read_manifest
 from shards.files.names import FAILURES_DIR, MANIFEST, PLAN_DIR, SUMMARY, UNCOND, failures_name, sidecar_name
 from shards.remote.connection import RemoteFolder
@@ -25,7 +26,8 @@ def upload_set(folder: Path, url: str) -> list[str]:
         Names of the shards uploaded now.
 
     Raises:
-        DataError: the connection failed for good, or another set is there.
+        MachineError: the connection failed for good.
+        DataError: another set is there.
     """
     uploader = Uploader(folder, url)
     shards = [sidecar.with_suffix(".tar").name for sidecar in sorted(folder.glob("shard-*.json"))]
@@ -46,13 +48,14 @@ class Uploader:
             url: of the set's folder there.
 
         Raises:
-            DataError: the connection failed for good, or another set is there.
+            MachineError: the connection failed for good.
+            DataError: another set is there.
         """
         self.remote, self._folder = RemoteFolder(url), folder
         self._identity_sha256 = read_manifest(folder).identity_sha256
         for name in (UNCOND, MANIFEST):
             there = _read_if_there(self.remote, name)
-            if there is not None and there != (folder / name).read_bytes():
+            if there is not None and there != read_bytes(folder / name):
                 raise DataError(f"{url}: {name} there is of another set than {folder}; choose another URL")
             if there is None:
                 _put(self.remote, folder / name, name)
@@ -69,11 +72,12 @@ class Uploader:
             Whether anything was sent.
 
         Raises:
-            DataError: the shard is damaged here, or the connection failed for good.
+            MachineError: the connection failed for good.
+            DataError: the shard is damaged here.
         """
         folder, sidecar = self._folder, self._folder / sidecar_name(shard)
         there = _read_if_there(self.remote, sidecar.name)
-        if sidecar.exists() and there == sidecar.read_bytes():
+        if sidecar.exists() and there == read_bytes(sidecar):
             return False
         if read_committed(folder, shard, self._identity_sha256) is None:
             raise DataError(f"{folder / shard}: damaged, so it is not uploaded; run precompute again to mend it")
@@ -95,7 +99,7 @@ def _read_if_there(remote: RemoteFolder, name: str) -> bytes | None:
 
 
 def _put_if_other(remote: RemoteFolder, path: Path, name: str) -> None:
-    if _read_if_there(remote, name) != path.read_bytes():
+    if _read_if_there(remote, name) != read_bytes(path):
         _put(remote, path, name)
 
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
 
-from common.errors import DataError, reason
-from common.files import claim, fsync_dir, sha256_file, temporary_path, write_bytes_atomic
+from common.errors import DataError, MachineError, reason
+from common.faults import blame
+from common.files import claim, fsync_dir, read_bytes, sha256_file, temporary_path, write_bytes_atomic
 from shards.files.failures import Failure, encode_failures
 from shards.files.locks import commit_lock
 from shards.files.names import FAILURES_DIR, failures_name, sample_key, shard_name, sidecar_name
@@ -81,7 +82,8 @@ class ShardWriter:
         file, self._sink.file = self._sink.file, None
         try:
             if file is not None:
-                file.close()
+                with _named(self._folder / self._name):
+                    file.close()
         finally:
             self._temporary.unlink(missing_ok=True)
 
@@ -103,7 +105,7 @@ class ShardWriter:
             record: what to store.
 
         Raises:
-            DataError: the disk refused; nothing that was committed is touched.
+            MachineError: the disk refused; nothing that was committed is touched.
         """
         self._take_index(sample_index)
         members = []
@@ -133,7 +135,7 @@ class ShardWriter:
         If another task committed the same shard meanwhile, its files stay and are returned.
 
         Raises:
-            DataError: the disk refused, or gave back other bytes than were written.
+            MachineError: the disk refused, or gave back other bytes than were written.
         """
         if self._sink.file is None:
             raise RuntimeError("commit() outside of the writer's context")
@@ -192,7 +194,7 @@ class ShardWriter:
         with self._temporary.open("rb") as again:
             received = hashlib.file_digest(again, "sha256")
             if received.hexdigest() != self.sha256:
-                raise DataError(
+                raise MachineError(
                     f"{self._folder / self._name}: read back other bytes than were written; "
                     "check the disk or its network, then run again: nothing was committed"
                 )
@@ -236,7 +238,7 @@ def read_committed(folder: Path, name: str, identity_sha256: str) -> SidecarHead
         OSError: the disk failed; nothing is known about the shard.
     """
     try:
-        data = (folder / sidecar_name(name)).read_bytes()
+        data = read_bytes(folder / sidecar_name(name))
         size = (folder / name).stat().st_size
     except FileNotFoundError:
         return None
@@ -263,7 +265,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
+        raise blame(error)(
             f"{path}: cannot be written ({reason(error)}); committed shards are safe: free space or mend the disk,"
             " then run again"
         ) from error

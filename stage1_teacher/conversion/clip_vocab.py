@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.files import write_bytes_atomic
 from common.scripts import run_script
 
@@ -53,6 +54,7 @@ def convert(source: Path, folder: Path) -> None:
     try:
         lines = gzip.decompress(source.read_bytes()).decode().split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise_disk_fault(error, source)
         raise DataError(f"{source}: {reason(error)}; expected bpe_simple_vocab_16e6.txt.gz") from None
     merges = lines[1 : 1 + NUM_MERGES]  # the first line is a version
     if len(merges) != NUM_MERGES:

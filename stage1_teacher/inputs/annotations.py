@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.pictures import size_as_seen
 from stage1_teacher.inputs.captions import describe_watermark
 from stage1_teacher.inputs.fonts import find_font, line_identity
@@ -252,6 +253,7 @@ def locate_image(root: Path, name: Any, where: str) -> Path:
         real = Path(os.path.realpath(root / name, strict=True))
         regular = stat.S_ISREG(real.stat().st_mode)
     except (OSError, ValueError) as error:
+        raise_disk_fault(error, root / name)
         raise InputFailure("image missing", f"{where}: image {name!r:.80}: {reason(error)}") from None
     if not real.is_relative_to(root):
         raise InputFailure(

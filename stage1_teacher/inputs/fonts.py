@@ -13,6 +13,7 @@ from PIL import ImageFont, features
 
 from common.config import Config
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.files import is_lfs_pointer, sha256_file
 from stage1_teacher.inputs.input import InputFailure, is_visible, nearest
 
@@ -51,6 +52,7 @@ def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(path), size=size, layout_engine=engine)
     except OSError as error:
+        raise_disk_fault(error, path)
         if is_lfs_pointer(path):
             raise DataError(f"font {path} is a git-lfs pointer; fetch the font itself: git lfs pull") from None
         raise DataError(f"font {path}: {reason(error)}; expected a TrueType or OpenType file") from None
@@ -104,7 +106,8 @@ def _font_identity(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
     path = _font_path(font, fonts, folder)
     try:
         return font if path is None else font_sha256(path)
-    except OSError:  # `find_font` says why, when the input's turn comes
+    except OSError as error:  # `find_font` says why, when the input's turn comes
+        raise_disk_fault(error, path or "")
         return font
 
 
@@ -136,7 +139,8 @@ def _font_path(font: Any, fonts: Mapping[str, Path], folder: Path) -> Path | Non
     path = fonts[font] if font in fonts else folder / font
     try:
         return path if path.is_file() else None
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise_disk_fault(error, path)
         return None
 
 

@@ -12,10 +12,12 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Collection
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, reason
+from common.faults import naming, raise_disk_fault
 from stage1_teacher.inputs.input import nearest
 
 _CHUNK_BYTES = 1 << 20
@@ -138,11 +140,10 @@ class JsonEntries:
             scanner = _Scanner(path)
             self._file = path.open("rb")
         except OSError as error:
+            raise_disk_fault(error, path)
             raise DataError(f"{path}: {reason(error)}") from None
-        try:
+        with naming(path), closing(scanner):
             self._scan_object(scanner)
-        finally:
-            scanner.close()
         for field in (list_field, *other_fields):
             if field not in self.header:
                 raise DataError(f"{path}: field {field!r} is missing")
@@ -195,7 +196,8 @@ class JsonEntries:
         Raises:
             DataError: the file changed since it was scanned.
         """
-        data = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])
+        with naming(self.path):
+            data = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])
         try:
             return json.loads(data)
         except ValueError:

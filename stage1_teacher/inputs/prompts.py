@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, reason
+from common.faults import naming, raise_disk_fault
 from stage1_teacher.inputs.annotations import locate_image
 from stage1_teacher.inputs.fonts import find_font, line_identity
 from stage1_teacher.inputs.input import (
@@ -78,12 +79,17 @@ class Prompts:
         try:
             self._file = path.open("rb")
         except OSError as error:
+            raise_disk_fault(error, path)
             raise DataError(f"{path}: {reason(error)}") from None
-        offset = 0
+        with naming(path):
+            self._scan()
+
+    def _scan(self) -> None:
+        folder, offset = self._path.parent.resolve(), 0
         for number, line in enumerate(self._file, start=1):
             if line.strip():
-                prompt = self._parse(line, f"{path}:{number}")
-                self._ids.append(prompt_id(prompt, self._fonts, path.parent.resolve(), use_images))
+                prompt = self._parse(line, f"{self._path}:{number}")
+                self._ids.append(prompt_id(prompt, self._fonts, folder, self._use_images))
                 self._offsets.append(offset)
                 self._lengths.append(len(line))
                 self._numbers.append(number)
@@ -120,7 +126,8 @@ class Prompts:
         Raises:
             InputFailure: its values are wrong.
         """
-        data = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])
+        with naming(self._path):
+            data = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])
         try:
             content = parse_prompt(
                 json.loads(data),

@@ -18,6 +18,7 @@ from PIL import features
 
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
+from common.files import read_bytes
 from common.machine import describe_device, installed_versions
 from common.schedule import make_alphas_cumprod, trailing_timesteps
 from stage1_teacher.inputs.fonts import font_sha256, text_layout
@@ -96,7 +97,7 @@ def _hash_tokenizer(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
         path = folder / name
-        digest.update(path.read_bytes() if path.is_file() else b"")  # loading it says what is wrong
+        digest.update(read_bytes(path) if path.is_file() else b"")  # loading it says what is wrong
     return digest.hexdigest()
 
 

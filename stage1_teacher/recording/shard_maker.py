@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from common.config import PrecomputeConfig
-from common.errors import DataError
+from common.errors import DataError, MachineError
 from common.progress import Progress
 from common.signals import StopFlag
 from shards.files.failures import Failure
@@ -71,7 +71,7 @@ class ShardMaker:
         """Upload the shards that earlier runs committed, where they are not there yet.
 
         Raises:
-            DataError: the upload failed for good.
+            MachineError: the upload failed for good.
             Stopped: a signal came.
         """
         self._send(self._share.found)
@@ -80,7 +80,8 @@ class ShardMaker:
         """Make every shard that is left.
 
         Raises:
-            DataError: too many inputs failed, or the teacher, the disk or the upload did.
+            DataError: too many inputs failed, or the teacher did.
+            MachineError: the disk or the upload failed.
             Stopped: a signal came; the shard in work is dropped.
         """
         todo = self._share.todo
@@ -145,8 +146,8 @@ class ShardMaker:
             for shard in shards:
                 self.check_stop()
                 self._share.uploaded += self._uploader.upload_shard(shard)
-        except DataError as error:
-            raise DataError(f"{error} ({self._share.committed_so_far} in {self._folder})") from None
+        except (DataError, MachineError) as error:
+            raise type(error)(f"{error} ({self._share.committed_so_far} in {self._folder})") from None
 
     def _record_group(
         self, shard: PlannedShard, first: int, group: list[Outcome], recorder: Recorder

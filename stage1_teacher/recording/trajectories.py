@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.config import PrecomputeConfig
 from common.errors import DataError, UsageError, reason
+from common.faults import blame
 from common.schedule import trailing_timesteps
 from shards.files.plan import Plan, PlannedShard
 from shards.trajectories import TrajectoryStore
@@ -89,7 +90,7 @@ class RolloutKeeper:
             failed: places within it of inputs that failed and have none.
 
         Raises:
-            DataError: the disk refused.
+            MachineError: the disk refused.
         """
         rows = self._num_rollouts
         gone = [place * rows + number for place in failed for number in range(rows)]
@@ -100,7 +101,7 @@ class RolloutKeeper:
         try:
             self._store.write_block(shard.shard_index, states, failed=gone)
         except OSError as error:
-            raise DataError(
+            raise blame(error)(
                 f"{self._store.folder}: block {shard.shard_index} cannot be written ({reason(error)}); "
                 "committed shards are safe: free space or mend the disk, then run again"
             ) from error

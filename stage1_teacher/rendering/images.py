@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import reason
+from common.faults import raise_disk_fault
 from common.files import LFS_HEADER
 from common.pictures import FORMATS, as_seen
 from stage1_teacher.inputs.input import InputFailure
@@ -30,6 +31,7 @@ def read_image_file(path: Path, where: str) -> bytes:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
+        raise_disk_fault(error, path)
         raise InputFailure("image missing", f"{where}: image {path.name!r}: {reason(error)}") from None
     if len(data) > MAX_FILE_BYTES:
         raise InputFailure(
@@ -70,6 +72,7 @@ def decode_image(
             raise InputFailure("image unreadable", f"{where}: image is a git-lfs pointer; {remedy}") from None
         raise InputFailure("image unreadable", f"{where}: image is no {', '.join(FORMATS)} file") from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise almost anything
+        raise_disk_fault(error, where)
         message = " ".join(str(error).split())
         raise InputFailure("image unreadable", f"{where}: image cannot be decoded: {message}") from None
     height, width = pixels.shape[:2]

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from common.anytext2.checkpoint import Source, load_part
 from common.anytext2.config import NetworkConfig
 from common.errors import DataError
+from common.faults import raise_disk_fault
 
 CAPTION_TOKENS = 75
 """Of a chunk of 77, between its start and end tokens."""
@@ -63,6 +64,7 @@ def load_tokenizer(folder: Path, config: NetworkConfig) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever the tokenizers library raises on a damaged file
+        raise_disk_fault(error, folder)
         raise DataError(f"CLIP folder {folder}: {' '.join(str(error).split())}") from None
     if len(tokenizer) != config.clip.vocab_size:
         raise DataError(

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.files import canonical_json, sha256_file
 from common.layouts import Layout
 from common.pictures import as_seen
@@ -136,6 +137,7 @@ def folder_run(folder: Path, label: str, jobs: Sequence[Job]) -> Run:
                 with Image.open(io.BytesIO(data)) as image:
                     images.append(as_seen(image))
             except (OSError, ValueError, UnidentifiedImageError) as error:
+                raise_disk_fault(error, path)
                 raise DataError(f"{path}: not readable as an image ({reason(error)}); make it again") from None
         return Sampled(images=images)
 

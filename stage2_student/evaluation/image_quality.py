@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.errors import DataError, UsageError, reason
+from common.faults import raise_disk_fault
 from common.files import canonical_json, sha256_file, write_bytes_atomic
 from common.pictures import as_seen
 from common.progress import Progress
@@ -75,6 +76,7 @@ class Inception(nn.Module):
         try:
             self.network = torch.jit.load(str(weights), map_location="cpu").eval()
         except (RuntimeError, ValueError, OSError) as error:
+            raise_disk_fault(error, weights)
             raise DataError(
                 f"evaluate.fid_weights {weights}: {reason(error)}; expected the TorchScript file"
                 " inception-2015-12-05.pt"
@@ -126,6 +128,7 @@ def load_clip(folder: Path) -> tuple[Any, Any]:
             CLIPProcessor.from_pretrained(folder, local_files_only=True),
         )
     except (OSError, ValueError) as error:
+        raise_disk_fault(error, folder)
         raise DataError(
             f"evaluate.clip_score_model {folder}: {reason(error)}; expected a folder of a CLIP model"
         ) from None
@@ -292,4 +295,5 @@ def _read(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         with Image.open(path) as image:
             return as_seen(image).copy()
     except (OSError, ValueError) as error:
+        raise_disk_fault(error, path)
         raise DataError(f"{path}: not readable as an image ({reason(error)}); replace the file") from None

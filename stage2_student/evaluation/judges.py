@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError, UsageError
+from common.faults import raise_disk_fault
 from common.files import sha256_file
 
 PPOCR_V4_PACKAGE = "rapidocr_onnxruntime"
@@ -79,6 +80,7 @@ class PPOCRv4:
             )
             characters = self._session.get_modelmeta().custom_metadata_map["character"]
         except Exception as error:
+            raise_disk_fault(error, model)
             raise DataError(
                 f"judge {model}: {type(error).__name__}: {error}; expected the PP-OCRv4 recognition"
                 f" ONNX file of rapidocr-onnxruntime 1.4.4"

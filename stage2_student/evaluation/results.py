@@ -16,6 +16,7 @@ from typing import Any
 
 from common.differences import require_same
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.files import canonical_json, create_once
 from common.jsonl import LineWriter, read_lines
 from common.layouts import Layout, Line, hash_layouts
@@ -71,6 +72,7 @@ def read_description(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected the folder of an evaluation") from None
     except (OSError, ValueError) as error:
+        raise_disk_fault(error, path)
         raise DataError(f"{path}: not readable as JSON ({reason(error)})") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: received a JSON {type(value).__name__}, expected an object")

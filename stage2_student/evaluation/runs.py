@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError
+from common.faults import naming
 from common.layouts import Layout
 from common.progress import Progress
 from common.signals import StopFlag
@@ -148,7 +149,8 @@ def _evaluate_batch(run: Run, jobs: Sequence[Job], judge: Judge, place: Path, pl
         if plan.keeps(layout, sample):
             name = f"{layout.layout_id}_{sample}.png"
             (place / "images").mkdir(exist_ok=True)
-            Image.fromarray(image).save(place / "images" / name)
+            with naming(place / "images" / name):
+                Image.fromarray(image).save(place / "images" / name)
         truth = plan.truth(layout) if plan.truth is not None else None
         ground = None if truth is None else ground_difference(image, truth, layout)
         results.append(

@@ -13,6 +13,8 @@ from typing import Any
 from PIL import Image
 
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
+from common.files import read_bytes
 from common.layouts import Layout
 from shards.files.frozen import FrozenSet, read_frozen
 from shards.files.names import FROZEN
@@ -126,6 +128,7 @@ def embed_image(path: Path) -> str:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except OSError as error:
+        raise_disk_fault(error, path)
         raise DataError(
             f"{path}: not readable as an image ({reason(error)}); evaluate again without this run's folder"
         ) from None
@@ -150,7 +153,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     remedy = "expected a JSON object; restore it, or remove it to report without it"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_bytes(path))
     except ValueError as error:
         raise DataError(f"{path}: damaged ({reason(error)}), {remedy}") from None
     if not isinstance(config, dict):

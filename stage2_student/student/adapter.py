@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.errors import DataError, UsageError, reason
+from common.faults import raise_disk_fault
 from common.files import canonical_json, write_bytes_atomic
 from stage2_student.student import exported
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, LIST_FILE, newest_checkpoint
@@ -174,6 +175,7 @@ def read_card(folder: Path) -> Card:
     except FileNotFoundError:
         raise DataError(f"{folder}: no {CARD_FILE}; expected a run folder or an adapter's folder") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_disk_fault(error, path)
         raise DataError(f"{path}: not an adapter's card ({reason(error)})") from None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, reason
+from common.faults import naming, raise_disk_fault
 from common.files import TEMPORARY_SUFFIX, canonical_json, fsync_dir, sha256_file, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None]) -> Pat
     temporary = root / f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
     try:
         temporary.mkdir()
-        write(temporary)
+        with naming(target, temporary=temporary):
+            write(temporary)
         content = {"step": step, "files": dict(_listing(temporary))}
         write_bytes_atomic(temporary / LIST_FILE, canonical_json(content))
         for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
@@ -90,6 +92,7 @@ def damage(checkpoint: Path) -> str:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_disk_fault(error, checkpoint)
         return f"{LIST_FILE} is unreadable ({reason(error)})"
     return ""
 

@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from common.errors import DataError, UsageError, reason
+from common.faults import raise_disk_fault
 from common.files import canonical_json, write_bytes_atomic
 from common.seeding import generator
 
@@ -211,8 +212,10 @@ def load_lora(folder: Path) -> tuple[dict[str, Tensor], int, float]:
     except FileNotFoundError as error:
         raise DataError(f"adapter {folder}: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise_disk_fault(error, folder)
         raise DataError(f"adapter {folder}: unreadable ({reason(error)})") from None
     except Exception as error:  # safetensors raises its own type, which is no subclass of the above
+        raise_disk_fault(error, folder)
         raise DataError(f"adapter {folder}/{WEIGHTS_FILE}: not a safetensors file ({reason(error)})") from None
     return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}, rank, alpha
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import DataError, reason
+from common.faults import naming, raise_disk_fault
 from common.files import canonical_json, write_bytes_atomic
 from stage2_student.student.adapter import EMA_DIR, LORA_DIR, Card, load_tensors, save_adapter
 from stage2_student.student.lora import load_parameters
@@ -65,9 +66,10 @@ def write_state(
     save_adapter(folder / LORA_DIR, learner.parameters, card)
     if learner.ema is not None:
         save_adapter(folder / EMA_DIR, learner.ema.values, card)
-    save_file(_moments(learner), str(folder / OPTIMIZER_FILE))
-    with (folder / OPTIMIZER_FILE).open("rb") as file:
-        os.fsync(file.fileno())
+    with naming(folder / OPTIMIZER_FILE):
+        save_file(_moments(learner), str(folder / OPTIMIZER_FILE))
+        with (folder / OPTIMIZER_FILE).open("rb") as file:
+            os.fsync(file.fileno())
     content = {"progression": asdict(progression), "identity": dict(identity)}
     write_bytes_atomic(folder / STATE_FILE, canonical_json(content))
 
@@ -92,6 +94,7 @@ def read_state(folder: Path) -> tuple[Progression, dict[str, Any]]:
         content = json.loads((folder / STATE_FILE).read_bytes())
         return Progression(**content["progression"]), dict(content["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise_disk_fault(error, folder / STATE_FILE)
         raise DataError(f"checkpoint {folder}: {STATE_FILE} is unreadable ({reason(error)})") from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from common.faults import naming
 from common.files import write_bytes_atomic
 from common.jsonl import LineWriter, read_objects
 
@@ -31,7 +32,9 @@ class RunLog:
         if path.exists():
             write_bytes_atomic(path, b"".join(_encode(line) for line in read_log(run) if line["step"] <= step))
         self._file = LineWriter(path, encode=_encode)
-        self._board = SummaryWriter(str(run / TENSORBOARD_DIR), purge_step=step + 1)
+        self._board_folder = run / TENSORBOARD_DIR
+        with naming(self._board_folder):
+            self._board = SummaryWriter(str(self._board_folder), purge_step=step + 1)
 
     def __enter__(self) -> RunLog:
         return self
@@ -40,7 +43,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._board.close()
+        with naming(self._board_folder):
+            self._board.close()
 
     def write(self, step: int, facts: dict[str, Any]) -> None:
         """Append a line; a number that is not finite becomes null.
@@ -51,9 +55,10 @@ class RunLog:
         """
         values = {name: value if math.isfinite(value) else None for name, value in facts.items()}
         self._file.append({"step": step, **values})
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        with naming(self._board_folder):
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ def test_verify_names_all_damage_of_all_kinds_at_once(folder: Path) -> None:
     (folder / "shard-000001.tar").write_bytes((folder / "shard-000001.tar").read_bytes()[: last.offset + 50])
     (folder / "shard-000002.json").unlink()
     flip_bit(folder / "plan" / "000000.txt", 8 * 120)
-    shards, found = audit(folder)
+    shards, found, _unread = audit(folder)
     text = "\n".join(found)
     assert shards is not None
     for named in (

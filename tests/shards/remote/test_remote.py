@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import DataError
+from common.errors import DataError, MachineError, UsageError
 from shards.reading.loader import ShardLoader
 from shards.reading.reader import ShardSet
 from shards.remote import connection as remote_module
@@ -165,7 +165,7 @@ def test_a_connection_that_stays_cut_leaves_nothing_half(
 ) -> None:
     monkeypatch.setattr(remote_module, "_TRIES", 2)  # s3fs tries each of them several times
     proxy.cut("up", 20_000, times=10**6)  # small files pass, shards do not
-    with pytest.raises(DataError, match=r"uploading shard-000000\.tar failed 2 times"):
+    with pytest.raises(MachineError, match=r"uploading shard-000000\.tar failed 2 times"):
         upload_set(folder, url)
     with pytest.raises(DataError, match="no committed sample"):
         ShardSet.open(url, allow_incomplete=True)
@@ -174,7 +174,7 @@ def test_a_connection_that_stays_cut_leaves_nothing_half(
     shards = ShardSet.open(url)
     proxy.cut("down", 200, times=10**6)
     store = CachedStore(url)
-    with pytest.raises(DataError, match=r"downloading shard-000000\.tar failed 2 times"):
+    with pytest.raises(MachineError, match=r"downloading shard-000000\.tar failed 2 times"):
         store.shard_path(shards.headers[0])
     assert [path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")] == []
     proxy.heal()
@@ -278,5 +278,5 @@ def test_a_failed_fetch_leaves_the_cache_empty_and_can_be_repeated(tmp_path: Pat
 
 
 def test_an_unknown_protocol_is_an_error_that_says_so() -> None:
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(UsageError, match="cannot be opened"):
         ShardSet.open("nosuch://bucket/set")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import webdataset.writer
 
-from common.errors import DataError
+from common.errors import DataError, MachineError
 from common.files import temporary_path
 from shards.files.failures import Failure, count_by_reason, read_failures
 from shards.files.locks import is_dead, remove_leftovers, temporaries
@@ -319,7 +319,7 @@ def test_a_record_that_the_disk_gives_back_wrong_is_never_committed(
             flip_bit(temporaries(tmp_path)[0], 9000)
 
         monkeypatch.setattr(os, "fsync", corrupt)
-        with pytest.raises(DataError, match="read back other bytes"):
+        with pytest.raises(MachineError, match="read back other bytes"):
             writer.commit()
     assert not is_committed(tmp_path, 0, manifest.identity_sha256) and temporaries(tmp_path) == []
 
