@@ -24,6 +24,7 @@ from torch import Tensor
 from common.anytext2.checkpoint import METADATA_KEY
 from common.anytext2.unet import ATTNX_ALIASES
 from common.errors import DataError, reason
+from common.faults import raise_disk_fault
 from common.files import sha256_file
 
 KOHYA_PREFIXES = {"unet": "lora_unet", "writenet": "lora_controlnet"}
@@ -79,8 +80,10 @@ def read_metadata(path: Path) -> Metadata:
                 return dict(file.metadata() or {})
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, OSError) as error:
+        raise_disk_fault(error, path)
         raise DataError(f"{path}: unreadable ({reason(error)})") from None
     except Exception as error:  # torch.load raises almost anything on other files
+        raise_disk_fault(error, path)
         raise DataError(
             f"{path}: neither .safetensors nor .ckpt ({reason(error)}); expected what export wrote"
         ) from None
@@ -138,4 +141,5 @@ def _read(path: Path) -> dict[str, Tensor]:
         with opened as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
+        raise_disk_fault(error, path)
         raise DataError(f"{path}: unreadable ({reason(error)})") from None
