@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from common.anytext2.hints import Hints
+from common.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Uncond:
+class Uncond(Tensors):
     """The contexts of the unconditional branch of guidance, the same for every image."""
 
     image_context: Tensor
@@ -20,15 +21,9 @@ class Uncond:
     text_context: Tensor
     """An empty text caption's, (77, c)."""
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Uncond:
-        """Move to a device and float type."""
-        return Uncond(
-            image_context=self.image_context.to(device, dtype), text_context=self.text_context.to(device, dtype)
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Conditioning:
+class Conditioning(Tensors):
     """One image's, from the teacher's encoders or from a record."""
 
     image_context: Tensor
@@ -42,29 +37,13 @@ class Conditioning:
     masked_latents: Tensor
     """(C, h, w), VAE-scaled."""
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
-        """Move to a device and float type, masks included."""
-        return Conditioning(
-            image_context=self.image_context.to(device, dtype),
-            text_context=self.text_context.to(device, dtype),
-            glyphs=self.glyphs.to(device, dtype),
-            positions=self.positions.to(device, dtype),
-            masked_latents=self.masked_latents.to(device, dtype),
-        )
-
     def without(self, uncond: Uncond) -> Conditioning:
         """Return the unconditional branch's: the same hints with the unconditional contexts."""
-        return Conditioning(
-            image_context=uncond.image_context,
-            text_context=uncond.text_context,
-            glyphs=self.glyphs,
-            positions=self.positions,
-            masked_latents=self.masked_latents,
-        )
+        return replace(self, image_context=uncond.image_context, text_context=uncond.text_context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ConditioningBatch:
+class ConditioningBatch(Tensors):
     """That of B images of one size, side by side."""
 
     image_context: Tensor
@@ -89,26 +68,6 @@ class ConditioningBatch:
                 positions=torch.stack([item.positions for item in items]),
                 masked_latents=torch.stack([item.masked_latents for item in items]),
             ),
-        )
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> ConditioningBatch:
-        """Move to a device and float type, masks of the hints included."""
-        mask = self.context_mask
-        return ConditioningBatch(
-            image_context=self.image_context.to(device, dtype),
-            context_mask=None if mask is None else mask.to(device),
-            text_context=self.text_context.to(device, dtype),
-            hints=self.hints.to(device, dtype),
-        )
-
-    def pin_memory(self) -> ConditioningBatch:
-        """Copy to page-locked memory."""
-        mask = self.context_mask
-        return ConditioningBatch(
-            image_context=self.image_context.pin_memory(),
-            context_mask=None if mask is None else mask.pin_memory(),
-            text_context=self.text_context.pin_memory(),
-            hints=self.hints.pin_memory(),
         )
 
     def __len__(self) -> int:

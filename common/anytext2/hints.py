@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from common.tensors import Tensors
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hints:
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Hints(Tensors):
     """Glyphs, positions and masked latents of a batch, all of one float type and device."""
 
     glyphs: Tensor
@@ -19,29 +20,5 @@ class Hints:
     masked_latents: Tensor
     """VAE latents of the masked image, (B, C, h, w)."""
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Hints:
-        """Return the hints on a device, in a float type."""
-        return Hints(
-            glyphs=self.glyphs.to(device=device, dtype=dtype),
-            positions=self.positions.to(device=device, dtype=dtype),
-            masked_latents=self.masked_latents.to(device=device, dtype=dtype),
-        )
-
-    def pin_memory(self) -> Hints:
-        """Copy to page-locked memory."""
-        return Hints(
-            glyphs=self.glyphs.pin_memory(),
-            positions=self.positions.pin_memory(),
-            masked_latents=self.masked_latents.pin_memory(),
-        )
-
     def __len__(self) -> int:
         return int(self.masked_latents.shape[0])
-
-    def __getitem__(self, index: slice | Tensor) -> Hints:
-        """Return part of the batch."""
-        return Hints(
-            glyphs=self.glyphs[index],
-            positions=self.positions[index],
-            masked_latents=self.masked_latents[index],
-        )

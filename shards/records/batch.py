@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.hints import Hints
 from common.errors import DataError
+from common.tensors import Tensors
 from shards.records.record import Record
 from shards.records.tensor_file import Array
 
@@ -23,14 +23,14 @@ _PREDICTIONS = ("x0_cond", "x0_uncond")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Batch:
+class Batch(Tensors):
     """B records; c is the context's width, k the most chunks of any of them, R rollouts, S called states.
 
-    Floating-point tensors are float16 as stored until `to` makes them something else.
+    Floating-point tensors are float16, as stored.
     """
 
     conditioning: ConditioningBatch
-    """Of the B records; glyphs and positions are uint8 until `to`."""
+    """Of the B records; glyphs and positions are uint8."""
     rollout_latents: Tensor
     """(B, R, S + 1, C, h, w): states at which the network was called, then the solved x0."""
     rollout_timesteps: Tensor
@@ -46,20 +46,6 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.indices.shape[0])
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        """Move everything; floating-point tensors and the hints become `dtype`, integers and the mask stay."""
-        names = [field.name for field in dataclasses.fields(self)]
-        moved: dict[str, Any] = {name: _move(getattr(self, name), device, dtype) for name in names}
-        return Batch(**moved)
-
-    def pin_memory(self) -> Batch:
-        """Copy everything to page-locked memory, from which copies to a GPU run beside its work."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        pinned: dict[str, Any] = {
-            name: None if value is None else value.pin_memory() for name, value in values.items()
-        }
-        return Batch(**pinned)
 
 
 def collate(
@@ -133,9 +119,3 @@ def _stack(name: str, rows: Sequence[Mapping[str, Array]], indices: Sequence[int
                 "were they recorded with other settings?"
             )
     return torch.from_numpy(np.stack([row[name] for row in rows]))
-
-
-def _move(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-    return None if value is None else value.to(device, dtype)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from common.config import PrecomputeConfig
 from common.ddim import trailing_grid
 from common.schedule import diffuse, make_alphas_cumprod, predict_x0
 from common.seeding import derive_seed, rng
+from common.tensors import Tensors
 from shards.records.meta import SampleMeta
 from shards.records.record import Record
 from stage1_teacher.rendering.rendered_input import RenderedInput
@@ -40,7 +41,7 @@ class _Item:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Solved:
+class _Solved(Tensors):
     """What came of a batch of items, in their order: S called states and the end of each, on one device."""
 
     states: Tensor
@@ -56,19 +57,11 @@ class _Solved:
         return len(self.states)
 
     def __getitem__(self, rows: slice) -> _Solved:
-        return self._map(lambda _name, values: values[rows])
+        return self.map(lambda values: values[rows])
 
     def then(self, later: _Solved) -> _Solved:
         """Put a later batch's items behind these."""
-        return self._map(lambda name, values: torch.cat([values, getattr(later, name)]))
-
-    def cpu(self) -> _Solved:
-        """Move to the CPU, where records are."""
-        return self._map(lambda _name, values: values.cpu())
-
-    def _map(self, change: Callable[[str, Tensor], Tensor]) -> _Solved:
-        present = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(self, **{name: change(name, value) for name, value in present.items()})
+        return self.map(lambda *values: torch.cat(values), later)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -121,7 +114,8 @@ class Recorder:
         for start in range(0, len(items), self._settings.batch_size):
             batch = items[start : start + self._settings.batch_size]
             solved, rollouts = self._run(batch)
-            waiting = solved.cpu() if waiting is None else waiting.then(solved.cpu())
+            solved = solved.to("cpu")  # where records are
+            waiting = solved if waiting is None else waiting.then(solved)
             records = []
             while len(waiting) >= count:
                 records.append(self._assemble(items[done : done + count], waiting[:count]))

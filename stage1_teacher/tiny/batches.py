@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from common.anytext2.hints import Hints
 from common.errors import DataError
 from common.schedule import make_alphas_cumprod
 from common.seeding import generator, rng
+from common.tensors import Tensors
 from stage1_teacher.inputs.captions import PLACEHOLDER, TEXT_PHRASES
 from stage1_teacher.inputs.input import UNKNOWN_COLOR
 from stage1_teacher.teacher.glyph_embedding import PositionEncoder
@@ -52,7 +53,7 @@ LOOKS = {"color": 3, "font": len(FONTS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TrainingBatch:
+class TrainingBatch(Tensors):
     """B images with K noises each."""
 
     latents: Tensor
@@ -91,13 +92,6 @@ class TrainingBatch:
     """How many steps lead there, of about the same length; one number for the whole batch."""
     timesteps: Tensor
     """(B K,) int64."""
-
-    def to(self, device: torch.device) -> TrainingBatch:
-        """Return the batch on a device."""
-        kept = ("lines", "looks", "own_steps")
-        names = [field.name for field in fields(self) if field.name not in kept]
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, looks={name: look.to(device) for name, look in self.looks.items()})
 
 
 class FeatureStore:

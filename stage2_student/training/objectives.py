@@ -24,6 +24,7 @@ from common.schedule import (
     phase_target_x0,
     predict_x0,
 )
+from common.tensors import Tensors
 from stage2_student.training.losses import (
     crossing_loss,
     elementwise_loss,
@@ -32,8 +33,8 @@ from stage2_student.training.losses import (
 from stage2_student.training.phases import Draws, Phases
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollouts:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollouts(Tensors):
     """One rollout a sample."""
 
     states: Tensor
@@ -44,15 +45,6 @@ class Rollouts:
     """The teacher's one-step conditional x0 at each called state, (B, S, C, h, w), if recorded."""
     x0_uncond: Tensor | None = None
     """Likewise, unconditional."""
-
-    def to(self, device: torch.device) -> Rollouts:
-        """Move to a device."""
-        return Rollouts(
-            states=self.states.to(device),
-            timesteps=self.timesteps.to(device),
-            x0_cond=None if self.x0_cond is None else self.x0_cond.to(device),
-            x0_uncond=None if self.x0_uncond is None else self.x0_uncond.to(device),
-        )
 
     def at(self, state: Tensor) -> Tensor:
         """Return z at a state of each sample, (B, C, h, w) float32."""

@@ -12,6 +12,7 @@ from common.config import TrainConfig
 from common.errors import UsageError
 from common.schedule import trailing_timesteps
 from common.seeding import rng
+from common.tensors import Tensors
 from stage2_student.student.shard_facts import ShardFacts
 
 PREDICTION_OBJECTIVES = ("lcm", "x0")
@@ -113,8 +114,8 @@ def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
     return phases, phases.student_timesteps(torch.tensor(facts.timesteps))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draws:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Draws(Tensors):
     """Which part of each sample's record is trained on; keyed by (seed, epoch, sample index) alone."""
 
     rollout: Tensor
@@ -123,12 +124,6 @@ class Draws:
     """Which called state, (B,) int64 in [0, S)."""
     position: Tensor
     """Where in a phase, (B,) float32 in [0, 1); for states between the stored ones."""
-
-    def to(self, device: torch.device) -> Draws:
-        """Move to a device."""
-        return Draws(
-            rollout=self.rollout.to(device), state=self.state.to(device), position=self.position.to(device)
-        )
 
 
 def draw(

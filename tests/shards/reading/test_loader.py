@@ -207,16 +207,6 @@ def test_contexts_of_different_length_are_padded_and_masked() -> None:
     assert len(batch) == 3 and batch.indices.tolist() == [0, 1, 2] and batch.epochs.tolist() == [0, 0, 0]
 
 
-def test_moving_a_batch_changes_floats_only() -> None:
-    records = [make_record(name, predictions=True) for name in ("in0000", "in0001")]
-    batch = collate(records).to("cpu", torch.float32)
-    moved, mask = batch.conditioning, batch.conditioning.context_mask
-    floats = (moved.image_context, moved.text_context, moved.hints.glyphs, moved.hints.masked_latents)
-    assert {value.dtype for value in floats} == {torch.float32}
-    assert batch.x0_cond is not None and batch.x0_cond.dtype == torch.float32
-    assert mask is not None and (mask.dtype, batch.rollout_timesteps.dtype) == (torch.bool, torch.int64)
-
-
 def test_records_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(DataError, match="sample 1: rollout_latents"):
         collate([make_record("in0000"), make_record("in0001", rollouts=2)])
