@@ -57,7 +57,7 @@ def require(condition: bool, key: str, received: object, expected: str) -> None:
         ValueError: the condition does not hold.
     """
     if not condition:
-        raise ValueError(f"{key}: received {received!r}, expected {expected}")
+        raise ValueError(f"{key}: received {received!r:.200}, expected {expected}")
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -111,24 +111,26 @@ def build(
         if moved and gone:
             said = "; ".join(f"{key} has moved to {moved[key]}" for key in gone)
         else:
-            said = _describe(kind, found[0])
+            said = describe(kind, found[0])
         raise UsageError(f"{place}: {said}") from None
 
 
-def _describe(kind: type[Section], error: ErrorDetails) -> str:
-    """Say in one line what pydantic found."""
+def describe(kind: type[Section], error: ErrorDetails) -> str:
+    """Say in one line what pydantic found: the key, what was received, what was expected."""
     key, received, context = _dotted(error["loc"]), error["input"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
             name = f"section [{key}]" if isinstance(received, dict) else f"key {key}"
             return f"unknown {name}{_nearest(error['loc'], kind)}"
+        case "missing":
+            return f"key {key} is missing"
         case "model_type":
             return f"{key} must be a section, as in [{key}]; received {received!r}"
         case "value_error":  # of `require`
             return ".".join(part for part in (key, str(context["error"])) if part)
         case other if other in _EXPECTED:
-            return f"{key}: received {received!r}, expected {_EXPECTED[other].format(**context)}"
-    return f"{key}: received {received!r}, expected {error['msg'].removeprefix('Input should be ')}"
+            return f"{key}: received {received!r:.200}, expected {_EXPECTED[other].format(**context)}"
+    return f"{key}: received {received!r:.200}, expected {error['msg'].removeprefix('Input should be ')}"
 
 
 def _dotted(loc: Sequence[int | str]) -> str:

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from common.errors import DataError
 
@@ -23,6 +23,7 @@ UNKNOWN_COLOR = (500.0, 500.0, 500.0)
 """How upstream writes a line's unknown colour; the network was trained on it, as on any other."""
 
 Polygon = tuple[tuple[float, float], ...]
+Mode = Literal["generate", "edit"]
 
 ID_DIGITS = 32
 
@@ -91,8 +92,8 @@ class Input:
     """Image file, checked to lie where it may; None if the input has none."""
     frame: tuple[float, float] | None = None
     """(width, height) in pixels that polygons refer to; None: the image's own."""
-    mode: str | None = None
-    """"generate" or "edit"; None: `inputs.edit_fraction` decides."""
+    mode: Mode | None = None
+    """None: `inputs.edit_fraction` decides."""
     seed: int | None = None
     """Keys the input's noise; None: `precompute.seed`."""
     name: str = ""

@@ -22,7 +22,7 @@ from stage1_teacher.inputs.fonts import (
     load_font,
     missing_characters,
 )
-from stage1_teacher.inputs.input import FontLacksCharacters, Input, InputFailure, Line, Polygon
+from stage1_teacher.inputs.input import FontLacksCharacters, Input, InputFailure, Line, Mode, Polygon
 from stage1_teacher.rendering import lines as rendering
 from stage1_teacher.rendering.images import decode_image, read_image_file
 
@@ -112,8 +112,7 @@ class RenderedInput:
     """(n, 3) float32: r, g, b in 0-255, 500 each for unknown."""
     in_glyph_map: tuple[bool, ...]
     """Which lines `glyphs` shows."""
-    mode: str
-    """"generate" or "edit"."""
+    mode: Mode
     size: tuple[int, int]
     """(H, W), pixels."""
     seed: int
@@ -194,7 +193,7 @@ class _Choice:
     def _rng(self, *purpose: str | int) -> random.Random:
         return rng(self.seed, self.input_.input_id, *purpose)
 
-    def mode(self, has_image: bool) -> str:
+    def mode(self, has_image: bool) -> Mode:
         """Return "edit" for `edit_fraction` of the inputs that have an image."""
         if self.input_.mode is not None:
             return self.input_.mode

@@ -30,7 +30,7 @@ MEMBERS = {
 
 
 def assert_same_meta(received: dict[str, Any], record: Record) -> None:
-    for name in type(record.meta).__slots__:
+    for name in type(record.meta).model_fields:
         np.testing.assert_equal(received[name], np.asarray(getattr(record.meta, name)).tolist(), err_msg=name)
 
 

@@ -66,8 +66,8 @@ def test_noised_timesteps_need_not_fall() -> None:
 @pytest.mark.parametrize(
     "name, value",
     [
-        *((name, None) for name in SampleMeta.__slots__),
-        *((name, object()) for name in SampleMeta.__slots__),
+        *((name, None) for name in SampleMeta.model_fields),
+        *((name, object()) for name in SampleMeta.model_fields),
         ("input_id", ""),
         ("caption", "\ud800"),  # a lone surrogate has no UTF-8
         ("texts", []),
