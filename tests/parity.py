@@ -23,15 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.anytext2.checkpoint import load_part, load_unet, load_vae, load_writenet
+from common.anytext2.checkpoint import load_unet, load_vae, load_writenet
 from common.anytext2.config import NetworkConfig
 from common.anytext2.hints import Hints
 from common.anytext2.unet import Control, UNet
 from common.ddim import upstream_grid
 from common.errors import AppError, DataError
-from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
+from stage1_teacher.teacher.glyph_embedding import font_lines, glyph_lines, load_glyph_embedding
 from stage1_teacher.teacher.keys import teacher_shapes
-from stage1_teacher.teacher.recognizer import Recognizer
+from stage1_teacher.teacher.recognizer import load_recognizer
 from stage1_teacher.teacher.solver import record_rollout
 from stage1_teacher.teacher.text_encoder import (
     CAPTION_TOKENS,
@@ -102,7 +102,7 @@ def vae(golden: Golden) -> Results:
 
 
 def recognizer(golden: Golden) -> Results:
-    network = load_part(Recognizer, "recognizer", golden.config, golden.weights, torch.float32, "cpu")
+    network = load_recognizer(golden.config, golden.weights)
     drawn = torch.stack([golden["in.gly_line"][i, j] for i, j in golden.lines])  # (N, 1, 80, 512)
     reading = network(glyph_lines(drawn))
     yield "ocr.logits", reading.logits
@@ -110,10 +110,7 @@ def recognizer(golden: Golden) -> Results:
 
 
 def line_embeddings(golden: Golden) -> Results:
-    width = golden.config.context_dim
-    network = load_part(
-        lambda: GlyphEmbedding(width), "embedding", golden.config, golden.weights, torch.float32, "cpu"
-    )
+    network = load_glyph_embedding(golden.config, golden.weights)
     positions, colors = (
         torch.stack([golden[k][i, j] for i, j in golden.lines]) for k in ("in.positions", "in.colors")
     )

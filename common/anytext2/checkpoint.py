@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.anytext2.checkpoint_file import CheckpointFile, read_checkpoint
+from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.config import NetworkConfig
 from common.anytext2.denoiser import Denoiser
 from common.anytext2.keys import POSITION_IDS_KEY, SCHEDULE_KEYS, Entry, key_table, part_of
@@ -24,82 +25,20 @@ from common.faults import naming
 from common.files import fsync_dir, require_suffix, temporary_path
 from common.schedule import NUM_TRAIN_TIMESTEPS, make_alphas_cumprod
 
-__all__ = [
-    "METADATA_KEY",
-    "CheckpointFile",
-    "check_keys",
-    "check_schedule",
-    "export_state",
-    "load_denoiser",
-    "load_part",
-    "load_unet",
-    "load_vae",
-    "load_writenet",
-    "read_checkpoint",
-    "schedule_buffers",
-    "write_checkpoint",
-]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-Source = Path | CheckpointFile
 METADATA_KEY = "metadata"
 """Of a .ckpt, beside its "state_dict"."""
 
 
-def load_unet(
-    config: NetworkConfig,
-    checkpoint: Source,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> UNet:
-    """Load the UNet, frozen and in eval mode; nothing else of the checkpoint is read.
-
-    Raises:
-        DataError: the checkpoint is unreadable, or a key is missing, unknown or of another shape.
-    """
-    return load_part(lambda: UNet(config), "unet", config, checkpoint, dtype, device)
-
-
-def load_writenet(
-    config: NetworkConfig,
-    checkpoint: Source,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> WriteNet:
-    """Load WriteNet like `load_unet`."""
-    return load_part(lambda: WriteNet(config), "writenet", config, checkpoint, dtype, device)
-
-
-def load_denoiser(
-    config: NetworkConfig,
-    checkpoint: Source,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Denoiser:
-    """Load UNet and WriteNet like `load_unet`."""
-    unet = load_unet(config, checkpoint, dtype, device)
-    return Denoiser(unet, load_writenet(config, checkpoint, dtype, device)).eval()
-
-
-def load_vae(
-    config: NetworkConfig,
-    checkpoint: Source,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> VAE:
-    """Load the autoencoder like `load_unet`."""
-    return load_part(lambda: VAE(config), "vae", config, checkpoint, dtype, device)
-
-
 def load_part(
-    build: Callable[[], ModuleT],
+    build: Callable[[NetworkConfig], ModuleT],
     part: str,
     config: NetworkConfig,
-    checkpoint: Source,
-    dtype: torch.dtype,
-    device: torch.device | str,
+    checkpoint: Path | CheckpointFile,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> ModuleT:
-    """Build one part and give it a checkpoint's tensors, one after the other.
+    """Load one part, frozen and in eval mode; nothing else of the checkpoint is read.
 
     Args:
         build: makes the module; called under the meta device, so it allocates nothing.
@@ -114,7 +53,7 @@ def load_part(
     """
     file = checkpoint if isinstance(checkpoint, CheckpointFile) else CheckpointFile(checkpoint)
     with torch.device("meta"):
-        module = build()
+        module = build(config)
     expected = module.state_dict()
     table = key_table(part, expected, config)
     shapes = {entry.key: entry.upstream_shape(expected[name].shape) for name, entry in table.items()}
@@ -128,6 +67,23 @@ def load_part(
                     raise ValueError(f"buffer {name} is not in the checkpoint and has no rule")
                 setattr(owner, name, torch.arange(buffer.shape[-1], device=device).expand(buffer.shape))
     return module.requires_grad_(False).eval()
+
+
+load_unet = partial(load_part, UNet, "unet")
+load_writenet = partial(load_part, WriteNet, "writenet")
+load_vae = partial(load_part, VAE, "vae")
+"""Take (config, checkpoint, dtype, device); see `load_part`."""
+
+
+def load_denoiser(
+    config: NetworkConfig,
+    checkpoint: Path | CheckpointFile,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Denoiser:
+    """Load UNet and WriteNet; see `load_part`."""
+    unet = load_unet(config, checkpoint, dtype, device)
+    return Denoiser(unet, load_writenet(config, checkpoint, dtype, device)).eval()
 
 
 def _convert(tensor: Tensor, expected: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,3 @@ def _open_pickle(path: Path) -> Mapping[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise DataError(f"checkpoint {path}: entry {key!r} is a {type(value).__name__}, expected a tensor")
     return state
-
-
-def read_checkpoint(path: Path, prefixes: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Read a checkpoint, or the part of it whose keys start with one of the prefixes.
-
-    Raises:
-        DataError: it is missing or unreadable.
-    """
-    file = CheckpointFile(path)
-    starts = None if prefixes is None else tuple(prefixes)
-    return {key: file.read(key) for key in file.sorted_keys() if starts is None or key.startswith(starts)}

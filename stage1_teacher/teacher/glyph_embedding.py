@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.anytext2.checkpoint import load_part
 from stage1_teacher.teacher.font_crop import crop_along_line
 from stage1_teacher.teacher.recognizer import NECK_CHANNELS, NUM_STEPS, Recognizer, normalize_line
 
@@ -86,6 +88,9 @@ class GlyphEmbedding(nn.Module):
         style = self.style_proj(font_features.flatten(1))
         embedding: Tensor = what + where + style + self.color_proj(colors)
         return embedding
+
+
+load_glyph_embedding = partial(load_part, lambda config: GlyphEmbedding(config.context_dim), "embedding")
 
 
 def glyph_lines(lines: Tensor) -> Tensor:

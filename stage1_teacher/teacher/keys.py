@@ -17,25 +17,23 @@ from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding
 from stage1_teacher.teacher.recognizer import Recognizer
 from stage1_teacher.teacher.text_encoder import build_clip
 
-
-def part_builders(config: NetworkConfig) -> dict[str, Callable[[], nn.Module]]:
-    """Return what builds each part of the network, by the names of `keys.PREFIXES`."""
-    return {
-        "unet": lambda: UNet(config),
-        "writenet": lambda: WriteNet(config),
-        "vae": lambda: VAE(config),
-        "clip": lambda: build_clip(config),
-        "embedding": lambda: GlyphEmbedding(config.context_dim),
-        "recognizer": Recognizer,
-    }
+PART_BUILDERS: dict[str, Callable[[NetworkConfig], nn.Module]] = {
+    "unet": UNet,
+    "writenet": WriteNet,
+    "vae": VAE,
+    "clip": build_clip,
+    "embedding": lambda config: GlyphEmbedding(config.context_dim),
+    "recognizer": lambda _config: Recognizer(),
+}
+"""What builds each part of the network, by the names of `keys.PREFIXES`."""
 
 
 def teacher_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Return all keys of a teacher's checkpoint with their shapes; allocates no weights."""
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(SCHEDULE_KEYS, (NUM_TRAIN_TIMESTEPS,))
-    for part, build in part_builders(config).items():
+    for part, build in PART_BUILDERS.items():
         with torch.device("meta"):
-            state = build().state_dict()
+            state = build(config).state_dict()
         for name, entry in key_table(part, state, config).items():
             shapes[entry.key] = entry.upstream_shape(state[name].shape)
     return shapes

@@ -7,11 +7,14 @@ Sources: PP-OCRv3 (Li et al. 2022, arXiv 2206.03001), SVTR (Du et al. 2022, arXi
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from common.anytext2.checkpoint import load_part
 
 LINE_HEIGHT, LINE_WIDTH = 48, 320
 """Pixels of the lines that the recognizer reads."""
@@ -206,6 +209,9 @@ class Recognizer(nn.Module):
         """Read lines (N, 3, 48, 320) from `normalize_line`."""
         neck = self.features(lines)
         return Reading(logits=self.head(neck), neck=neck)
+
+
+load_recognizer = partial(load_part, lambda _config: Recognizer(), "recognizer")
 
 
 def normalize_line(image: Tensor) -> Tensor:

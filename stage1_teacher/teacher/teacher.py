@@ -9,13 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.anytext2.checkpoint import (
-    CheckpointFile,
-    check_schedule,
-    load_denoiser,
-    load_part,
-    load_vae,
-)
+from common.anytext2.checkpoint import check_schedule, load_denoiser, load_vae
+from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.conditioning import Conditioning, Uncond
 from common.anytext2.config import NetworkConfig
 from common.anytext2.denoiser import Denoiser
@@ -23,8 +18,8 @@ from common.anytext2.vae import VAE
 from common.config import Config
 from common.machine import resolve_device
 from stage1_teacher.rendering.rendered_input import RenderedInput
-from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines
-from stage1_teacher.teacher.recognizer import Recognizer
+from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines, glyph_lines, load_glyph_embedding
+from stage1_teacher.teacher.recognizer import Recognizer, load_recognizer
 from stage1_teacher.teacher.text_encoder import TextEncoder, load_clip, load_tokenizer
 
 
@@ -88,10 +83,8 @@ class Teacher:
             denoiser=load_denoiser(network, checkpoint, *where),
             vae=load_vae(network, checkpoint, *where),
             text_encoder=TextEncoder(clip, tokenizer, network.placeholder_token_id),
-            glyph_embedding=load_part(
-                lambda: GlyphEmbedding(network.context_dim), "embedding", network, checkpoint, *where
-            ),
-            recognizer=load_part(Recognizer, "recognizer", network, checkpoint, *where),
+            glyph_embedding=load_glyph_embedding(network, checkpoint, *where),
+            recognizer=load_recognizer(network, checkpoint, *where),
             negative_prompt=negative_prompt,
             device=torch.device(device),
             dtype=dtype,

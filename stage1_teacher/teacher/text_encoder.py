@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common.anytext2.checkpoint import Source, load_part
+from common.anytext2.checkpoint import load_part
 from common.anytext2.config import NetworkConfig
 from common.errors import DataError
 from common.faults import raise_disk_fault
 
 CAPTION_TOKENS = 75
 """Of a chunk of 77, between its start and end tokens."""
-
-
-def load_clip(
-    config: NetworkConfig,
-    checkpoint: Source,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> CLIPTextModel:
-    """Load CLIP's text model from an AnyText2 checkpoint, frozen and in eval mode.
-
-    Raises:
-        DataError: the checkpoint is unreadable, or a key is missing, unknown or of another shape.
-    """
-    return load_part(lambda: build_clip(config), "clip", config, checkpoint, dtype, device)
 
 
 def build_clip(config: NetworkConfig) -> CLIPTextModel:
@@ -48,6 +35,10 @@ def build_clip(config: NetworkConfig) -> CLIPTextModel:
             attn_implementation="sdpa",
         )
     )
+
+
+load_clip = partial(load_part, build_clip, "clip")
+"""Loads CLIP's text model from an AnyText2 checkpoint; see `load_part`."""
 
 
 def load_tokenizer(folder: Path, config: NetworkConfig) -> CLIPTokenizer:

@@ -15,17 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.anytext2.checkpoint import (
-    CheckpointFile,
-    export_state,
-    load_part,
-    schedule_buffers,
-    write_checkpoint,
-)
+from common.anytext2.checkpoint import export_state, schedule_buffers, write_checkpoint
 from common.anytext2.config import NetworkConfig
 from common.anytext2.vae import VAE
 from common.scripts import run_script
-from stage1_teacher.teacher.recognizer import Recognizer
+from stage1_teacher.teacher.recognizer import Recognizer, load_recognizer
 from stage1_teacher.teacher.text_encoder import load_tokenizer
 from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground
 from stage1_teacher.tiny.networks import MODEL_FOLDER, Denoiser, build_denoiser, network_config
@@ -55,14 +49,7 @@ def load_runs(vae: Path, denoiser_run: Path, start: Path, *, averaged: bool = Tr
         averaged: the EMA of the denoiser's weights, or the last ones.
     """
     config = network_config()
-    recognizer = load_part(
-        Recognizer,
-        "recognizer",
-        config,
-        CheckpointFile(MODEL_FOLDER / "recognizer.safetensors"),
-        torch.float32,
-        "cpu",
-    )
+    recognizer = load_recognizer(config, MODEL_FOLDER / "recognizer.safetensors")
     trained_vae = VAE(config)
     trained_vae.autoencoder.load_state_dict(load_trained(vae).state_dict())
     denoiser = build_denoiser(config, seed=0)

@@ -19,14 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.anytext2.checkpoint import load_part
-from common.anytext2.checkpoint_file import CheckpointFile
 from common.files import atomic_write
 from common.scripts import run_script
 from stage1_teacher.inputs.captions import image_caption
 from stage1_teacher.rendering import lines as drawing
 from stage1_teacher.teacher.glyph_embedding import font_lines, glyph_lines
-from stage1_teacher.teacher.recognizer import Recognizer
+from stage1_teacher.teacher.recognizer import load_recognizer
 from stage1_teacher.teacher.text_encoder import chunk_tokens, load_tokenizer
 from stage1_teacher.tiny.linear_vae import LinearEncoder
 from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
@@ -60,8 +58,7 @@ class FeatureMaker:
         for parameter in autoencoder.parameters():
             parameter.copy_(parameter.half())
         self._encoder = LinearEncoder(autoencoder, config.stride)
-        checkpoint = CheckpointFile(MODEL_FOLDER / "recognizer.safetensors")
-        recognizer = load_part(Recognizer, "recognizer", config, checkpoint, torch.float32, "cpu")
+        recognizer = load_recognizer(config, MODEL_FOLDER / "recognizer.safetensors")
         self._recognizer = recognizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 3x as fast
         self._blank: dict[bytes, Tensor] = {}
         self._tokenizer = load_tokenizer(MODEL_FOLDER / "clip", config)

@@ -16,7 +16,6 @@ import copy
 import logging
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from common.machine import resolve_device
 from common.schedule import diffuse, make_alphas_cumprod
 from common.scripts import run_script
 from stage1_teacher.teacher.glyph_embedding import PositionEncoder
+from stage1_teacher.teacher.keys import PART_BUILDERS
 from stage1_teacher.teacher.text_encoder import encode_tokens, encode_with_lines
 from stage1_teacher.tiny.batches import LOOKS, FeatureStore, TrainingBatch
 from stage1_teacher.tiny.features import FeatureMaker
@@ -287,8 +287,7 @@ def load_start(denoiser: Denoiser, start: Path, config: NetworkConfig) -> None:
         return
     checkpoint = CheckpointFile(start)
     for part, module in denoiser.modules().items():
-        loaded = load_part(partial(copy.deepcopy, module), part, config, checkpoint, torch.float32, "cpu")
-        module.load_state_dict(loaded.state_dict())
+        module.load_state_dict(load_part(PART_BUILDERS[part], part, config, checkpoint).state_dict())
 
 
 class Trainer:

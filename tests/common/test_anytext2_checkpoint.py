@@ -15,7 +15,6 @@ from common.anytext2.checkpoint import (
     load_unet,
     load_vae,
     load_writenet,
-    read_checkpoint,
     schedule_buffers,
     write_checkpoint,
 )
@@ -218,10 +217,3 @@ def test_the_schedules_buffers_are_the_released_ones_and_others_are_refused(tmp_
     del buffers["logvar"]
     with pytest.raises(DataError, match="missing key logvar"):
         check_schedule(CheckpointFile(write(tmp_path / "less.safetensors", buffers)))
-
-
-def test_reading_by_prefix_returns_only_that(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    path = write(tmp_path / "teacher.safetensors", tensors)
-    part = read_checkpoint(path, prefixes=["first_stage_model.quant_conv."])
-    assert sorted(part) == ["first_stage_model.quant_conv.bias", "first_stage_model.quant_conv.weight"]
-    assert read_checkpoint(path).keys() == tensors.keys()

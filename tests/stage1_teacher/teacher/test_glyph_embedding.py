@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.anytext2.checkpoint import load_part
 from common.anytext2.config import NetworkConfig
 from stage1_teacher.teacher.font_crop import crop_along_line, line_box, similarity
 from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding, font_lines
-from stage1_teacher.teacher.recognizer import Recognizer
+from stage1_teacher.teacher.recognizer import load_recognizer
 
 MODELS = Path(__file__).parents[3] / "models"
 
@@ -77,9 +76,7 @@ def test_each_of_the_four_encodings_moves_the_embedding_and_lines_are_independen
     network = GlyphEmbedding(16).eval()
     # Only a trained recognizer tells fonts apart; through random weights nothing gets to the end.
     weights = MODELS / "tiny" / "recognizer.safetensors"
-    network.font_predictor = load_part(
-        Recognizer, "recognizer", NetworkConfig.sd15(), weights, torch.float32, "cpu"
-    )
+    network.font_predictor = load_recognizer(NetworkConfig.sd15(), weights)
     masks = torch.stack([polygon_mask([(20, 30), (80, 30), (80, 50), (20, 50)])] * 2)[:, None]
     given = {
         "glyph_features": torch.randn(2, 40, 64),

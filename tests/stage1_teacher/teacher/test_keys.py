@@ -10,7 +10,7 @@ from safetensors import safe_open
 from common.anytext2.checkpoint import export_state
 from common.anytext2.config import NetworkConfig
 from common.anytext2.keys import PREFIXES
-from stage1_teacher.teacher.keys import part_builders, teacher_shapes
+from stage1_teacher.teacher.keys import PART_BUILDERS, teacher_shapes
 from tests.upstream_config import network_config_from_upstream
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -29,9 +29,9 @@ def test_all_keys_of_upstreams_checkpoint_are_ours_in_both_directions(which: str
     listed = json.loads((GOLDEN / f"keys_{which}.json").read_text())
     assert teacher_shapes(config) == {key: tuple(shape) for key, (shape, _) in listed.items()}
     exported = {}
-    for part, build in part_builders(config).items():
+    for part, build in PART_BUILDERS.items():
         with torch.device("meta"):
-            module = build()
+            module = build(config)
         state = export_state(module, part, config)
         assert all(key.startswith(PREFIXES[part]) for key in state)
         exported.update(state)

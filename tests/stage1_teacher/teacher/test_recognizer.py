@@ -8,9 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.anytext2.checkpoint import load_part
 from common.anytext2.config import NetworkConfig
-from stage1_teacher.teacher.recognizer import NUM_CLASSES, Recognizer, normalize_line
+from stage1_teacher.teacher.recognizer import NUM_CLASSES, Recognizer, load_recognizer, normalize_line
 
 MODELS = Path(__file__).parents[3] / "models"
 
@@ -18,7 +17,7 @@ MODELS = Path(__file__).parents[3] / "models"
 @pytest.fixture(scope="module")
 def recognizer() -> Recognizer:
     weights = MODELS / "tiny" / "recognizer.safetensors"
-    return load_part(Recognizer, "recognizer", NetworkConfig.sd15(), weights, torch.float32, "cpu")
+    return load_recognizer(NetworkConfig.sd15(), weights)
 
 
 @pytest.fixture(scope="module")
