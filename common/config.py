@@ -27,20 +27,6 @@ from common.sections import (
 )
 from common.toml import Section, build, read_toml
 
-__all__ = [
-    "PROJECT_ROOT",
-    "Config",
-    "EvaluateConfig",
-    "InputsConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "PrecomputeConfig",
-    "ShardsConfig",
-    "TeacherConfig",
-    "TrainConfig",
-    "load_config",
-]
-
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 MOVED = (

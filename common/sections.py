@@ -189,6 +189,21 @@ class TrainConfig(Section):
         return self
 
 
+_BLOCKS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+)
+"""Ends of the names of what UNet and WriteNet have in common."""
+
+
 class LoraConfig(Section):
     """What is adapted."""
 
@@ -197,16 +212,7 @@ class LoraConfig(Section):
     alpha: PositiveFloat = 64.0
     """The adapter's output is scaled by alpha / rank."""
     targets: Annotated[Names, Field(min_length=1)] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "proj_in",
-        "proj_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "conv1",
-        "conv2",
+        *_BLOCKS,
         "conv_shortcut",
         "time_emb_proj",
     )
@@ -214,16 +220,7 @@ class LoraConfig(Section):
     writenet: bool = False
     """Adapt WriteNet too."""
     writenet_targets: Names = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "proj_in",
-        "proj_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "conv1",
-        "conv2",
+        *_BLOCKS,
         "controlnet_down_blocks.*",
         "controlnet_mid_block",
     )

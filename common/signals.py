@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from common.errors import Stopped
@@ -87,9 +87,7 @@ class StopFlag:
         self._previous = _handle_all(self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             if handler is not _end or not self.stop_requested:  # else it is ending already, and says why
                 signal.signal(number, handler)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.files import TEMPORARY_SUFFIX, claim, machine_name
-from shards.files.names import FAILURES_DIR, LOCK, PLAN_DIR
+from shards.files.names import FAILURES_DIR, PLAN_DIR
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +32,16 @@ LOCK_SECONDS = 5.0
 
 
 @contextmanager
-def commit_lock(folder: Path) -> Iterator[None]:
-    """Hold the set's lock: only one writer at a time puts a shard under its final name."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold a file's lock, wait for it if need be; the file is made if missing."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            logger.warning("%s: this file system has no locks; do not give one shard to two tasks", folder)
+            logger.warning("%s: this file system has no locks; do not give one shard to two tasks", path.parent)
         yield
     finally:
         os.close(descriptor)

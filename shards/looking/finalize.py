@@ -14,7 +14,6 @@ import numpy as np
 
 from common.errors import DataError, MachineError
 from common.files import write_bytes_atomic
-from common.progress import Progress
 from shards.files.failures import count_by_reason, read_failures
 from shards.files.names import SUMMARY
 from shards.files.plan import read_plan
@@ -138,11 +137,7 @@ def _phase_errors(timesteps: Any, variance: Any) -> Iterator[tuple[str, float]]:
 
 
 def _check_sound(shards: ShardSet) -> None:
-    found = []
-    with Progress(sum(header.bytes for header in shards.headers), "verify", "B") as progress:
-        for header, damages in verify_set(shards):
-            found += damages
-            progress.update(header.bytes)
+    found = list(verify_set(shards))
     if unread := [damage.message for damage in found if damage.unread]:
         raise MachineError(f"{unread[0]} ({len(unread)} shards could not be read)")
     if found:

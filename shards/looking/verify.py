@@ -52,27 +52,25 @@ def audit(location: str | Path, num_threads: int = 0) -> Audit:
     found = [line for line in shards.left_out if not line.endswith(PLANNED_ONLY)]
     if "://" not in str(location):
         found += _check_plan(Path(location))
-    with Progress(sum(header.bytes for header in shards.headers), "verify", "B") as progress:
-        for header, damages in verify_set(shards, num_threads):
-            for damage in damages:
-                (unread if damage.unread else found).append(damage.message)
-            progress.update(header.bytes)
+    for damage in verify_set(shards, num_threads):
+        (unread if damage.unread else found).append(damage.message)
     return Audit(shards, found, unread)
 
 
-def verify_set(shards: ShardSet, num_threads: int = 0) -> Iterator[tuple[SidecarHeader, list[Damage]]]:
-    """Verify every shard of a set, several at a time (hashing releases Python's lock), yielding results in order.
+def verify_set(shards: ShardSet, num_threads: int = 0) -> Iterator[Damage]:
+    """Verify every shard of a set, several at a time (hashing releases Python's lock); yields damage in order.
 
     Args:
         shards: an open set; its manifest, uncond and sidecar headers were checked when it was opened.
         num_threads: 0 for one per core, at most 16.
     """
     workers = num_threads or min(16, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        numbers = range(len(shards.headers))
-        yield from zip(
-            shards.headers, pool.map(lambda number: _verify_number(shards, number), numbers), strict=True
-        )
+    total, numbers = sum(header.bytes for header in shards.headers), range(len(shards.headers))
+    with ThreadPoolExecutor(workers) as pool, Progress(total, "verify", "B") as progress:
+        verified = pool.map(lambda number: _verify_number(shards, number), numbers)
+        for header, damages in zip(shards.headers, verified, strict=True):
+            yield from damages
+            progress.update(header.bytes)
 
 
 def _verify_number(shards: ShardSet, number: int) -> list[Damage]:

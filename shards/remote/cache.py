@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from common.faults import naming
 from common.files import TEMPORARY_SUFFIX, claim, temporary_path
-from shards.files.locks import remove_leftovers
+from shards.files.locks import hold_lock, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ class FileCache:
         path = self._folder / name
         if self._touch(path):
             return path
-        with self._lock(f"{name}.lock"):
+        with hold_lock(self._folder / f".{name}.lock"):
             if self._touch(path):  # made while this process waited
                 return path
             temporary = temporary_path(path)
@@ -62,19 +60,10 @@ class FileCache:
             return False
         return True
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        descriptor = os.open(self._folder / f".{name}", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _evict(self, keep: Path) -> None:
         if not self._max_bytes:
             return
-        with self._lock("evict.lock"):
+        with hold_lock(self._folder / ".evict.lock"):
             remove_leftovers(self._folder)
             files = []
             for path in self._folder.iterdir():

@@ -13,7 +13,6 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
@@ -22,8 +21,8 @@ from common.errors import DataError, MachineError, reason
 from common.faults import blame
 from common.files import claim, fsync_dir, read_bytes, sha256_file, temporary_path, write_bytes_atomic
 from shards.files.failures import Failure, encode_failures
-from shards.files.locks import commit_lock
-from shards.files.names import FAILURES_DIR, failures_name, sample_key, shard_name, sidecar_name
+from shards.files.locks import hold_lock
+from shards.files.names import FAILURES_DIR, LOCK, failures_name, sample_key, shard_name, sidecar_name
 from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table, encode_sidecar
 from shards.records.codec import TENSORS, encode_record
 from shards.records.ranges import Ranges, add_tensor
@@ -76,9 +75,7 @@ class ShardWriter:
         self._tar = TarWriter(self._sink, user="", group="", mode=0o644, mtime=0, encoder=False)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         file, self._sink.file = self._sink.file, None
         try:
             if file is not None:
@@ -155,7 +152,7 @@ class ShardWriter:
                 provenance=self._provenance,
                 table_crc32c="",
             )
-            with commit_lock(self._folder):
+            with hold_lock(self._folder / LOCK):  # only one writer at a time gives a shard its final name
                 existing = read_committed(self._folder, self._name, self._identity_sha256)
                 if existing is not None:
                     logger.info("%s: another task committed it first; this copy is dropped", self._name)

@@ -9,8 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from common.config import InputsConfig
 from common.errors import DataError
+from common.sections import InputsConfig
 from stage1_teacher.inputs.annotations import Annotations
 from stage1_teacher.inputs.input import Input
 from stage1_teacher.inputs.prompts import Prompts

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from common.anytext2.conditioning import Conditioning, Uncond
 from common.anytext2.denoiser import predict_branches
-from common.config import PrecomputeConfig
 from common.ddim import trailing_grid
 from common.schedule import diffuse, make_alphas_cumprod, predict_x0
+from common.sections import PrecomputeConfig
 from common.seeding import derive_seed, rng
 from common.tensors import Tensors
 from shards.records.meta import SampleMeta

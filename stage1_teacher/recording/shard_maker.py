@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from common.config import PrecomputeConfig
 from common.errors import DataError, MachineError
 from common.progress import Progress
+from common.sections import PrecomputeConfig
 from common.signals import StopFlag
 from shards.files.failures import Failure
 from shards.files.names import shard_name

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import PrecomputeConfig
 from common.errors import DataError, UsageError, reason
 from common.faults import blame
 from common.schedule import trailing_timesteps
+from common.sections import PrecomputeConfig
 from shards.files.plan import Plan, PlannedShard
 from shards.trajectories import TrajectoryStore
 

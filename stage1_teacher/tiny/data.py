@@ -9,14 +9,12 @@ configuration of one's own needs its table [inputs.fonts].
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 from pathlib import Path
 
-from PIL import Image
-
 from common.files import write_bytes_atomic
+from common.pictures import write_png
 from common.progress import Progress
 from common.scripts import run_script
 from stage1_teacher.tiny.scene import Scene, draw_scene_plan, render_scene
@@ -53,9 +51,7 @@ def write_dataset(out: Path, *, count: int, seed: int, size: int = 96) -> Path:
 
 def write_scene(out: Path, scene: Scene, img_name: str) -> dict[str, object]:
     """Write a scene's image and return its annotation."""
-    buffer = io.BytesIO()
-    Image.fromarray(render_scene(scene)).save(buffer, format="PNG")
-    write_bytes_atomic(out / IMAGE_FOLDER / img_name, buffer.getvalue())
+    write_png(out / IMAGE_FOLDER / img_name, render_scene(scene))
     return scene.annotation(img_name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,9 +30,7 @@ class EvaluationCounter:
             self._hooks.append(module.register_forward_pre_hook(count, with_kwargs=True))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from common.errors import DataError
-from common.faults import naming
 from common.layouts import Layout
+from common.pictures import write_png
 from common.progress import Progress
 from common.signals import StopFlag
 from stage2_student.evaluation.judges import Judge
@@ -148,9 +147,7 @@ def _evaluate_batch(run: Run, jobs: Sequence[Job], judge: Judge, place: Path, pl
         name = ""
         if plan.keeps(layout, sample):
             name = f"{layout.layout_id}_{sample}.png"
-            (place / "images").mkdir(exist_ok=True)
-            with naming(place / "images" / name):
-                Image.fromarray(image).save(place / "images" / name)
+            write_png(place / "images" / name, image)
         truth = plan.truth(layout) if plan.truth is not None else None
         ground = None if truth is None else ground_difference(image, truth, layout)
         results.append(

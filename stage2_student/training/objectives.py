@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config import TrainConfig
 from common.ddim import CLEAN, Predict, consistency_value
 from common.errors import UsageError
 from common.schedule import (
@@ -24,6 +23,7 @@ from common.schedule import (
     phase_target_x0,
     predict_x0,
 )
+from common.sections import TrainConfig
 from common.tensors import Tensors
 from stage2_student.training.losses import (
     crossing_loss,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config import TrainConfig
 from common.errors import UsageError
 from common.schedule import trailing_timesteps
+from common.sections import TrainConfig
 from common.seeding import rng
 from common.tensors import Tensors
 from stage2_student.student.shard_facts import ShardFacts

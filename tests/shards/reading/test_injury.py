@@ -57,7 +57,7 @@ def read_all(shards: ShardSet) -> tuple[list[str], list[str]]:
 
 
 def verify(shards: ShardSet) -> list[str]:
-    return [damage.message for _header, found in verify_set(shards) for damage in found]
+    return [damage.message for damage in verify_set(shards)]
 
 
 def test_a_sound_set_verifies(folder: Path) -> None:
