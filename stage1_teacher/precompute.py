@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +26,11 @@ from stage1_teacher.inputs.files import open_inputs, say_which_are_equal
 from stage1_teacher.recording.identity import build_identity, describe_machine, describe_run
 from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import ShardMaker
-from stage1_teacher.recording.share import Share, choose_share
+from stage1_teacher.recording.share import Done, choose_share
 from stage1_teacher.recording.trajectories import RolloutKeeper, check_has_rollouts
 from stage1_teacher.rendering.first_inputs import require_fonts
 from stage1_teacher.rendering.rendered_input import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """What a run of a task came to."""
-
-    shards_planned: int
-    """Of the whole set."""
-    shards_found: int
-    """Of this task, committed before."""
-    shards_written: int
-    """Of this task, committed now, or made again for their trajectories."""
-    shards_without_inputs: int
-    """Of this task, not made because this run was not given their inputs."""
-    records: int
-    """Written now."""
-    failed: int
-    """Inputs of this task's committed shards that failed, earlier runs included."""
-    lacking: int = 0
-    """Of those, the ones that no font can render."""
-    uploaded: int = 0
-    """Shards of this task uploaded now."""
 
 
 def precompute(
@@ -134,7 +111,7 @@ def precompute(
             stop.raise_if_requested(share.committed_so_far)
             recorder = Recorder(load_teacher(), uncond, config.precompute, whole_rollouts=keeper is not None)
             maker.make_all(inputs, settings, recorder)
-    return _count(plan, share)
+    return share.done
 
 
 def _open_keeper(
@@ -150,19 +127,6 @@ def _open_keeper(
         plan=plan,
         settings=config.precompute,
         latent_shape=(network.latent_channels, side, side),
-    )
-
-
-def _count(plan: Plan, share: Share) -> Done:
-    return Done(
-        shards_planned=plan.num_shards,
-        shards_found=len(share.found),
-        shards_written=share.written,
-        shards_without_inputs=share.without_inputs,
-        records=share.records,
-        failed=share.failed,
-        lacking=share.lacking,
-        uploaded=share.uploaded,
     )
 
 

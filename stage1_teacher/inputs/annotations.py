@@ -21,19 +21,15 @@ from common.errors import DataError, reason
 from common.faults import raise_disk_fault
 from common.pictures import size_as_seen
 from stage1_teacher.inputs.captions import describe_watermark
-from stage1_teacher.inputs.fonts import find_font, line_identity
+from stage1_teacher.inputs.fonts import line_identity, read_line
 from stage1_teacher.inputs.input import (
     ID_DIGITS,
-    UNKNOWN_COLOR,
     Input,
     InputFailure,
     Line,
+    check,
     check_caption,
-    check_color,
     check_fields,
-    check_in_glyph_map,
-    check_polygon,
-    check_text,
     is_number,
     make_input_id,
 )
@@ -180,8 +176,7 @@ class Annotations:
         if not isinstance(entry, dict):
             raise InputFailure("bad entry", f"{where}: {entry!r:.40} is no object")
         score = entry.get("wm_score")
-        if score is not None and not is_number(score):
-            raise InputFailure("bad entry", f"{where}: wm_score is {score!r:.40}, expected a number")
+        check(score is None or is_number(score), "bad entry", where, "wm_score", score, "a number")
         lines = self._lines(entry.get("annotations", []), where)
         return Input(
             where=where,
@@ -194,8 +189,7 @@ class Annotations:
         )
 
     def _lines(self, annotations: Any, where: str) -> tuple[Line, ...]:
-        if not isinstance(annotations, list):
-            raise InputFailure("bad entry", f"{where}: annotations is {annotations!r:.40}, expected a list")
+        check(isinstance(annotations, list), "bad entry", where, "annotations", annotations, "a list")
         lines = []
         for place, annotation in enumerate(annotations):
             at = f"{where}.annotations[{place}]"
@@ -205,20 +199,7 @@ class Annotations:
                 raise InputFailure("bad entry", f"{at}: expected an object with a polygon and a text")
             if annotation["polygon"] == []:
                 continue  # upstream's way of saying "no place known"
-            language = annotation.get("language")
-            if language is not None and not isinstance(language, str):
-                raise InputFailure("bad entry", f"{at}: language is {language!r:.40}, expected a name")
-            color, font = annotation.get("color"), annotation.get("font")
-            lines.append(
-                Line(
-                    text=check_text(annotation.get("text"), at),
-                    polygon=check_polygon(annotation["polygon"], at),
-                    language=language,
-                    color=UNKNOWN_COLOR if color is None else check_color(color, at),
-                    font=None if font is None else find_font(font, self._fonts, self._path.parent, at),
-                    in_glyph_map=check_in_glyph_map(annotation.get("glyph_map"), at),
-                )
-            )
+            lines.append(read_line(annotation, self._fonts, self._path.parent, at, "bad entry"))
         return tuple(lines)
 
 

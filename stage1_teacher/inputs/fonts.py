@@ -15,7 +15,19 @@ from common.config import Config
 from common.errors import DataError, reason
 from common.faults import raise_disk_fault
 from common.files import is_lfs_pointer, sha256_file
-from stage1_teacher.inputs.input import InputFailure, is_visible, nearest
+from stage1_teacher.inputs.input import (
+    UNKNOWN_COLOR,
+    InputFailure,
+    Line,
+    box_corners,
+    check,
+    check_color,
+    check_in_glyph_map,
+    check_polygon,
+    check_text,
+    is_visible,
+    nearest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +114,31 @@ def line_identity(line: Any, fields: Sequence[str], fonts: Mapping[str, Path], f
     return said | {"font": _font_identity(said["font"], fonts, folder)} if "font" in said else said
 
 
+def read_line(line: dict[str, Any], fonts: Mapping[str, Path], folder: Path, where: str, reason: str) -> Line:
+    """Check a line of an input.
+
+    Args:
+        line: as written in the input, with a polygon or a box.
+        fonts: configured font files by name.
+        folder: that other fonts' paths are relative to.
+        where: for messages.
+        reason: the class of trouble, where it has none of its own.
+
+    Raises:
+        InputFailure: a value is wrong.
+    """
+    language, color, font = line.get("language"), line.get("color"), line.get("font")
+    check(language is None or isinstance(language, str), reason, where, "language", language, "a name")
+    return Line(
+        text=check_text(line.get("text"), where),
+        polygon=check_polygon(line["polygon"], where) if "polygon" in line else box_corners(line["box"], where),
+        language=language,
+        color=UNKNOWN_COLOR if color is None else check_color(color, where),
+        font=None if font is None else find_font(font, fonts, folder, where),
+        in_glyph_map=check_in_glyph_map(line.get("glyph_map"), where),
+    )
+
+
 def _font_identity(font: Any, fonts: Mapping[str, Path], folder: Path) -> Any:
     path = _font_path(font, fonts, folder)
     try:
@@ -117,8 +154,7 @@ def find_font(font: Any, fonts: Mapping[str, Path], folder: Path, where: str) ->
     Raises:
         InputFailure: there is none of this name, or it is no font.
     """
-    if not isinstance(font, str) or not font:
-        raise InputFailure("bad font", f"{where}: font is {font!r:.40}, expected a name or a path")
+    check(isinstance(font, str) and font, "bad font", where, "font", font, "a name or a path")
     path = _font_path(font, fonts, folder)
     if path is None:
         raise InputFailure(

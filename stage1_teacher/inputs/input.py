@@ -160,14 +160,31 @@ def is_visible(character: str) -> bool:
     return not (character.isspace() or character in _INVISIBLE or unicodedata.category(character) in ("Cf", "Zs"))
 
 
+def check(condition: object, reason: str, where: str, name: str, value: Any, expected: str) -> None:
+    """Refuse a value of an input.
+
+    Args:
+        condition: what must hold.
+        reason: the class of trouble.
+        where: file and entry.
+        name: of the value.
+        value: as written.
+        expected: what it should be.
+
+    Raises:
+        InputFailure: the condition does not hold.
+    """
+    if not condition:
+        raise InputFailure(reason, f"{where}: {name} is {value!r:.40}, expected {expected}")
+
+
 def check_text(text: Any, where: str) -> str:
     """Return a line's text in Unicode's composed form (NFC): what looks the same is the same.
 
     Raises:
         InputFailure: it is not a string, has nothing to see, or holds what cannot be rendered on one line.
     """
-    if not isinstance(text, str):
-        raise InputFailure("bad text", f"{where}: text is {text!r:.40}, expected a string")
+    check(isinstance(text, str), "bad text", where, "text", text, "a string")
     if not any(map(is_visible, text)):
         raise InputFailure("empty text", f"{where}: text is empty; remove the line")
     for character in text:
@@ -182,11 +199,10 @@ def check_caption(caption: Any, where: str) -> str:
     Raises:
         InputFailure: it is not a string of Unicode characters.
     """
-    if not isinstance(caption, str):
-        raise InputFailure("bad caption", f"{where}: caption is {caption!r:.40}, expected a string")
+    check(isinstance(caption, str), "bad caption", where, "caption", caption, "a string")
     if not caption.isascii() and any(unicodedata.category(character) == "Cs" for character in caption):
         raise InputFailure("bad caption", f"{where}: caption holds a lone surrogate; it is not valid Unicode")
-    return caption
+    return str(caption)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -257,11 +273,8 @@ def check_in_glyph_map(value: Any, where: str) -> bool:
     Raises:
         InputFailure: it is neither true nor false.
     """
-    if value is None:
-        return True
-    if not isinstance(value, bool):
-        raise InputFailure("bad glyph_map", f"{where}: glyph_map is {value!r:.40}, expected true or false")
-    return value
+    check(value is None or isinstance(value, bool), "bad glyph_map", where, "glyph_map", value, "true or false")
+    return value is not False
 
 
 def check_color(color: Any, where: str) -> tuple[float, float, float]:

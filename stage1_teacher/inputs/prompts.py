@@ -27,19 +27,14 @@ from typing import Any
 from common.errors import DataError, reason
 from common.faults import naming, raise_disk_fault
 from stage1_teacher.inputs.annotations import locate_image
-from stage1_teacher.inputs.fonts import find_font, line_identity
+from stage1_teacher.inputs.fonts import line_identity, read_line
 from stage1_teacher.inputs.input import (
-    UNKNOWN_COLOR,
     Input,
     InputFailure,
     Line,
-    box_corners,
+    check,
     check_caption,
-    check_color,
     check_fields,
-    check_in_glyph_map,
-    check_polygon,
-    check_text,
     is_number,
     make_input_id,
 )
@@ -177,20 +172,15 @@ def parse_prompt(
         InputFailure: a value is wrong.
     """
     lines = prompt.get("lines", [])
-    if not isinstance(lines, list):
-        raise InputFailure("bad prompt", f"{where}: lines is {lines!r:.40}, expected a list")
+    check(isinstance(lines, list), "bad prompt", where, "lines", lines, "a list")
     frame = prompt.get("size", size)
-    if not is_number(frame) or frame < 1:
-        raise InputFailure("bad prompt", f"{where}: size is {frame!r:.40}, expected pixels, at least 1")
+    check(is_number(frame) and frame >= 1, "bad prompt", where, "size", frame, "pixels, at least 1")
     seed = prompt.get("seed")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise InputFailure("bad prompt", f"{where}: seed is {seed!r:.40}, expected an integer")
+    check(seed is None or type(seed) is int, "bad prompt", where, "seed", seed, "an integer")
     image = prompt.get("image") if use_images else None
     mode = prompt.get("mode")
-    if mode not in (None, "generate", "edit") or (mode == "edit" and image is None):
-        raise InputFailure(
-            "bad prompt", f'{where}: mode is {mode!r:.40}, expected "generate", or "edit" with an image'
-        )
+    known = mode in (None, "generate", "edit") and not (mode == "edit" and image is None)
+    check(known, "bad prompt", where, "mode", mode, '"generate", or "edit" with an image')
     return Input(
         where=where,
         input_id=prompt_id(prompt, fonts, folder, use_images),
@@ -208,15 +198,4 @@ def _line(line: Any, where: str, fonts: Mapping[str, Path], folder: Path) -> Lin
         raise InputFailure("bad prompt", f"{where}: {line!r:.40} is no object")
     if ("box" in line) == ("polygon" in line):
         raise InputFailure("bad polygon", f"{where}: expected either a box or a polygon")
-    language = line.get("language")
-    if language is not None and not isinstance(language, str):
-        raise InputFailure("bad prompt", f"{where}: language is {language!r:.40}, expected a name")
-    color, font = line.get("color"), line.get("font")
-    return Line(
-        text=check_text(line.get("text"), where),
-        polygon=box_corners(line["box"], where) if "box" in line else check_polygon(line["polygon"], where),
-        language=language,
-        color=UNKNOWN_COLOR if color is None else check_color(color, where),
-        font=None if font is None else find_font(font, fonts, folder, where),
-        in_glyph_map=check_in_glyph_map(line.get("glyph_map"), where),
-    )
+    return read_line(line, fonts, folder, where, "bad prompt")

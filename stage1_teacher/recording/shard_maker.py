@@ -125,7 +125,7 @@ class ShardMaker:
                         writer.fail(self._note(shard, place, outcome))
                         failed.append(place)
                 first += len(group)
-                progress.update(len(group), failed=self._share.failed)
+                progress.update(len(group), failed=self._share.done.failed)
             header = writer.commit()
         if self._rollouts is not None:
             if header.sha256 != writer.sha256:
@@ -135,8 +135,8 @@ class ShardMaker:
                     header.shard,
                 )
             self._rollouts.write(shard, rollouts, failed)
-        self._share.records += writer.count
-        self._share.written += 1
+        self._share.done.records += writer.count
+        self._share.done.shards_written += 1
         self._send([header.shard])
 
     def _send(self, shards: Sequence[str]) -> None:
@@ -145,7 +145,7 @@ class ShardMaker:
         try:
             for shard in shards:
                 self.check_stop()
-                self._share.uploaded += self._uploader.upload_shard(shard)
+                self._share.done.uploaded += self._uploader.upload_shard(shard)
         except (DataError, MachineError) as error:
             raise type(error)(f"{error} ({self._share.committed_so_far} in {self._folder})") from None
 
@@ -173,12 +173,13 @@ class ShardMaker:
         """
         index = shard.first_index + place
         logger.warning("input %d failed: %s", index, failure)
-        self._share.failed += 1
+        done = self._share.done
+        done.failed += 1
         if isinstance(failure, FontLacksCharacters):  # a font's fault, not the inputs': no sign of bad data
-            self._share.lacking += 1
+            done.lacking += 1
         else:
             self._reasons[failure.reason] += 1
-        allowed, bad = self._settings.max_failures, self._share.failed - self._share.lacking
+        allowed, bad = self._settings.max_failures, done.failed - done.lacking
         if bad > allowed:
             reason, count = self._reasons.most_common(1)[0]
             raise DataError(

@@ -27,8 +27,30 @@ class Todo:
 
 
 @dataclass(slots=True, kw_only=True)
+class Done:
+    """What a run of a task comes to; grows while it works."""
+
+    shards_planned: int
+    """Of the whole set."""
+    shards_found: int
+    """Of this task, committed before."""
+    shards_written: int = 0
+    """Of this task, committed now, or made again for their trajectories."""
+    shards_without_inputs: int
+    """Of this task, not made because this run was not given their inputs."""
+    records: int = 0
+    """Written now."""
+    failed: int
+    """Inputs of this task's committed shards that failed, earlier runs included."""
+    lacking: int = 0
+    """Of those, the ones that no font can render."""
+    uploaded: int = 0
+    """Shards of this task uploaded now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """One task's part of a set; the counts grow while it works."""
+    """One task's part of a set."""
 
     todo: tuple[Todo, ...]
     """Shards to be made now, in order."""
@@ -36,23 +58,13 @@ class Share:
     """Shards of this task in all."""
     found: tuple[str, ...]
     """Names of those that were committed before this run, and are not made again."""
-    without_inputs: int
-    """Of those, neither committed nor possible: this run was not given their inputs."""
-    failed: int
-    """Inputs that failed, those in shards found included."""
-    lacking: int = 0
-    """Of those, the ones that no font can render."""
-    written: int = 0
-    """Shards committed by this run."""
-    records: int = 0
-    """Records in them."""
-    uploaded: int = 0
-    """Shards uploaded by this run."""
+    done: Done
+    """What has come of it."""
 
     @property
     def committed_so_far(self) -> str:
         """What is safe, in words."""
-        return f"{len(self.found) + self.written} of this task's {self.shards} shards are committed"
+        return f"{len(self.found) + self.done.shards_written} of this task's {self.shards} shards are committed"
 
 
 def number_tasks(environ: Mapping[str, str], task_index: int | None, num_tasks: int | None) -> tuple[int, int]:
@@ -131,12 +143,16 @@ def choose_share(
         todo=todo,
         shards=len(mine),
         found=tuple(header.shard for header in headers.values()),
-        without_inputs=len(pending) - len(todo),
-        failed=sum(header.failed for header in headers.values()),
-        lacking=sum(
-            failure.reason == FontLacksCharacters.REASON
-            for header in headers.values()
-            if header.failed
-            for failure in read_failures_of(folder, header.shard)
+        done=Done(
+            shards_planned=plan.num_shards,
+            shards_found=len(headers),
+            shards_without_inputs=len(pending) - len(todo),
+            failed=sum(header.failed for header in headers.values()),
+            lacking=sum(
+                failure.reason == FontLacksCharacters.REASON
+                for header in headers.values()
+                if header.failed
+                for failure in read_failures_of(folder, header.shard)
+            ),
         ),
     )
