@@ -10,7 +10,6 @@ works on while Python goes on, the share in the UNet says nothing.)
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.inputs import finish, read_config, render_inputs
+from bench.inputs import bench_parser, finish, read_config, render_inputs
 from common.anytext2.denoiser import Denoiser, predict_branches
-from common.config import PROJECT_ROOT, Config
+from common.config import Config
 from common.scripts import run_script
 from stage1_teacher.precompute import precompute
 from stage1_teacher.teacher.teacher import Teacher
@@ -83,9 +82,7 @@ def time_bare_loop(config: Config, annotations: Path, teacher: Teacher) -> float
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser = bench_parser(__doc__)
     parser.add_argument("--inputs", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

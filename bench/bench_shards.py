@@ -8,7 +8,6 @@ Records have the real model's sizes: 512 px, contexts 768 wide, 8 stored states,
 
 from __future__ import annotations
 
-import argparse
 import resource
 import shutil
 import statistics
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ import torch
 import webdataset as wds
 
 from common.anytext2.conditioning import Uncond
-from common.scripts import run_script
+from common.scripts import make_parser, run_script
 from shards.files.manifest import create_or_check
+from shards.files.names import sidecar_name
 from shards.files.sidecar import Entry, Member, SidecarHeader, encode_sidecar
 from shards.looking.verify import verify_set
 from shards.reading.order import EpochOrder
@@ -111,12 +112,12 @@ def rate(run: Callable[[], Iterable[Any]]) -> float:
     return count / (time.perf_counter() - start)
 
 
-def compare(name: str, ours: Callable[[], Iterable[Any]], theirs: Callable[[], Iterable[Any]], aim: float) -> None:
-    """Alternate the two and print medians and the median of the ratios of neighbouring passes."""
-    pairs = [(rate(ours), rate(theirs)) for _ in range(ROUNDS)]
+def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], aim: float) -> None:
+    """Alternate two measurements and print medians and the median of the ratios of neighbouring ones."""
+    pairs = [(ours(), theirs()) for _ in range(ROUNDS)]
     left, right = (statistics.median(values) for values in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"{name:<44}{left:>10.0f}/s{right:>12.0f}/s{ratio:>8.2f}x   (aim {aim})")
+    print(f"{name:<44}{left:>12.0f}{right:>14.0f}{ratio:>8.2f}x   (aim {aim})")
 
 
 def bench_loader(folder: Path) -> None:
@@ -141,15 +142,16 @@ def bench_loader(folder: Path) -> None:
         for sample in wds.WebDataset(urls, shardshuffle=False):
             yield [safetensors.torch.load(sample[name]) for name in (CONDITIONING, ROLLOUT)]
 
-    compare("whole records, in order", lambda: iter(shards), whole(shuffle=False), 1.5)
-    compare("whole records, shuffled", lambda: (shards[i] for i in shuffled_indices()), whole(shuffle=True), 1.5)
     members = (CONDITIONING, ROLLOUT)
-    compare(
-        "only its tensors, in order", lambda: (shards.arrays(i, members) for i in range(len(shards))), tensors, 3
-    )
-    compare(
-        "only its tensors, shuffled", lambda: (shards.arrays(i, members) for i in shuffled_indices()), tensors, 3
-    )
+    ours: dict[str, Callable[[], Iterable[Any]]] = {
+        "whole records, in order": lambda: iter(shards),
+        "whole records, shuffled": lambda: (shards[i] for i in shuffled_indices()),
+        "only its tensors, in order": lambda: (shards.arrays(i, members) for i in range(len(shards))),
+        "only its tensors, shuffled": lambda: (shards.arrays(i, members) for i in shuffled_indices()),
+    }
+    theirs = (whole(shuffle=False), whole(shuffle=True), tensors, tensors)
+    for (name, run), other, aim in zip(ours.items(), theirs, (1.5, 1.5, 3, 3), strict=True):
+        compare(name, partial(rate, run), partial(rate, other), aim)
 
 
 def bench_verify(folder: Path) -> None:
@@ -171,10 +173,7 @@ def bench_verify(folder: Path) -> None:
         return subprocess.run(["sha256sum", *paths], stdout=subprocess.DEVNULL, check=True)
 
     for threads, label in ((1, "one thread, MB/s"), (0, "a thread per core, MB/s")):
-        pairs = [(timed(lambda: check(threads)), timed(sha256sum)) for _ in range(ROUNDS)]  # noqa: B023
-        left, right = (statistics.median(values) for values in zip(*pairs, strict=True))
-        ratio = statistics.median(a / b for a, b in pairs)
-        print(f"{label:<44}{left:>12.0f}{right:>14.0f}{ratio:>8.2f}x   (aim 0.8)")
+        compare(label, partial(timed, partial(check, threads)), partial(timed, sha256sum), 0.8)
 
 
 def bench_writer(folder: Path) -> None:
@@ -221,7 +220,7 @@ def bench_opening(folder: Path, samples: int = 1_000_000, per_shard: int = 256) 
             table_crc32c="",
         )  # fmt: skip
         entries = [Entry(key=f"{key:09d}", members=tuple(entries_of)) for key in keys]
-        (folder / sidecar_path(name)).write_bytes(encode_sidecar(header, entries))
+        (folder / sidecar_name(name)).write_bytes(encode_sidecar(header, entries))
     code = (
         "import sys, time; sys.path.insert(0, '.')\n"
         "import shards.reading.loader\n"  # what training has imported anyway
@@ -243,14 +242,9 @@ def bench_opening(folder: Path, samples: int = 1_000_000, per_shard: int = 256) 
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
-def sidecar_path(shard: str) -> str:
-    """Return the sidecar's name."""
-    return shard.replace(".tar", ".json")
-
-
 def main() -> None:
     """Run the parts asked for in a temporary folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--part", choices=["loader", "verify", "writer", "opening"])
     part = parser.parse_args().part
     torch.set_num_threads(1)

@@ -11,7 +11,6 @@ the online rate.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import sys
@@ -24,10 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.inputs import finish, read_config, render_inputs
+from bench.inputs import bench_parser, finish, read_config, render_inputs
 from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.denoiser import guide, predict_branches
-from common.config import PROJECT_ROOT
 from common.ddim import consistency_value
 from common.schedule import alphas_at, diffuse, make_alphas_cumprod, predict_x0
 from common.scripts import run_script
@@ -103,9 +101,7 @@ def report_memory(who: str, step: Step) -> None:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser = bench_parser(__doc__)
     parser.add_argument("--records", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()

@@ -9,7 +9,6 @@ CUDA in float32 with and without TF32, which PyTorch by default takes for convol
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from bench.inputs import read_config, render_inputs
+from bench.inputs import bench_parser, read_config, render_inputs
 from common.anytext2.conditioning import ConditioningBatch
-from common.config import PROJECT_ROOT, Config
+from common.config import Config
 from common.schedule import diffuse
 from common.scripts import run_script
 from stage1_teacher.rendering.rendered_input import RenderedInput
@@ -101,10 +100,7 @@ def compute(teacher: Teacher, rendered: RenderedInput, reference: dict[str, Tens
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    arguments = parser.parse_args()
+    arguments = bench_parser(__doc__).parse_args()
     config = read_config(arguments.config, arguments.set)
     rendered = draw(config)
     reference = compute(load(config, "cpu", "float32"), rendered, {})

@@ -1,15 +1,25 @@
-"""What the benchmarks share: the embedded teacher's data for a network of any size, and waiting for a GPU."""
+"""What the benchmarks share: options, the embedded teacher's data for a network of any size, waiting for a GPU."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
 
-from common.config import Config, load_config
+from common.config import PROJECT_ROOT, Config, load_config
+from common.scripts import make_parser
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
 from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS
+
+
+def bench_parser(text: str | None) -> argparse.ArgumentParser:
+    """Return a parser of a benchmark's options, --config and --set among them; `text` is its module's."""
+    parser = make_parser(text)
+    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    return parser
 
 
 def read_config(path: Path, overrides: list[str]) -> Config:

@@ -7,7 +7,6 @@ For the full-size network float16 weights take 3 GB. What comes out of it is noi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from common.anytext2.checkpoint import schedule_buffers, write_checkpoint
 from common.config import PROJECT_ROOT, load_config
-from common.scripts import run_script
+from common.scripts import make_parser, run_script
 from stage1_teacher.teacher.keys import teacher_shapes
 
 LAST_LAYER = "model.diffusion_model.out.2.weight"
@@ -41,7 +40,7 @@ def make_up(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def main() -> None:
     """Parse the command line and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "sd15.toml")
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors file")
     arguments = parser.parse_args()

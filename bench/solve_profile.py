@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.inputs import bench_parser
 from common.anytext2.denoiser import guide, predict_branches
-from common.config import PROJECT_ROOT, load_config
+from common.config import load_config
 from common.ddim import Predict, integrate, parse_grid
 from common.progress import Progress
 from common.schedule import diffuse, make_alphas_cumprod, predict_x0
@@ -52,9 +53,7 @@ def keep_x0(predict: Predict, kept: list[Tensor]) -> Predict:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser = bench_parser(__doc__)
     parser.add_argument("--annotations", type=Path, required=True)
     parser.add_argument("--count", type=int, default=60, help="layouts")
     parser.add_argument("--grid", default="upstream:20")

@@ -55,24 +55,19 @@ def verify_shard(path: Path, header: SidecarHeader, entries: Sequence[Entry]) ->
     """
     shard = header.shard
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with path.open("rb", buffering=0) as file:
+            descriptor = file.fileno()
+            size = os.fstat(descriptor).st_size
+            if size == 0:
+                return [whole_shard(shard, f"the file is empty, expected {header.bytes} bytes")]
+            sha256, found = _scan(descriptor, size, shard, entries)
+            if sha256 != header.sha256 or found:
+                found += _find_unread_damage(descriptor, size, header, entries)
     except FileNotFoundError:
         return [whole_shard(shard, "the file is missing")]
     except OSError as error:
         raise_disk_fault(error, path)
         return [whole_shard(shard, f"cannot be read ({reason(error)})")]
-    try:
-        size = os.fstat(descriptor).st_size
-        if size == 0:
-            return [whole_shard(shard, f"the file is empty, expected {header.bytes} bytes")]
-        sha256, found = _scan(descriptor, size, shard, entries)
-        if sha256 != header.sha256 or found:
-            found += _find_unread_damage(descriptor, size, header, entries)
-    except OSError as error:
-        raise_disk_fault(error, path)
-        return [whole_shard(shard, f"cannot be read ({reason(error)})")]
-    finally:
-        os.close(descriptor)
     if size != header.bytes:
         found.insert(0, _damage(shard, None, f"{size} bytes, expected {header.bytes}"))
     if sha256 != header.sha256 and not found:

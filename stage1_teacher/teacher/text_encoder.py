@@ -84,6 +84,12 @@ def chunk_tokens(tokens: Sequence[int], start: int, end: int) -> list[list[int]]
     return [[start, *piece, *[end] * (CAPTION_TOKENS - len(piece)), end] for piece in pieces]
 
 
+def caption_chunks(tokenizer: CLIPTokenizer, caption: str) -> list[list[int]]:
+    """Return a caption's tokens as `chunk_tokens` cuts them."""
+    ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return chunk_tokens(ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
 def encode_tokens(clip: CLIPTextModel, token_ids: Tensor) -> Tensor:
     """Encode tokens, (N, 77) int64, to the last hidden state after the final norm, (N, 77, c)."""
     encoded: Tensor = clip(input_ids=token_ids).last_hidden_state
@@ -133,13 +139,6 @@ class TextEncoder:
         self.clip = clip
         self._tokenizer = tokenizer
         self._placeholder = placeholder
-        self._start, self._end = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
-
-    def _tokens(self, caption: str) -> list[int]:
-        ids: list[int] = self._tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False)[
-            "input_ids"
-        ]
-        return ids
 
     def encode_image_captions(self, captions: Sequence[str]) -> list[Tensor]:
         """Encode image captions in chunks of 75 tokens, each chunk alone.
@@ -147,7 +146,7 @@ class TextEncoder:
         Returns:
             For each caption its own context, (77 k, c): never padded to another caption's length.
         """
-        chunks = [chunk_tokens(self._tokens(caption), self._start, self._end) for caption in captions]
+        chunks = [caption_chunks(self._tokenizer, caption) for caption in captions]
         flat = [chunk for caption in chunks for chunk in caption]
         encoded = encode_tokens(self.clip, self._tensor(flat))  # (sum k, 77, c)
         pieces = encoded.split([len(caption) for caption in chunks])
@@ -155,9 +154,7 @@ class TextEncoder:
 
     def encode_text_captions(self, captions: Sequence[str], lines: Sequence[Tensor]) -> Tensor:
         """Encode text captions, cut at 77 tokens, with their lines' embeddings, (n, c) each: (N, 77, c)."""
-        ids = [
-            chunk_tokens(self._tokens(caption)[:CAPTION_TOKENS], self._start, self._end)[0] for caption in captions
-        ]
+        ids = [caption_chunks(self._tokenizer, caption)[0] for caption in captions]
         return encode_with_lines(self.clip, self._tensor(ids), lines, self._placeholder)
 
     def _tensor(self, ids: list[list[int]]) -> Tensor:

@@ -19,7 +19,7 @@ from common.tensors import Tensors
 from stage1_teacher.inputs.captions import PLACEHOLDER, TEXT_PHRASES
 from stage1_teacher.inputs.input import UNKNOWN_COLOR
 from stage1_teacher.teacher.glyph_embedding import PositionEncoder
-from stage1_teacher.teacher.text_encoder import chunk_tokens, load_tokenizer
+from stage1_teacher.teacher.text_encoder import caption_chunks, load_tokenizer
 from stage1_teacher.tiny.ground import BAND
 from stage1_teacher.tiny.networks import MODEL_FOLDER
 from stage1_teacher.tiny.scene import FONTS
@@ -107,8 +107,7 @@ class FeatureStore:
         tokenizer = load_tokenizer(MODEL_FOLDER / "clip", config)
 
         def tokens(caption: str) -> Tensor:
-            ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
-            return torch.tensor(chunk_tokens(ids, tokenizer.bos_token_id, tokenizer.eos_token_id)[0])
+            return torch.tensor(caption_chunks(tokenizer, caption)[0])
 
         self.empty_tokens = tokens("")
         self.text_tokens = {

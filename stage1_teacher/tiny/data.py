@@ -8,7 +8,6 @@ configuration of one's own needs its table [inputs.fonts].
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from common.files import write_bytes_atomic
 from common.pictures import write_png
 from common.progress import Progress
-from common.scripts import run_script
+from common.scripts import make_parser, run_script
 from stage1_teacher.tiny.scene import Scene, draw_scene_plan, render_scene
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def write_scene(out: Path, scene: Scene, img_name: str) -> dict[str, object]:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--count", type=int, required=True, help="number of images")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)

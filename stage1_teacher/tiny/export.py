@@ -6,7 +6,6 @@ python -m stage1_teacher.tiny.export --vae runs/tiny/vae --denoiser runs/tiny/de
 
 from __future__ import annotations
 
-import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from common.anytext2.checkpoint import export_state, schedule_buffers, write_checkpoint
 from common.anytext2.config import NetworkConfig
 from common.anytext2.vae import VAE
-from common.scripts import run_script
+from common.scripts import make_parser, run_script
 from stage1_teacher.teacher.recognizer import Recognizer, load_recognizer
 from stage1_teacher.teacher.text_encoder import load_tokenizer
 from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground
@@ -114,7 +113,7 @@ def write(teacher: TrainedTeacher, out: Path) -> None:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     for name in ("vae", "denoiser", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument(

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from common.files import atomic_write
-from common.scripts import run_script
+from common.scripts import make_parser, run_script, start_training
 from stage1_teacher.inputs.captions import image_caption
 from stage1_teacher.rendering import lines as drawing
 from stage1_teacher.teacher.glyph_embedding import font_lines, glyph_lines
 from stage1_teacher.teacher.recognizer import load_recognizer
-from stage1_teacher.teacher.text_encoder import chunk_tokens, load_tokenizer
+from stage1_teacher.teacher.text_encoder import caption_chunks, load_tokenizer
 from stage1_teacher.tiny.linear_vae import LinearEncoder
 from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
 from stage1_teacher.tiny.scene import (
@@ -66,12 +66,6 @@ class FeatureMaker:
     def latents(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1]."""
         return self._encoder(images)
-
-    def tokens(self, caption: str) -> Tensor:
-        """Return a short caption's 77 token ids."""
-        tokenizer = self._tokenizer
-        ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
-        return torch.tensor(chunk_tokens(ids, tokenizer.bos_token_id, tokenizer.eos_token_id)[0])
 
     @torch.no_grad()
     def read(self, lines: Tensor) -> Tensor:
@@ -134,14 +128,13 @@ class FeatureMaker:
             "colors": torch.tensor([[line.color for line in item.lines] for item in scenes]).float(),
             "lengths": torch.tensor([len(line.text) for line in scene.lines]),
             "fonts": torch.tensor([list(FONTS).index(line.font) for line in scene.lines]),
-            "tokens": torch.stack([self.tokens(caption) for caption in captions]),
+            "tokens": torch.tensor([caption_chunks(self._tokenizer, caption)[0] for caption in captions]),
         }
 
 
 def write_chunks(options: argparse.Namespace, starts: Sequence[int]) -> None:
     """Write the chunks that begin at some of the layouts, unless they are there."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    start_training(options.threads)
     maker = FeatureMaker(options.vae)
     for start in starts:
         path = options.out / f"{start // LAYOUTS_PER_FILE:05d}.pt"
@@ -164,7 +157,7 @@ def write_chunks(options: argparse.Namespace, starts: Sequence[int]) -> None:
 
 def main() -> None:
     """Parse the command line and write the chunks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--vae", type=Path, required=True, help="run folder of train_vae, or a checkpoint: models/tiny"
     )

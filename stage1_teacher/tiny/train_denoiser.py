@@ -11,11 +11,10 @@ through the UNet (`networks._pass_through`).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from common.errors import DataError, UsageError
 from common.files import atomic_write
 from common.machine import resolve_device
 from common.schedule import diffuse, make_alphas_cumprod
-from common.scripts import run_script
+from common.scripts import make_parser, run_script, start_training
 from stage1_teacher.teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.teacher.keys import PART_BUILDERS
 from stage1_teacher.teacher.text_encoder import encode_tokens, encode_with_lines
@@ -461,7 +460,7 @@ def train(
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     for name in ("features", "vae", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     start = parser.add_mutually_exclusive_group(required=True)
@@ -475,37 +474,25 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12, help="images of a step")
     parser.add_argument("--patches", type=int, default=32, help="small crops added to a step")
     parser.add_argument("--noises", type=int, default=2, help="noises an image")
-    parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="of what is not a matrix")
-    parser.add_argument("--matrix-learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", dest="peak", type=float, default=1.2e-3, help="of what is not a matrix")
+    parser.add_argument("--matrix-learning-rate", dest="matrix_peak", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto: cuda if there is one")
     parser.add_argument("--workers", type=int, default=0, help="processes that put batches together, for a GPU")
     parser.add_argument("--save-every", type=int, default=100, help="steps")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = Settings(
-        steps=options.steps,
-        images=options.images,
-        noises=options.noises,
-        patches=options.patches,
-        peak=options.learning_rate,
-        matrix_peak=options.matrix_learning_rate,
-        seed=options.seed,
-        probe_steps=(1500 if options.position else 0) if options.probe_steps is None else options.probe_steps,
-        probe_images=options.probe_images,
-        heads_only_steps=0 if options.position else HEADS_ONLY_STEPS,
-        save_every=options.save_every,
-    )
-    start = options.position or options.start_from
+    start_training(options.threads)
+    if options.probe_steps is None:
+        options.probe_steps = 1500 if options.position else 0
+    chosen = {field.name: getattr(options, field.name) for field in fields(Settings) if field.name in options}
+    settings = Settings(**chosen, heads_only_steps=0 if options.position else HEADS_ONLY_STEPS)
     train(
         options.out,
         settings,
         features=options.features,
         vae=options.vae,
-        start=start,
+        start=options.position or options.start_from,
         device=resolve_device(options.device),
         workers=options.workers,
     )

@@ -8,7 +8,6 @@ of bumps over the centre's y and x and over the box's height and width, which at
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import atomic_write
-from common.scripts import run_script
+from common.scripts import make_parser, run_script, start_training
 from common.seeding import generator
 from stage1_teacher.teacher.glyph_embedding import PositionEncoder
 from stage1_teacher.tiny.train_vae import learning_rate
@@ -68,7 +67,7 @@ def build(width: int, seed: int) -> PositionEncoder:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -77,9 +76,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    start_training(options.threads)
     encoder = build(options.width, options.seed)
     optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=0.0)
     total = 0.0

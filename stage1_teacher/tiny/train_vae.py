@@ -7,7 +7,6 @@ Stops and goes on: the same command continues from the newest checkpoint. Every 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import time
@@ -22,7 +21,7 @@ from torch import Tensor
 from common.anytext2.checkpoint import load_vae
 from common.files import atomic_write
 from common.machine import resolve_device
-from common.scripts import run_script
+from common.scripts import make_parser, run_script, start_training
 from common.seeding import generator
 from stage1_teacher.tiny.linear_vae import PatchBasis, fit_patch_basis, set_decoder, set_encoder
 from stage1_teacher.tiny.networks import build_vae, network_config
@@ -163,7 +162,7 @@ def _save(out: Path, vae: Any, basis: PatchBasis, optimizer: Any, ema: list[Tens
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -173,9 +172,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="torch's threads; 0: its default")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto: cuda if there is one")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    start_training(options.threads)
     train(
         options.out,
         steps=options.steps,
