@@ -68,8 +68,7 @@ def time_bare_loop(config: Config, annotations: Path, teacher: Teacher) -> float
     rendered = render_inputs(config, annotations, config.precompute.batch_size)
     with torch.no_grad():
         predict = predict_branches(teacher.denoiser, teacher.encode(rendered), teacher.unconditional())
-        side = config.inputs.size // teacher.network.stride
-        z = torch.randn(len(rendered), teacher.network.latent_channels, side, side).to(teacher.device)
+        z = torch.randn(len(rendered), *teacher.network.latent_shape(config.inputs.size)).to(teacher.device)
         t = torch.full((len(rendered),), 500, device=teacher.device)
         predict(z, t)  # warm up
         finish()

@@ -186,9 +186,7 @@ def _plan(config: Config, layouts: Sequence[Layout], **more: Any) -> Plan:
 def _runs(
     config: Config, held_out: HeldOut, load: Networks, samplers: Sequence[Sampler], truth: bool
 ) -> list[Run]:
-    network = config.load_network()
-    side = config.inputs.size // network.stride
-    shape = (network.latent_channels, side, side)
+    shape = config.load_network().latent_shape(config.inputs.size)
 
     def decode_latents(latents: Tensor) -> Sequence[Picture]:
         return decode(load()[0].vae, latents)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from common.errors import UsageError
 from common.faults import raise_disk_fault
@@ -111,19 +110,27 @@ def build(
         if moved and gone:
             said = "; ".join(f"{key} has moved to {moved[key]}" for key in gone)
         else:
-            said = describe(kind, found[0])
+            said = describe(error, kind)
         raise UsageError(f"{place}: {said}") from None
 
 
-def describe(kind: type[Section], error: ErrorDetails) -> str:
-    """Say in one line what pydantic found: the key, what was received, what was expected."""
+def describe(failure: ValidationError, kind: type[Section] | None = None) -> str:
+    """Say in one line what pydantic found first: the key, what was received, what was expected.
+
+    Args:
+        failure: pydantic's.
+        kind: of settings, to name known keys beside an unknown one.
+    """
+    error = failure.errors(include_url=False)[0]
     key, received, context = _dotted(error["loc"]), error["input"], error.get("ctx", {})
     match error["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" if kind is not None:
             name = f"section [{key}]" if isinstance(received, dict) else f"key {key}"
             return f"unknown {name}{_nearest(error['loc'], kind)}"
-        case "missing":
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"key {key} is missing"
+        case "json_invalid":
+            return str(error["msg"])
         case "model_type":
             return f"{key} must be a section, as in [{key}]; received {received!r}"
         case "value_error":  # of `require`

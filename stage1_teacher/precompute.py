@@ -119,14 +119,12 @@ def _open_keeper(
 ) -> RolloutKeeper | None:
     if folder is None:
         return None
-    network = config.load_network()
-    side = config.inputs.size // network.stride
     return RolloutKeeper.open(
         folder,
         identity=identity,
         plan=plan,
         settings=config.precompute,
-        latent_shape=(network.latent_channels, side, side),
+        latent_shape=config.load_network().latent_shape(config.inputs.size),
     )
 
 

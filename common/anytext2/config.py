@@ -153,6 +153,10 @@ class NetworkConfig(Section):
         """Pixels per latent cell (8 in the released model)."""
         return int(2 ** (len(self.vae.channel_mult) - 1))
 
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of a square image of so many pixels a side."""
+        return self.latent_channels, size // self.stride, size // self.stride
+
     @property
     def context_dim(self) -> int:
         """Width of the contexts (768 in the released model)."""

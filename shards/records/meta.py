@@ -58,7 +58,7 @@ class SampleMeta(Section):
             for key, received in (("languages", meta.languages), ("polygons", meta.polygons)):
                 require(len(received) == len(meta.texts), key, received, f"{len(meta.texts)}, one per line")
         except ValidationError as error:
-            raise DataError(f"{where}: {describe(cls, error.errors()[0])}") from None
+            raise DataError(f"{where}: {describe(error, cls)}") from None
         except ValueError as error:  # of `require`
             raise DataError(f"{where}: {error}") from None
         return meta
@@ -81,6 +81,6 @@ class SampleMeta(Section):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:  # before there are any fields
-            raise DataError(f"{where}: {error.errors()[0]['msg']}") from None
+            raise DataError(f"{where}: {describe(error)}") from None
         except DataError as error:
             raise DataError(f"{where}: {error}; is it of another version?") from None

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from common.differences import require_same
 from common.errors import DataError, reason
 from common.faults import raise_disk_fault
 from common.files import canonical_json, create_once
 from common.jsonl import LineWriter, read_lines
-from common.layouts import Layout, Line, hash_layouts
+from common.layouts import Layout, hash_layouts
+from common.toml import describe
 from stage2_student.evaluation.reading import LineResult
 
 LAYOUTS_FILE, RUN_FILE, RESULTS_FILE = "layouts.json", "run.json", "results.jsonl"
@@ -44,6 +47,9 @@ class ImageResult:
     """File name in `images/`, empty if the image was not kept."""
     ground: float | None = None
     """Mean colour difference (Delta E*ab) from the true image outside the lines; None where not comparable."""
+
+
+_LAYOUTS, _RESULT = TypeAdapter(list[Layout]), TypeAdapter(ImageResult)
 
 
 def check_or_create(path: Path, content: Mapping[str, Any], what: str) -> None:
@@ -108,19 +114,9 @@ def load_layouts(folder: Path) -> tuple[list[Layout], dict[str, Any]]:
     """
     content = read_description(folder / LAYOUTS_FILE)
     try:
-        layouts = [
-            Layout(
-                **{
-                    **entry,
-                    "size": tuple(entry["size"]),
-                    "lines": tuple(_line(Line, line) for line in entry["lines"]),
-                }
-            )
-            for entry in content["layouts"]
-        ]
-        return layouts, dict(content["settings"])
+        return _LAYOUTS.validate_python(content["layouts"]), dict(content["settings"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / LAYOUTS_FILE}: not the layouts of an evaluation ({error!r})") from None
+        raise DataError(f"{folder / LAYOUTS_FILE}: not the layouts of an evaluation ({reason(error)})") from None
 
 
 def load_results(path: Path) -> list[ImageResult]:
@@ -132,23 +128,12 @@ def load_results(path: Path) -> list[ImageResult]:
     results = []
     for number, line in enumerate(read_lines(path), 1):
         try:
-            values = json.loads(line)
-            values["lines"] = tuple(_line(LineResult, entry) for entry in values["lines"])
-            results.append(ImageResult(**values))
-        except (ValueError, KeyError, TypeError) as error:
+            results.append(_RESULT.validate_json(line))
+        except ValidationError as error:
             raise DataError(
-                f"{path}, line {number}: damaged ({error!r}); remove the line, and evaluate again"
+                f"{path}, line {number}: damaged ({describe(error)}); remove the line, and evaluate again"
             ) from None
     return results
-
-
-def _line(kind: Any, values: dict[str, Any]) -> Any:
-    """Rebuild a Line or LineResult: JSON has lists where they have tuples."""
-    return kind(**{key: _tuples(value) for key, value in values.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def open_results(path: Path) -> LineWriter[ImageResult]:

@@ -17,7 +17,7 @@ from common.config import Config
 from common.files import sha256_file
 from common.pictures import Picture
 from common.seeding import generator
-from stage2_student.evaluation.counting import EvaluationCounter
+from stage2_student.evaluation.counting import count_evaluations
 from stage2_student.evaluation.runs import Job, Run, Sampled
 from stage2_student.student.adapter import adapter_files, find_adapter, read_card
 from stage2_student.student.sample import LoadedStudent
@@ -79,15 +79,15 @@ def sampler_run(
         unet, writenet = sampler.modules()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # preparing must not be timed as sampling
-        with EvaluationCounter(unet=unet, writenet=writenet) as counter:
+        with count_evaluations(unet=unet, writenet=writenet) as counts:
             begun = time.perf_counter()
             pictures = decode(sampler.latents(prepared, noise))
             seconds = time.perf_counter() - begun
         return Sampled(
             images=pictures,
             seconds=seconds,
-            unet_evaluations=counter.counts["unet"],
-            writenet_evaluations=counter.counts["writenet"],
+            unet_evaluations=counts["unet"],
+            writenet_evaluations=counts["writenet"],
         )
 
     return Run(

@@ -14,7 +14,7 @@ from torch import nn, zeros
 from common.errors import DataError, Stopped
 from common.layouts import Layout
 from common.signals import StopFlag
-from stage2_student.evaluation.counting import EvaluationCounter
+from stage2_student.evaluation.counting import count_evaluations
 from stage2_student.evaluation.image_folder import count_samples, folder_run
 from stage2_student.evaluation.judges import Judge
 from stage2_student.evaluation.results import load_layouts, load_results, save_layouts, slug
@@ -267,11 +267,11 @@ def test_a_missing_or_broken_image_of_a_folder_is_named(
 
 def test_evaluations_are_counted_by_sample_and_watching_leaves_no_trace() -> None:
     module = nn.Linear(3, 3)
-    with EvaluationCounter(unet=module) as counter:
+    with count_evaluations(unet=module) as counts:
         module(zeros(4, 3))
         module(input=zeros(2, 3))
     module(zeros(8, 3))
-    assert counter.counts == {"unet": 6}
+    assert counts == {"unet": 6}
     assert not module._forward_pre_hooks
 
 
