@@ -200,7 +200,7 @@ def _runs(
 
     runs = []
     if truth:
-        vae = {"teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher")}
+        vae = {"teacher": fingerprint(config.find_checkpoint(), "teacher")}
         runs = [
             Run(label=TRUE_IMAGES, kind="truth", sample=true_images),
             Run(label="true images through the VAE", kind="vae", sample=through_vae, settings=vae),

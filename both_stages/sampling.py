@@ -145,7 +145,7 @@ class ImageSampler:
                 "--compare with --record shows what was recorded: leave --seed out, or sample with --teacher"
             )
         shape = tuple(start.conditioning.masked_latents.shape)
-        needed = 1 if self._student is None else self._student.noises_needed
+        needed = 1 if self._student is None else self._student.card.num_noises
         noise = torch.stack([draw_noise(seed or 0, number, shape, needed) for number in range(num_images)])
         if start.noise is not None:
             noise[:, 0] = start.noise

@@ -83,6 +83,10 @@ class Config(Section):
                 return candidate
         raise DataError(f"config {key}: no file or folder {path!r}; looked at {', '.join(map(str, tried))}")
 
+    def find_checkpoint(self) -> Path:
+        """Return the file or folder that `model.checkpoint` names; raises as `resolve`."""
+        return self.resolve(self.model.checkpoint, "model.checkpoint")
+
     def load_network(self) -> NetworkConfig:
         """Return the sizes of the network that `model.network` names.
 

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.anytext2.checkpoint import load_unet, load_vae, load_writenet
+from common.anytext2.conditioning import Hints
 from common.anytext2.config import NetworkConfig
-from common.anytext2.hints import Hints
 from common.anytext2.unet import Control, UNet
 from common.ddim import upstream_grid
 from common.errors import AppError, DataError

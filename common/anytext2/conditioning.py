@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from common.anytext2.hints import Hints
 from common.tensors import Tensors
 
 
@@ -40,6 +39,21 @@ class Conditioning(Tensors):
     def without(self, uncond: Uncond) -> Conditioning:
         """Return the unconditional branch's: the same hints with the unconditional contexts."""
         return replace(self, image_context=uncond.image_context, text_context=uncond.text_context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Hints(Tensors):
+    """What WriteNet sees of a batch besides the text context, all of one float type and device."""
+
+    glyphs: Tensor
+    """Union of the rendered lines, (B, 1, H, W), 0 or 1."""
+    positions: Tensor
+    """Sum of the lines' position masks, (B, 1, H, W): 0, 1, 2 ..."""
+    masked_latents: Tensor
+    """VAE latents of the masked image, (B, C, h, w)."""
+
+    def __len__(self) -> int:
+        return int(self.masked_latents.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -37,6 +37,11 @@ class Denoiser(nn.Module):
         """Where it computes."""
         return self.unet.conv_in.weight.device
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """UNet and WriteNet, by the names that checkpoints and adapters know them by."""
+        return {"unet": self.unet, "writenet": self.writenet}
+
     def control(self, conditioning: ConditioningBatch) -> Control:
         """Return WriteNet's residuals; they depend on neither z_t nor t."""
         return self.writenet(conditioning.hints, conditioning.text_context)

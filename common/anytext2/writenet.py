@@ -8,8 +8,8 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
+from common.anytext2.conditioning import Hints
 from common.anytext2.config import NetworkConfig
-from common.anytext2.hints import Hints
 from common.anytext2.unet import Control
 
 STRIDED_CONVOLUTIONS = (4, 8, 12)

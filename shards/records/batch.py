@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.anytext2.conditioning import ConditioningBatch
-from common.anytext2.hints import Hints
+from common.anytext2.conditioning import ConditioningBatch, Hints
 from common.errors import DataError
 from common.tensors import Tensors
 from shards.records.record import Record

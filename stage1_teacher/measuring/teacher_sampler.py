@@ -126,7 +126,7 @@ def teacher_samplers(
         UsageError: a grid or a part is unknown.
     """
     settings = {
-        "teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher"),
+        "teacher": fingerprint(config.find_checkpoint(), "teacher"),
         "dtype": config.model.dtype,
         "guidance_scale": config.precompute.guidance_scale,
     }

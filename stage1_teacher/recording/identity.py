@@ -54,7 +54,7 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
         UsageError: the configuration names no network, checkpoint or tokenizer.
         DataError: one of them is missing or unreadable.
     """
-    checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
+    checkpoint = config.find_checkpoint()
     inputs = config.inputs.model_dump(mode="json", exclude=_NOT_IDENTITY | _OTHERWISE)
     frame = {"frame": config.inputs.frame} if config.inputs.frame else {}
     grid = trailing_timesteps(config.precompute.solver_steps).tolist()

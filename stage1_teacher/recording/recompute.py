@@ -48,7 +48,7 @@ def recompute(config: Config, shards: ShardSet, indices: Sequence[int]) -> Itera
     settings: dict[str, Any] = identity.get("config", {}).get("precompute", {})
     if settings.get("source") != "rollout":
         raise DataError(f"--recompute needs a set of rollouts, this one's source is {settings.get('source')!r}")
-    ours = fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher")
+    ours = fingerprint(config.find_checkpoint(), "teacher")
     if ours != identity.get("teacher_fingerprint"):
         raise DataError(
             f"the configured teacher's fingerprint is {ours[:12]}..., the set was made by "

@@ -47,7 +47,7 @@ class Teacher:
             DataError: the checkpoint is missing, unreadable or of another network.
         """
         model, network = config.model, config.load_network()
-        checkpoint = CheckpointFile(config.resolve(model.checkpoint, "model.checkpoint"))
+        checkpoint = CheckpointFile(config.find_checkpoint())
         tokenizer_folder = config.resolve(model.clip, "model.clip")
         return cls.from_checkpoint(
             network,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.anytext2.conditioning import Hints
 from common.anytext2.config import NetworkConfig
-from common.anytext2.hints import Hints
 from common.errors import DataError
 from common.schedule import make_alphas_cumprod
 from common.seeding import generator, rng

@@ -67,8 +67,12 @@ def check_or_create(path: Path, content: Mapping[str, Any], what: str) -> None:
     require_same(wanted, read_description(path), f"{path}: {what} differs", remedy)
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path, expected: str = "expected a JSON object") -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        path: of the file.
+        expected: ends the error, and may say what to do.
 
     Raises:
         DataError: it is missing or not one.
@@ -79,9 +83,9 @@ def read_description(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such file; expected the folder of an evaluation") from None
     except (OSError, ValueError) as error:
         raise_disk_fault(error, path)
-        raise DataError(f"{path}: not readable as JSON ({reason(error)})") from None
+        raise DataError(f"{path}: not readable as JSON ({reason(error)}); {expected}") from None
     if not isinstance(value, dict):
-        raise DataError(f"{path}: received a JSON {type(value).__name__}, expected an object")
+        raise DataError(f"{path}: received a JSON {type(value).__name__}, {expected}")
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,15 +139,15 @@ class StudentSampler:
             DataError: there is no adapter.
         """
         folder = find_adapter(adapter)
-        self._card = card = read_card(folder)
+        card = read_card(folder)
         self._load = cache(lambda: LoadedStudent.load(config, folder))
         self.prepare = condition
         self.label = f"{name}, {card.num_steps} step{'s' if card.num_steps > 1 else ''}"
-        self.steps = card.num_steps
+        self.steps, self.noises = card.num_steps, card.num_noises
         self.settings: Mapping[str, Any] = {
             "adapter": {name: sha256_file(file)[:16] for name, file in adapter_files(folder).items()},
             "base": card.base_fingerprint,
-            "teacher": fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "teacher"),
+            "teacher": fingerprint(config.find_checkpoint(), "teacher"),
             "objective": card.objective,
             "trained_steps": card.step,
             "timesteps": list(card.timesteps),
@@ -155,11 +155,6 @@ class StudentSampler:
             "rank": card.rank,
             "dtype": config.model.dtype,
         }
-
-    @cached_property
-    def noises(self) -> int:
-        """Noises needed per image: one, or with LCM's sampler one per step."""
-        return self._card.num_steps if self._card.sampler == "lcm" else 1
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         """Return UNet and WriteNet, with their adapters."""

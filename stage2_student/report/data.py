@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,17 @@ from PIL import Image
 
 from common.errors import DataError, reason
 from common.faults import raise_disk_fault
-from common.files import read_bytes
 from common.layouts import Layout
 from shards.files.frozen import FrozenSet, read_frozen
 from shards.files.names import FROZEN
 from stage2_student.evaluation.invocation import read_invocations
-from stage2_student.evaluation.results import RESULTS_FILE, ImageResult, load_layouts, load_results
+from stage2_student.evaluation.results import (
+    RESULTS_FILE,
+    ImageResult,
+    load_layouts,
+    load_results,
+    read_description,
+)
 from stage2_student.evaluation.summary import summarise
 from stage2_student.evaluation.table import Summary
 from stage2_student.training.runlog import read_log
@@ -145,17 +149,6 @@ def _read_training(run: Path) -> Training:
     if not losses:
         raise DataError(f"{run}: no training log there; expected the folder of a training run")
     frozen = read_frozen(run) if (run / FROZEN).exists() else None
-    return Training(folder=run, losses=tuple(losses), config=_read_config(run / _CONFIG_FILE), shards=frozen)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    remedy = "expected a JSON object; restore it, or remove it to report without it"
-    try:
-        config = json.loads(read_bytes(path))
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({reason(error)}), {remedy}") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: received a JSON {type(config).__name__}, {remedy}")
-    return config
+    path, remedy = run / _CONFIG_FILE, "expected a JSON object; restore it, or remove it to report without it"
+    config = read_description(path, remedy) if path.exists() else {}
+    return Training(folder=run, losses=tuple(losses), config=config, shards=frozen)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import DataError, UsageError, reason
 from common.faults import raise_disk_fault
@@ -58,6 +58,11 @@ class Card:
     def num_steps(self) -> int:
         """M."""
         return len(self.timesteps)
+
+    @property
+    def num_noises(self) -> int:
+        """K: noises of an image; one, or with the sampler "lcm" one for each step."""
+        return self.num_steps if self.sampler == "lcm" else 1
 
     def at_step(self, step: int) -> Card:
         """Return the card after so many optimizer steps."""
@@ -204,11 +209,10 @@ def attach_adapter(student: Student, folder: Path, base_fingerprint: str) -> Car
     """
     card = read_card(folder)
     card.require_base(base_fingerprint, folder)
-    models: dict[str, nn.Module] = {"unet": student.unet, "writenet": student.writenet}
     for part, tensors in split_parts(load_tensors(folder)).items():
-        if part not in models:
+        if part not in student.parts:
             raise DataError(f"adapter {folder}: unknown part {part!r}, expected unet or writenet")
-        attach(models[part], part, tensors, rank=card.rank, alpha=card.alpha)
+        attach(student.parts[part], part, tensors, rank=card.rank, alpha=card.alpha)
     return card
 
 

@@ -43,20 +43,15 @@ def compare(config: Config, shards: ShardSet, adapter: Path, indices: Sequence[i
         DataError: no adapter there, or it or the set belongs to another base.
     """
     recorded: dict[str, Any] = shards.manifest.identity["config"]["precompute"]
-    require_base(
-        read_facts(shards),
-        fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "base"),
-        "the set",
-    )
+    require_base(read_facts(shards), fingerprint(config.find_checkpoint(), "base"), "the set")
     records = [_read(shards, index) for index in indices]
     sampler = LoadedStudent.load(config, adapter)
     steps = sampler.card.num_steps
     conditionings = [record.conditioning for record in records]
     rollouts = torch.stack([record.rollout_latents[0].float() for record in records])  # (B, S+1, C, h, w)
     noise = rollouts[:, :1]
-    if sampler.noises_needed > 1:
-        shape = tuple(rollouts.shape[2:])
-        later = sampler.noise(0, indices, shape)[:, 1:]
+    if sampler.card.num_noises > 1:
+        later = sampler.noise(0, indices, tuple(rollouts.shape[2:]))[:, 1:]
         noise = torch.cat([noise, later], dim=1)
     base, _ = load_base(config, DTYPES[config.model.dtype], resolve_device(config.model.device))
     predict = guide(predict_branches(base, conditionings, shards.uncond), recorded["guidance_scale"])

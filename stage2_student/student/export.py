@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.anytext2.checkpoint import export_state, write_checkpoint
 from common.anytext2.checkpoint_file import CheckpointFile
@@ -120,7 +120,7 @@ def export_merged(config: Config, adapter: Path, out: Path) -> Exported:
     """
     student, path = load_base(config, torch.float32, "cpu")
     card = attach_adapter(student, adapter, fingerprint(path, "base"))
-    count = sum(len(adapted_layers(model)) for model in (student.unet, student.writenet))
+    count = sum(len(adapted_layers(model)) for model in student.parts.values())
     merged = _merge(student, config)
     file = CheckpointFile(path)
     if out.resolve() in {used.resolve() for used in file.files}:
@@ -136,8 +136,7 @@ def export_merged(config: Config, adapter: Path, out: Path) -> Exported:
 def _merge(student: Student, config: Config) -> dict[str, Tensor]:
     """Merge the adapters and return the changed tensors, by the checkpoint's keys."""
     network, changed = config.load_network(), {}
-    parts: dict[str, nn.Module] = {"unet": student.unet, "writenet": student.writenet}
-    for part, model in parts.items():
+    for part, model in student.parts.items():
         merged = merge(model)
         state = export_state(model, part, network)
         names = dict(zip(model.state_dict(), state, strict=True))  # our name to the checkpoint's key

@@ -58,14 +58,13 @@ class LoadedStudent:
         card.require_steps(steps)  # before the base is loaded
         device, dtype = resolve_device(config.model.device), DTYPES[config.model.dtype]
         if folder.is_file() and read_metadata(folder).get("layout") == "merged":
-            checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
-            card.require_base(fingerprint(checkpoint, "base"), folder)
+            card.require_base(fingerprint(config.find_checkpoint(), "base"), folder)
             base = load_denoiser(config.load_network(), folder, dtype, device)
             student = Student(base.unet, base.writenet)
             return LoadedStudent(student=student.requires_grad_(False), card=card, device=device)
         student, checkpoint = load_base(config, dtype, device)
         attach_adapter(student, folder, fingerprint(checkpoint, "base"))
-        for model in (student.unet, student.writenet):
+        for model in student.parts.values():
             merge(model)  # sampling changes no adapter: what it adds to every layer's work can be spared
         return LoadedStudent(student=student.requires_grad_(False), card=card, device=device)
 
@@ -81,12 +80,7 @@ class LoadedStudent:
             (B, K, C, h, w): z at the first timestep, then, for sampler "lcm", the noise added before each later
             step.
         """
-        return torch.stack([draw_noise(seed, number, shape, self.noises_needed) for number in numbers])
-
-    @property
-    def noises_needed(self) -> int:
-        """K: noises per image."""
-        return self.card.num_steps if self.card.sampler == "lcm" else 1
+        return torch.stack([draw_noise(seed, number, shape, self.card.num_noises) for number in numbers])
 
     @torch.no_grad()
     def latents(self, conditioning: ConditioningBatch, noise: Tensor) -> Tensor:
@@ -156,8 +150,7 @@ def read_start(config: Config, location: str, index: int, seed: int | None, num_
     shards = ShardSet.open(location, allow_incomplete=True)
     if not 0 <= index < len(shards):
         raise UsageError(f"--record {index}: {location} holds records 0 to {len(shards) - 1}")
-    base = fingerprint(config.resolve(config.model.checkpoint, "model.checkpoint"), "base")
-    require_base(read_facts(shards), base, location)
+    require_base(read_facts(shards), fingerprint(config.find_checkpoint(), "base"), location)
     record = shards[index]
     if seed is not None or record.meta.source != "rollout":
         return Start(conditioning=record.conditioning, meta=record.meta)
@@ -175,9 +168,8 @@ def load_decoder(config: Config) -> VAE:
     Raises:
         DataError: the checkpoint lacks it, or is of another network.
     """
-    checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
-    device = resolve_device(config.model.device)
-    return load_vae(config.load_network(), checkpoint, DTYPES[config.model.dtype], device)
+    where = DTYPES[config.model.dtype], resolve_device(config.model.device)
+    return load_vae(config.load_network(), config.find_checkpoint(), *where)
 
 
 @torch.no_grad()

@@ -26,10 +26,9 @@ class Student(Denoiser):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the adapters' parameters as `unet.NAME` and `writenet.NAME`."""
-        parts: dict[str, nn.Module] = {"unet": self.unet, "writenet": self.writenet}
         return {
             f"{part}.{name}": parameter
-            for part, model in parts.items()
+            for part, model in self.parts.items()
             for name, parameter in lora_parameters(model).items()
         }
 
@@ -65,7 +64,7 @@ def load_base(config: Config, dtype: torch.dtype, device: torch.device | str) ->
         DataError: the checkpoint is missing, unreadable, or of another network.
     """
     network = config.load_network()
-    checkpoint = config.resolve(config.model.checkpoint, "model.checkpoint")
+    checkpoint = config.find_checkpoint()
     base = load_denoiser(network, checkpoint, dtype, device)
     return Student(base.unet, base.writenet), checkpoint
 

@@ -62,9 +62,8 @@ def make_plan(
     """
     facts = read_facts(shards)
     phases, timesteps = plan_phases(config.train, facts)
-    base_path = config.resolve(config.model.checkpoint, "model.checkpoint")
     with accelerator.main_process_first():  # the others then find it cached
-        base = fingerprint(base_path, "base")
+        base = fingerprint(config.find_checkpoint(), "base")
     require_base(facts, base, "the shards")
     identity = identity_of_run(
         config, world=accelerator.num_processes, base_fingerprint=base, set_hash=shards.set_hash

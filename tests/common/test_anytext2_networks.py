@@ -10,9 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from common.anytext2.checkpoint import load_unet, load_vae, load_writenet
-from common.anytext2.conditioning import pad_contexts
+from common.anytext2.conditioning import Hints, pad_contexts
 from common.anytext2.config import NetworkConfig, VaeConfig
-from common.anytext2.hints import Hints
 from common.anytext2.unet import AttnXBlock, UNet
 from common.anytext2.writenet import WriteNet
 from tests.initialise import zero_output_layers

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.anytext2.conditioning import ConditioningBatch
-from common.anytext2.hints import Hints
+from common.anytext2.conditioning import ConditioningBatch, Hints
 from common.tensors import Tensors
 
 

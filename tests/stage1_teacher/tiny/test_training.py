@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.anytext2.checkpoint_file import CheckpointFile
-from common.anytext2.hints import Hints
+from common.anytext2.conditioning import Hints
 from common.anytext2.unet import Control
 from common.errors import DataError, UsageError
 from common.schedule import make_alphas_cumprod

@@ -7,8 +7,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from common.anytext2.conditioning import ConditioningBatch
-from common.anytext2.hints import Hints
+from common.anytext2.conditioning import ConditioningBatch, Hints
 from common.config import Config, LoraConfig, TrainConfig
 from common.errors import DataError, UsageError
 from stage2_student.student.lora import (
