@@ -21,6 +21,10 @@ TEMPORARY_SUFFIX = ".tmp"
 """Files with this suffix are leftovers of dead writers unless one is running; they are never read."""
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+"""What the system says of a lock on a file system without locks."""
+
+
 def canonical_json(value: Any) -> bytes:
     """Serialise to the one JSON spelling that is hashed and compared: sorted keys, no spaces, final newline.
 
@@ -107,7 +111,7 @@ def claim(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+        if error.errno not in NO_LOCKS:
             raise
     return True
 

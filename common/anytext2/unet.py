@@ -63,25 +63,28 @@ class AttnXBlock(BasicTransformerBlock):
         return x + self.ff(self.norm3(x))
 
 
+def trunk_sizes(config: NetworkConfig) -> dict[str, Any]:
+    """Return diffusers' arguments for what UNet and WriteNet have in common, down to the middle block."""
+    sizes = config.unet
+    return {
+        "in_channels": config.latent_channels,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in sizes.has_attention),
+        "block_out_channels": sizes.block_channels,
+        "layers_per_block": sizes.num_res_blocks,
+        "norm_num_groups": sizes.norm_groups,
+        "cross_attention_dim": config.context_dim,
+        "attention_head_dim": sizes.num_heads,  # diffusers' misnomer: the number of heads
+    }
+
+
 class UNet(UNet2DConditionModel):
     """Predicts noise; a pure function of its arguments. Module names are diffusers' own."""
 
     def __init__(self, config: NetworkConfig) -> None:
         """Build the UNet with PyTorch's initial weights."""
         sizes = config.unet
-        down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in sizes.has_attention]
         up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(sizes.has_attention)]
-        super().__init__(
-            in_channels=config.latent_channels,
-            out_channels=config.latent_channels,
-            down_block_types=tuple(down),
-            up_block_types=tuple(up),
-            block_out_channels=sizes.block_channels,
-            layers_per_block=sizes.num_res_blocks,
-            norm_num_groups=sizes.norm_groups,
-            cross_attention_dim=config.context_dim,
-            attention_head_dim=sizes.num_heads,  # diffusers' misnomer: the number of heads
-        )
+        super().__init__(**trunk_sizes(config), out_channels=config.latent_channels, up_block_types=tuple(up))
         _replace_blocks(self.mid_block, attnx=sizes.attnx_mid)
         for level, block in enumerate(self.down_blocks):
             _replace_blocks(block, attnx=sizes.attnx_down and sizes.has_attention[level])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.anytext2.conditioning import Hints
 from common.anytext2.config import NetworkConfig
-from common.anytext2.unet import Control
+from common.anytext2.unet import Control, trunk_sizes
 
 STRIDED_CONVOLUTIONS = (4, 8, 12)
 """Places in a hint block that halve the size: all three for a VAE of stride 8, the first ones for a smaller."""
@@ -54,17 +54,7 @@ class WriteNet(ControlNetModel):
 
     def __init__(self, config: NetworkConfig) -> None:
         """Build WriteNet with PyTorch's initial weights and zero convolutions."""
-        sizes = config.unet
-        down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in sizes.has_attention]
-        super().__init__(
-            in_channels=config.latent_channels,
-            down_block_types=tuple(down),
-            block_out_channels=sizes.block_channels,
-            layers_per_block=sizes.num_res_blocks,
-            norm_num_groups=sizes.norm_groups,
-            cross_attention_dim=config.context_dim,
-            attention_head_dim=sizes.num_heads,  # diffusers' misnomer: the number of heads
-        )
+        super().__init__(**trunk_sizes(config))
         self.controlnet_cond_embedding = HintEncoder(config)
 
     def forward(self, hints: Hints, text_context: Tensor) -> Control:

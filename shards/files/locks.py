@@ -8,7 +8,6 @@ write.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -17,15 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.files import TEMPORARY_SUFFIX, claim, machine_name
+from common.files import NO_LOCKS, TEMPORARY_SUFFIX, claim, machine_name
 from shards.files.names import FAILURES_DIR, PLAN_DIR
 
 logger = logging.getLogger(__name__)
 
 FOREIGN_SECONDS = 24 * 3600.0
 """After this long without a write another machine's temporary file counts as dead."""
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 LOCK_SECONDS = 5.0
 """A writer locks its file before it writes to it, this soon after making it."""
@@ -39,7 +36,7 @@ def hold_lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             logger.warning("%s: this file system has no locks; do not give one shard to two tasks", path.parent)
         yield

@@ -191,21 +191,18 @@ def _say_left_out(store: Store, opened: OpenedSet) -> None:
 
 
 def _read_manifest(store: Store) -> tuple[Manifest, bytes]:
-    try:
-        data = store.read(MANIFEST)
-    except FileNotFoundError:
-        raise DataError(
-            f"{store.location}: not a set of shards: there is no {MANIFEST}; make one with precompute"
-        ) from None
-    manifest = decode_manifest(data, f"{MANIFEST} in {store.location}")
-    try:
-        uncond = store.read(UNCOND)
-    except FileNotFoundError:
-        raise DataError(
-            f"{store.location}: {UNCOND} is missing; restore it from a copy: it is part of the set"
-        ) from None
+    missing = f"not a set of shards: there is no {MANIFEST}; make one with precompute"
+    manifest = decode_manifest(_read(store, MANIFEST, missing), f"{MANIFEST} in {store.location}")
+    uncond = _read(store, UNCOND, f"{UNCOND} is missing; restore it from a copy: it is part of the set")
     check_uncond_hash(uncond, manifest, f"{UNCOND} in {store.location}")
     return manifest, uncond
+
+
+def _read(store: Store, name: str, missing: str) -> bytes:
+    try:
+        return store.read(name)
+    except FileNotFoundError:
+        raise DataError(f"{store.location}: {missing}") from None
 
 
 def _read_headers(store: Store, names: Sequence[str]) -> Iterator[tuple[str, SidecarHeader | AppError]]:

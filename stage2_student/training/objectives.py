@@ -25,11 +25,7 @@ from common.schedule import (
 )
 from common.sections import TrainConfig
 from common.tensors import Tensors
-from stage2_student.training.losses import (
-    crossing_loss,
-    elementwise_loss,
-    guided_solver_step,
-)
+from stage2_student.training.losses import crossing_loss, elementwise_loss, guided_solver_step
 from stage2_student.training.phases import Draws, Phases
 
 
