@@ -197,7 +197,7 @@ class ImageSampler:
     @cached_property
     def model(self) -> str:
         """Say who samples and how, as JSON: steps, guidance, and the fingerprints of the weights."""
-        checkpoint = self._config.resolve(self._config.model.checkpoint, "model.checkpoint")
+        checkpoint = self._config.find_checkpoint()
         if self._student is None or self._adapter is None:
             who: dict[str, Any] = {
                 "who": "teacher",
