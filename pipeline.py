@@ -317,7 +317,7 @@ def sample(
     Each PNG says in its metadata what it shows, of which seed and model.
 
     Example: pipeline.py sample --config configs/tiny.toml --adapter demo/run --prompt 'a sign that says "OPEN"'
-    --box 16,40,112,88 --out open.png
+    --box 8,32,88,64 --out open.png
     """
     if (adapter is None) != with_teacher:
         raise UsageError("who samples? Give one of --adapter RUN and --teacher; --compare puts both side by side")
