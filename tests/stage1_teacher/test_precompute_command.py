@@ -4,16 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from pipeline import cli
 from tests.stage1_teacher.small_teacher import FONT, annotation, write_annotations, write_prompts, write_teacher
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

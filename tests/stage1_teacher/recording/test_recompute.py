@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from common.errors import DataError
@@ -16,11 +15,6 @@ from shards.writing.writer import ShardWriter
 from stage1_teacher.precompute import precompute
 from stage1_teacher.recording.recompute import recompute
 from tests.stage1_teacher.small_teacher import load, write_prompts, write_teacher
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

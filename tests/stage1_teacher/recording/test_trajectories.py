@@ -19,11 +19,6 @@ from tests.stage1_teacher.small_teacher import load, write_prompts, write_teache
 GRID = [999, 749, 499, 249]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small teacher and five prompts, of which the second fails: two shards, the last one short."""

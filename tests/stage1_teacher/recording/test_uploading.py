@@ -13,11 +13,6 @@ from shards.trajectories import TrajectoryStore
 from tests.stage1_teacher.small_teacher import write_prompts, write_teacher
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small teacher and five prompts: two shards."""
