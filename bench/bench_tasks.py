@@ -3,9 +3,9 @@
     python bench/bench_tasks.py                      300,000 annotations
     python bench/bench_tasks.py --inputs 3000000     a made-up file of 3 GB, several minutes to read once
 
-The annotations are made up, the embedded teacher is real. Rows: the first task, which reads the file and writes index
-and plan; a task that finds every shard committed (they hold failures only, so that they are quickly made); `status`; a
-task that works, beside one of a set with a hundred inputs. Aims stand beside what was measured.
+The annotations are made up, the embedded teacher is real. Rows: the first task, which reads the file and writes
+index and plan; a task that works, beside one of a set with a hundred inputs; a task that finds every shard
+committed (they hold failures only, so that they are quickly made); `status`. Aims stand beside what was measured.
 """
 
 from __future__ import annotations
