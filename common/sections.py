@@ -242,6 +242,9 @@ class EvaluateConfig(Section):
     """Keys the initial noise, the same for every run compared."""
     keep_images: NonNegativeInt = 16
     """Layouts whose first image is kept, for the report."""
+    endpoint_error: bool = True
+    """Measure every run against the teacher's own solve from the same noise; false spares that solve where the
+    teacher is not evaluated. A recorded set (--held-out) brings its solves."""
     fid_weights: str = ""
     """TorchScript Inception file (inception-2015-12-05.pt): FID. Keeps all images."""
     fid_reference: str = ""

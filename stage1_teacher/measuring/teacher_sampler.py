@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +18,20 @@ from common.config import Config
 from common.ddim import Grid, parse_grid
 from common.errors import UsageError
 from stage1_teacher.measuring.ablations import ABLATIONS, split_parts
-from stage1_teacher.measuring.held_out import HeldOut
 from stage1_teacher.teacher.solver import record_rollout
 from stage1_teacher.teacher.teacher import Teacher
 
-BASELINE_STEPS = (8, 4)
+BASELINE_STEPS = (8, 4, 2, 1)
 """Steps on the trailing grid: what a user gets who samples the undistilled teacher in a student's few steps."""
 ABLATION_GRID = "upstream:20"
+
+
+class Encodes(Protocol):
+    """Knows inputs by their ids, and what the teacher is given of them."""
+
+    def encode(self, teacher: Teacher, input_ids: Sequence[str], without: str = "") -> list[Conditioning]:
+        """Return the conditioning of inputs, with a part left out as `split_parts` takes it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,7 +40,7 @@ class TeacherSampler:
 
     label: str
     """For the tables."""
-    held_out: HeldOut
+    held_out: Encodes
     load: Callable[[], tuple[Teacher, Uncond]]
     """Loads the networks once, when they are needed."""
     grid: Grid
@@ -71,12 +78,19 @@ class TeacherSampler:
         return self.held_out.encode(self.load()[0], input_ids, self.without)
 
     @torch.no_grad()
-    def latents(self, conditionings: Sequence[Conditioning], noise: Tensor) -> Tensor:
+    def latents(
+        self,
+        conditionings: Sequence[Conditioning],
+        noise: Tensor,
+        on_state: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Solve from noise to image latents.
 
         Args:
             conditionings: B of one image size.
             noise: (B, 1, C, h, w).
+            on_state: given the timestep at which each step ends, `CLEAN` for x0, and the state there, (B, C, h, w)
+                rounded to float16.
 
         Returns:
             (B, C, h, w) float32.
@@ -102,13 +116,18 @@ class TeacherSampler:
             guidance_scale=self.guidance_scale,
             keep=range(0, self.grid.num_steps, self.record_every) if rounds else (),
             round_states=rounds,
+            keep_all=on_state is not None,
         )
+        if on_state is not None and rollout.all_states is not None:
+            ends = [*self.grid.timesteps.tolist()[1:], int(self.grid.end)]
+            for timestep, state in zip(ends, rollout.all_states.unbind(dim=1)[1:], strict=True):
+                on_state(timestep, state)
         return rollout.states[:, -1].float()
 
 
 def teacher_samplers(
     config: Config,
-    held_out: HeldOut,
+    held_out: Encodes,
     load: Callable[[], tuple[Teacher, Uncond]],
     grids: Sequence[str],
     without: Sequence[str],

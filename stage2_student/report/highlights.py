@@ -18,13 +18,14 @@ def highlights(summary: Summary) -> Markup | None:
 def _tiles(summary: Summary) -> list[Markup | None]:
     runs = [run for run in summary.runs if run.sen_acc and not run.is_ablation]
     students = [run for run in runs if run.kind == "student"]
-    full = _full_solve(runs)
+    full = full_solve(runs)
     if not students:
         shown = [full] if full else runs[:1]
         return [_score_tile(run.label, run) for run in shown if run]
     best = max(students, key=lambda run: run.sen_acc.value if run.sen_acc else 0)
     same = next((run for run in runs if run.kind == "teacher" and run.steps == best.steps), None)
     return [
+        _distance_tile(students, runs),
         _score_tile(best.label, best),
         _score_tile(f"{full.label}: {_relation(best, full)}", full) if full else None,
         _score_tile(f"{same.label}: the same steps, undistilled", same) if same else None,
@@ -38,7 +39,7 @@ def _relation(student: RunRow, solve: RunRow) -> str:
     return "what it learnt from" if learnt else "the teacher in full"
 
 
-def _full_solve(runs: Sequence[RunRow]) -> RunRow | None:
+def full_solve(runs: Sequence[RunRow]) -> RunRow | None:
     """Return the solve that students learn from, or else the teacher's longest."""
     teachers = [run for run in runs if run.kind == "teacher"]
     recorded = [run for run in teachers if run.settings.get("rounds_states")]
@@ -53,7 +54,7 @@ def telling_pairs(summary: Summary) -> list[Difference]:
     """
     runs = summary.runs
     whole = [run for run in runs if run.kind == "teacher" and not run.is_ablation]
-    full = _full_solve(whole)
+    full = full_solve(whole)
     wanted = set()
     for run in runs:
         if run.kind == "student":
@@ -65,6 +66,29 @@ def telling_pairs(summary: Summary) -> list[Difference]:
     order = [run.label for run in runs]
     pairs = [row for row in summary.differences if (row.run, row.less) in wanted]
     return sorted(pairs, key=lambda row: order.index(row.run))
+
+
+def _distance_tile(students: Sequence[RunRow], runs: Sequence[RunRow]) -> Markup | None:
+    """Show how much nearer to the teacher's own solve the best student is than the teacher in as few steps."""
+    pairs = [
+        (run.endpoint_error.value / student.endpoint_error.value, student, run)
+        for student in students
+        for run in runs
+        if run.kind == "teacher" and run.steps == student.steps
+        if run.endpoint_error and student.endpoint_error and student.endpoint_error.value > 0
+    ]
+    if not pairs:
+        return None
+    ratio, student, teacher = max(pairs, key=lambda pair: pair[0])
+    ours, theirs = (run.endpoint_error.value for run in (student, teacher) if run.endpoint_error)
+    calls = (evaluations(run.unet_evaluations) for run in (student, teacher))
+    return tag(
+        "li",
+        tag("strong", f"{ratio:.1f} × nearer"),
+        tag("span", f"to the teacher's own solve: {student.label}, against the teacher in as few steps"),
+        tag("small", f"endpoint error {ours:.3f}, not {theirs:.3f}; UNet calls {', not '.join(calls)}"),
+        class_="student",
+    )
 
 
 def _score_tile(label: str, run: RunRow) -> Markup:

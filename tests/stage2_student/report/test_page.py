@@ -32,9 +32,11 @@ def test_the_page_needs_nothing_else(page: str) -> None:
 def test_every_section_is_there(page: str) -> None:
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
+        "Distance to the teacher's own solve",
         "Accuracy against steps",
         "All runs",
         "The same noise, sampled by each run",
+        "Distance along the way",
         "By height of the text",
         "Paired differences",
         "Training",
@@ -42,7 +44,7 @@ def test_every_section_is_there(page: str) -> None:
         "How to make it again",
     ]
     assert page.count("<img ") == 5 * len(RUNS)
-    assert page.count('class="chart"') == 6  # two charts, each for a wide, a middling and a narrow screen
+    assert page.count('class="chart"') == 12  # four charts, each for a wide, a middling and a narrow screen
 
 
 def test_lines_out_of_the_glyph_map_have_a_section_where_there_are_any(page: str, crowded: Path) -> None:
