@@ -70,9 +70,9 @@ def distances_table(runs: Sequence[RunRow]) -> Markup | None:
         (
             run.label,
             [
-                _figure(run.endpoint_error, 1, 3),
-                _figure(run.endpoint_error_inside, 1, 3),
-                _figure(run.endpoint_error_outside, 1, 3),
+                _error(run.endpoint_error),
+                _error(run.endpoint_error_inside),
+                _error(run.endpoint_error_outside),
                 _figure(run.psnr, 1, 1),
                 evaluations(run.unet_evaluations),
             ],
@@ -174,6 +174,11 @@ def _bar(estimate: Estimate | None, brief: bool = False) -> Child:
         title=interval(estimate),
         style=f"--low:{low};--high:{high};--value:{value}",
     )
+
+
+def _error(estimate: Estimate | None) -> Child:
+    """Show an endpoint error; latents are of a size of about 1, so that large ones need no small digits."""
+    return _figure(estimate, 1, 3 if estimate is None or estimate.high < 10 else 1)
 
 
 def _figure(estimate: Estimate | None, factor: float, digits: int, unit: str = "") -> Child:
