@@ -21,6 +21,7 @@ from stage2_student.evaluation.summary import summarise  # noqa: E402
 from stage2_student.evaluation.table import RunRow, Summary  # noqa: E402
 
 BEGIN, END = "<!-- written by make figures -->", "<!-- end of what make figures wrote -->"
+PICTURE = "![Layouts, the teacher in 40 steps, then teacher and student in 1 step and in 4](docs/comparison.png)"
 SHOWN = (("teacher", 40), ("teacher", 1), ("student", 1), ("teacher", 4), ("student", 4))
 """Kind and steps of the README's rows."""
 
@@ -39,7 +40,7 @@ def put(path: Path, text: str) -> None:
 
 
 def for_readme(summary: Summary) -> str:
-    """Return the README's sentence and table.
+    """Return the README's sentence, picture and table.
 
     Raises:
         SystemExit: a run is missing.
@@ -69,7 +70,7 @@ def for_readme(summary: Summary) -> str:
         )
         for run in (runs[key] for key in SHOWN)
     ]
-    return f"{sentence}\n\n{_table(head, rows)}"
+    return f"{sentence}\n\n{PICTURE}\n\n{_table(head, rows)}"
 
 
 def for_results(summary: Summary, machine: str) -> str:

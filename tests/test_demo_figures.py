@@ -31,7 +31,8 @@ RUNS = (
 
 def test_the_sentence_and_the_table_say_what_was_measured() -> None:
     text = for_readme(summary_of(*RUNS))
-    sentence, _, *rows = text.splitlines()
+    sentence, _, picture, _, *rows = text.splitlines()
+    assert picture.endswith("(docs/comparison.png)")
     assert "One UNet call instead of 80, and 8 times nearer to the teacher's own images" in sentence
     assert "endpoint error 0.25 instead of 2.00" in sentence and "10 ms an image instead of 500 ms" in sentence
     assert rows[2] == "| teacher, 40 steps: the solve itself | 80 | 500 | 0.000 |  | 0.00 |  |"
