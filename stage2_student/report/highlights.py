@@ -105,7 +105,7 @@ def _price_tile(differences: Sequence[Difference], student: RunRow, full: RunRow
     pair = next((d for d in differences if (d.run, d.less) == (student.label, full.label)), None)
     faster = full.seconds_per_image / student.seconds_per_image if student.seconds_per_image else 0
     ours, theirs = evaluations(student.unet_evaluations), evaluations(full.unet_evaluations)
-    calls = f"{ours} UNet calls instead of {theirs}"
+    calls = f"{ours} UNet call{'s' * (student.unet_evaluations != 1)} instead of {theirs}"
     return tag(
         "li",
         tag("strong", f"{faster:.1f} × faster" if faster else calls),

@@ -65,7 +65,7 @@ def distances_table(runs: Sequence[RunRow]) -> Markup | None:
     """Lay out how far every run is from the teacher's own solve, and at what cost; None if none was measured."""
     if not any(run.endpoint_error for run in runs):
         return None
-    head = ["", "endpoint error", "inside text boxes", "outside", "PSNR, dB", "UNet calls"]
+    head = ["", "endpoint error", "inside boxes", "outside", "PSNR, dB", "UNet calls"]
     rows = [
         (
             run.label,

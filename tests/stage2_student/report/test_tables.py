@@ -48,7 +48,7 @@ def test_distances_are_shown_with_their_intervals_and_an_empty_cell_where_there_
     }
     assert cells(str(distances_table([run(**far)]))) == {
         "endpoint error": "0.187 0.170 to 0.200",
-        "inside text boxes": "0.400 0.300 to 0.500",
+        "inside boxes": "0.400 0.300 to 0.500",
         "outside": "0.050 0.040 to 0.060",
         "PSNR, dB": "28.9 28.0 to 30.0",
         "UNet calls": "4",
