@@ -84,8 +84,8 @@ def _distance_tile(students: Sequence[RunRow], runs: Sequence[RunRow]) -> Markup
     calls = (evaluations(run.unet_evaluations) for run in (student, teacher))
     return tag(
         "li",
-        tag("strong", f"{ratio:.1f} × nearer"),
-        tag("span", f"to the teacher's own solve: {student.label}, against the teacher in as few steps"),
+        tag("strong", f"{ratio:.1f} ×"),
+        tag("span", f"nearer to the teacher's own solve: {student.label}, against the teacher in as few steps"),
         tag("small", f"endpoint error {ours:.3f}, not {theirs:.3f}; UNet calls {', not '.join(calls)}"),
         class_="student",
     )
@@ -108,7 +108,7 @@ def _price_tile(differences: Sequence[Difference], student: RunRow, full: RunRow
     calls = f"{ours} UNet call{'s' * (student.unet_evaluations != 1)} instead of {theirs}"
     return tag(
         "li",
-        tag("strong", f"{faster:.1f} × faster" if faster else calls),
-        tag("span", f"{calls if faster else ''}"),
+        tag("strong", f"{faster:.1f} ×" if faster else calls),
+        tag("span", f"faster: {calls}" if faster else ""),
         tag("small", f"{points(pair.sen_acc)} points of Sen. Acc ({interval(pair.sen_acc)})" if pair else ""),
     )

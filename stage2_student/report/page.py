@@ -82,8 +82,9 @@ def _measured(invocations: Sequence[Mapping[str, Any]]) -> str:
 def _sections(data: ReportData) -> list[Markup]:
     summary = data.summary
     runs = summary.runs
+    distance = _distance_section(summary)
     found = [
-        _distance_section(summary),
+        distance,
         _section(
             "Accuracy against steps",
             "Lines read exactly as asked for (Sen. Acc), with 95 % intervals. The scale of steps is logarithmic.",
@@ -95,7 +96,7 @@ def _sections(data: ReportData) -> list[Markup]:
             " guided step of the teacher calls the UNet twice. Time is that of the networks, without the encoding"
             " of prompts. Intervals come from resampling the layouts: where all lines are right, or none is, they"
             " have no width, and say less than they seem to.",
-            join(_left_out(summary), runs_table(runs)),
+            join(None if distance else _left_out(summary), runs_table(runs)),
         ),
         _examples_section(data),
         _section(
@@ -128,8 +129,9 @@ def _distance_section(summary: Summary) -> Markup | None:
         " how well a run does what the teacher does, and needs no judge; a run may be as good and elsewhere. Both"
         " scales of the plot are logarithmic; the solve itself is at 0, which has no place there."
     )
-    found = [part for part in (error_plot(summary), distances_table(summary.runs)) if part is not None]
-    return _section("Distance to the teacher's own solve", text, join(*found))
+    table = distances_table(summary.runs)
+    content = None if table is None else join(error_plot(summary), _left_out(summary), table)
+    return _section("Distance to the teacher's own solve", text, content)
 
 
 def _section(heading: str, intro: Child, content: Child) -> Markup | None:

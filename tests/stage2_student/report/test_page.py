@@ -71,8 +71,9 @@ def test_the_figures_are_those_of_the_evaluation(page: str, evaluation: Path) ->
     runs = {run.label: run.sen_acc for run in gather(evaluation).summary.runs}
     best = runs["run-a, 4 steps"].value
     assert f"<strong>{100 * best:.1f}\u00a0%</strong><span>run-a, 4 steps</span>" in page
-    assert "10.0 × faster" in page
-    assert "4 UNet calls instead of 40" in page
+    assert "<strong>10.0 ×</strong><span>faster: 4 UNet calls instead of 40</span>" in page
+    # As many UNet calls as steps; run-a's squares are of the same size as the teacher's in as many steps.
+    assert "<strong>1.0 ×</strong><span>nearer to the teacher's own solve: run-a, 4 steps" in page
     assert "teacher, 40 steps (as recorded): what it learnt from" in page
     assert "ceiling" not in page
     worst = runs["teacher, 4 steps (trailing grid)"].value
