@@ -245,14 +245,29 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
     metavar="none|auto|CHECKPOINT",
     help="auto: go on from the newest complete checkpoint, or start if there is none.",
 )
+@click.option(
+    "--from",
+    "ancestor",
+    type=PATH,
+    metavar="ADAPTER",
+    help="Start from another run's adapter; its steps, order and optimizer begin anew.",
+)
 @click.option("--allow-incomplete", is_flag=True, help="Train on what is committed although more is planned.")
 @click.option("--exclude-damaged", is_flag=True, help="Leave damaged samples out; the set is then another one.")
 def train(
-    config: Config, shards: str, out: Path, resume: str, allow_incomplete: bool, exclude_damaged: bool
+    config: Config,
+    shards: str,
+    out: Path,
+    resume: str,
+    ancestor: Path | None,
+    allow_incomplete: bool,
+    exclude_damaged: bool,
 ) -> None:
     """Train a student from shards alone; no part of the teacher is loaded.
 
-    On many GPUs and nodes start it by accelerate launch or torchrun.
+    On many GPUs and nodes start it by accelerate launch or torchrun. --from takes a run, a checkpoint or an
+    adapter's folder, of the same base and [lora]; of a run that keeps an average of its weights
+    (train.ema_decay), the average. With --resume auto it counts until the run has a checkpoint.
 
     Example: pipeline.py train --config configs/tiny.toml --shards demo/shards --out demo/run --resume auto
     """
@@ -263,6 +278,7 @@ def train(
         shards=shards,
         run=out,
         resume=resume,
+        ancestor=ancestor,
         allow_incomplete=allow_incomplete,
         exclude_damaged=exclude_damaged,
         announce=click.echo,

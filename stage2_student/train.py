@@ -3,6 +3,7 @@
 RUN/shards.json              the set that the run trains on, frozen
 RUN/config.json              the resolved configuration
 RUN/adapted.json             every module that has an adapter
+RUN/ancestors.json           the students that it was started from, if any (see `training.ancestry`)
 RUN/log.jsonl, tensorboard/  loss, learning rate, gradient norm, times
 RUN/checkpoints/step-N/      see `training.checkpoint`; `lora/` (or `ema/`) in it is an adapter to sample with
 """
@@ -34,6 +35,7 @@ from stage2_student.student.checkpoint_folders import (
     require_complete,
 )
 from stage2_student.student.lora import Adapted, summarise
+from stage2_student.training.ancestry import Ancestry, describe, find_ancestry, write_ancestors
 from stage2_student.training.prepare import prepare
 from stage2_student.training.trainer import Trainer
 
@@ -70,6 +72,7 @@ def train(
     shards: str | Path,
     run: Path,
     resume: str = "none",
+    ancestor: Path | None = None,
     allow_incomplete: bool = False,
     exclude_damaged: bool = False,
     announce: Callable[[str], None] = lambda line: None,
@@ -82,6 +85,8 @@ def train(
         run: the run's folder, made if missing.
         resume: "none" (a new run), "auto" (go on from the newest complete checkpoint, or start), or the path of a
             checkpoint.
+        ancestor: start from this adapter's weights: a run's folder, a checkpoint, an adapter's folder, or an
+            exported LoRA. A run that goes on does not read them again.
         allow_incomplete: train on what is committed although the set's plan has more.
         exclude_damaged: leave damaged samples out, under another set_hash; a run that goes on then draws the order
             of what is left anew, from its next epoch on.
@@ -95,16 +100,18 @@ def train(
     started = time.perf_counter()
     with ExitStack() as held:
         accelerator = make_accelerator(config)
-        checkpoint = _take_run(accelerator, run, resume, held)
+        checkpoint, ancestry = _take_run(accelerator, run, resume, ancestor, held)
         with accelerator.main_process_first():
             dataset = _open_set(run, shards, checkpoint, allow_incomplete, exclude_damaged)
-        trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint)
+        trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint, ancestry)
         stop = held.enter_context(StopFlag())  # until here there is nothing to keep: a signal ends it at once
         if accelerator.is_main_process:
             dataset.freeze(run)
             write_bytes_atomic(run / CONFIG_FILE, canonical_json(config.as_dict()))
             write_bytes_atomic(run / ADAPTED_FILE, canonical_json([asdict(module) for module in adapted]))
-            for line in (*summarise(adapted), f"each by name: {run / ADAPTED_FILE}", _describe(trainer)):
+            write_ancestors(run, ancestry)
+            summary = (*summarise(adapted), f"each by name: {run / ADAPTED_FILE}")
+            for line in (*summary, *describe(ancestry), _describe(trainer)):
                 announce(line)
         accelerator.wait_for_everyone()
         resumed_from = trainer.progression.step if checkpoint is not None else None
@@ -120,17 +127,20 @@ def train(
         )
 
 
-def _take_run(accelerator: Accelerator, run: Path, resume: str, held: ExitStack) -> Path | None:
+def _take_run(
+    accelerator: Accelerator, run: Path, resume: str, ancestor: Path | None, held: ExitStack
+) -> tuple[Path | None, Ancestry]:
     """Lock the run's folder and only then choose the start, in the main process, for all.
 
     Raises:
-        AppError: on every process the same, see `hold_run` and `find_start`.
+        AppError: on every process the same, see `hold_run`, `find_start` and `find_ancestry`.
     """
-    found: list[Path | AppError | None] = [None]
+    found: list[tuple[Path | None, Ancestry] | AppError] = [(None, Ancestry())]
     if accelerator.is_main_process:
         try:
             held.enter_context(hold_run(run))
-            found = [find_start(run, resume)]
+            checkpoint = find_start(run, resume)
+            found = [(checkpoint, find_ancestry(run, ancestor, checkpoint, resume))]
         except AppError as error:
             found = [error]
     if accelerator.num_processes > 1:

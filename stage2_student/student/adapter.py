@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from common.errors import DataError, UsageError, reason
 from common.faults import raise_disk_fault
 from common.files import canonical_json, write_bytes_atomic
 from stage2_student.student import exported
+from stage2_student.student.ancestors import Ancestor
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, LIST_FILE, newest_checkpoint
 from stage2_student.student.lora import attach, load_lora, save_lora
 from stage2_student.student.student import Student, split_parts
@@ -48,6 +49,8 @@ class Card:
     """Of the shards that were trained on."""
     config: Mapping[str, Any]
     """The training's resolved configuration."""
+    ancestors: tuple[Ancestor, ...] = ()
+    """The students that it was started from, oldest first; none if its training started fresh."""
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
@@ -67,6 +70,13 @@ class Card:
     def at_step(self, step: int) -> Card:
         """Return the card after so many optimizer steps."""
         return dataclasses.replace(self, step=step)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as JSON values, without what it says only of students with ancestors."""
+        values = {"format": FORMAT, **dataclasses.asdict(self)}
+        if not self.ancestors:
+            del values["ancestors"]
+        return values
 
     def to_metadata(self, layout: str) -> exported.Metadata:
         """Return what an exported file says of itself.
@@ -88,6 +98,7 @@ class Card:
             "alpha": str(float(self.rank) if layout == "diffusers" else self.alpha),
             "base_fingerprint": self.base_fingerprint,
             "set_hash": self.set_hash,
+            **({"ancestors": json.dumps(self.to_json()["ancestors"])} if self.ancestors else {}),
         }
 
     @staticmethod
@@ -108,6 +119,7 @@ class Card:
                 base_fingerprint=metadata["base_fingerprint"],
                 set_hash=metadata["set_hash"],
                 config={},
+                ancestors=_read_ancestors(json.loads(metadata.get("ancestors", "[]"))),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(
@@ -158,8 +170,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], card: Card) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for part, of_part in split_parts(dict(tensors)).items():
         save_lora(folder / part, of_part, rank=card.rank, alpha=card.alpha)
-    content = {"format": FORMAT, **dataclasses.asdict(card)}
-    write_bytes_atomic(folder / CARD_FILE, canonical_json(content))
+    write_bytes_atomic(folder / CARD_FILE, canonical_json(card.to_json()))
 
 
 def read_card(folder: Path) -> Card:
@@ -176,12 +187,18 @@ def read_card(folder: Path) -> Card:
         found = values.pop("format")
         if found != FORMAT:
             raise DataError(f"{path}: format is {found}, expected {FORMAT}; is it of another version?")
-        return Card(**{**values, "timesteps": tuple(int(t) for t in values["timesteps"])})
+        values["timesteps"] = tuple(int(t) for t in values["timesteps"])
+        values["ancestors"] = _read_ancestors(values.get("ancestors", []))
+        return Card(**values)
     except FileNotFoundError:
         raise DataError(f"{folder}: no {CARD_FILE}; expected a run folder or an adapter's folder") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise_disk_fault(error, path)
         raise DataError(f"{path}: not an adapter's card ({reason(error)})") from None
+
+
+def _read_ancestors(values: Sequence[Mapping[str, Any]]) -> tuple[Ancestor, ...]:
+    return tuple(map(Ancestor.from_json, values))
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:

@@ -34,7 +34,9 @@ def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "samples a step (train.batch_size x train.gradient_accumulation x processes)": samples}
 
 
-def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_hash: str) -> dict[str, Any]:
+def identity_of_run(
+    config: Config, *, world: int, base_fingerprint: str, set_hash: str, ancestor: str | None = None
+) -> dict[str, Any]:
     """Return the settings that decide what a run learns, as JSON values by dotted key.
 
     Args:
@@ -42,6 +44,7 @@ def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_ha
         world: processes that train together.
         base_fingerprint: of the checkpoint.
         set_hash: of the frozen shards.
+        ancestor: hash of the adapter that the run was started from, or None if it started fresh.
     """
     values = config.as_dict()
     train = {key: value for key, value in values["train"].items() if key not in HARMLESS}
@@ -49,6 +52,8 @@ def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_ha
         train["max_steps"] = config.train.max_steps
     found: dict[str, Any] = {f"train.{key}": value for key, value in train.items()}
     found |= {f"lora.{key}": value for key, value in values["lora"].items()}
+    if ancestor is not None:
+        found["ancestor"] = ancestor
     return found | {
         "model.dtype": config.model.dtype,
         "shards.window_shards": config.shards.window_shards,
