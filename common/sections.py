@@ -134,6 +134,9 @@ class TrainConfig(Section):
     """What the student is trained towards."""
     num_phases: Count = 4
     """M: the steps that the student samples with."""
+    grid: Literal["trailing", "upstream"] = "trailing"
+    """Where the student is called: "trailing" (4 steps: 999, 749, 499, 249; diffusers' DDIM), or "upstream"
+    (751, 501, 251, 1), so that a merged checkpoint runs in AnyText2's own program: for `phased` with 2, 4 or 8."""
     loss: Literal["huber", "l2", "landing"] = "huber"
     """"huber" (pseudo-Huber), "l2", or "landing" (error of the landed state)."""
     huber_c: PositiveFloat = 1e-3
@@ -186,7 +189,17 @@ class TrainConfig(Section):
             require(self.ema_decay > 0, "ema_decay", self.ema_decay, 'above 0 with pcm_target = "ema"')
         if self.objective in ("lcm", "x0"):
             require(self.loss != "landing", "loss", self.loss, f"huber or l2 with objective {self.objective}")
+        if self.grid == "upstream":
+            self._check_upstream()
         return self
+
+    def _check_upstream(self) -> None:
+        fits = self.objective == "phased" and self.states != "all"
+        received = f"{self.objective}, states = {self.states}"
+        require(fits, "objective", received, 'phased at "starts" or "interpolated" states with grid = "upstream"')
+        reason = "calls t = 1 on pure noise" if self.num_phases == 1 else "is out of range, or at no stored state"
+        expected = f'2, 4 or 8 with grid = "upstream": AnyText2\'s own grid of {self.num_phases} {reason}'
+        require(self.num_phases in (2, 4, 8), "num_phases", self.num_phases, expected)
 
 
 _BLOCKS = (

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from common.ddim import CLEAN, Grid
 from common.errors import DataError, UsageError, reason
 from common.faults import raise_disk_fault
 from common.files import canonical_json, write_bytes_atomic
@@ -25,6 +27,8 @@ LORA_DIR, EMA_DIR = "lora", "ema"
 """Adapters in a checkpoint: the trained one, and the average of its weights if the run keeps one."""
 FORMAT = 1
 SAMPLERS = ("ddim", "lcm")
+GRIDS = {"trailing": CLEAN, "upstream": 0}
+"""Where a student's last step ends, by the name of its grid: at x0, or where AnyText2's own program ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +38,7 @@ class Card:
     objective: str
     """Of the training, e.g. "phased"."""
     sampler: str
-    """"ddim" (eta 0, ending at alphas_cumprod = 1) or "lcm" (noise is added between steps)."""
+    """"ddim" (eta 0) or "lcm" (noise is added between steps)."""
     timesteps: tuple[int, ...]
     """t at which the network is called, descending; as many as there are steps (M)."""
     step: int
@@ -51,16 +55,25 @@ class Card:
     """The training's resolved configuration."""
     ancestors: tuple[Ancestor, ...] = ()
     """The students that it was started from, oldest first; none if its training started fresh."""
+    grid: str = "trailing"
+    """Of `GRIDS`."""
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
-        if self.sampler not in SAMPLERS or not self.timesteps or not falling:
-            raise DataError(f"{CARD_FILE}: sampler {self.sampler!r} with timesteps {self.timesteps} is not known")
+        if self.sampler not in SAMPLERS or self.grid not in GRIDS or not self.timesteps or not falling:
+            raise DataError(
+                f"{CARD_FILE}: sampler {self.sampler!r}, grid {self.grid!r}, timesteps {self.timesteps}: not known"
+            )
 
     @property
     def num_steps(self) -> int:
         """M."""
         return len(self.timesteps)
+
+    @property
+    def solve(self) -> Grid:
+        """Where a solve by this student calls it, and where it ends."""
+        return Grid(timesteps=torch.tensor(self.timesteps), end=torch.tensor(GRIDS[self.grid]))
 
     @property
     def num_noises(self) -> int:
@@ -72,10 +85,12 @@ class Card:
         return dataclasses.replace(self, step=step)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the card as JSON values, without what it says only of students with ancestors."""
+        """Return the card as JSON values; where it says nothing of ancestors and grid, these are the usual."""
         values = {"format": FORMAT, **dataclasses.asdict(self)}
         if not self.ancestors:
             del values["ancestors"]
+        if self.grid == "trailing":
+            del values["grid"]
         return values
 
     def to_metadata(self, layout: str) -> exported.Metadata:
@@ -98,6 +113,7 @@ class Card:
             "alpha": str(float(self.rank) if layout == "diffusers" else self.alpha),
             "base_fingerprint": self.base_fingerprint,
             "set_hash": self.set_hash,
+            **({} if self.grid == "trailing" else {"grid": self.grid}),
             **({"ancestors": json.dumps(self.to_json()["ancestors"])} if self.ancestors else {}),
         }
 
@@ -120,6 +136,7 @@ class Card:
                 set_hash=metadata["set_hash"],
                 config={},
                 ancestors=_read_ancestors(json.loads(metadata.get("ancestors", "[]"))),
+                grid=metadata.get("grid", "trailing"),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(

@@ -94,6 +94,7 @@ def make_plan(
         objective=config.train.objective,
         sampler="lcm" if config.train.objective == "lcm" else "ddim",
         timesteps=tuple(timesteps.tolist()),
+        grid=config.train.grid,
         step=progression.step,
         rank=config.lora.rank,
         alpha=config.lora.alpha,

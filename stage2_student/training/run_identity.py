@@ -20,6 +20,9 @@ HARMLESS = frozenset(
 )
 """Keys of [train] that do not change what is learnt."""
 
+LATER = {"grid": "trailing"}
+"""Keys of [train] that runs begun before did not know, and what they did: not noted where they are that."""
+
 
 _GLOBAL_BATCH, _ACCUMULATION = "global_batch (train.batch_size x processes)", "train.gradient_accumulation"
 
@@ -47,7 +50,11 @@ def identity_of_run(
         ancestor: hash of the adapter that the run was started from, or None if it started fresh.
     """
     values = config.as_dict()
-    train = {key: value for key, value in values["train"].items() if key not in HARMLESS}
+    train = {
+        key: value
+        for key, value in values["train"].items()
+        if key not in HARMLESS and (key not in LATER or value != LATER[key])
+    }
     if config.train.schedule == "cosine":
         train["max_steps"] = config.train.max_steps
     found: dict[str, Any] = {f"train.{key}": value for key, value in train.items()}

@@ -58,7 +58,10 @@ def test_every_way_to_name_an_ancestor_means_its_weights(
     exported = tmp_path / "four.safetensors"
     export(configure(), four.run, "diffusers", exported)  # alpha is the rank, so that the weights are the same
     named = {
-        "checkpoint": (four.run / "checkpoints/step-00000002", load_tensors(four.run / "checkpoints/step-00000002/ema")),
+        "checkpoint": (
+            four.run / "checkpoints/step-00000002",
+            load_tensors(four.run / "checkpoints/step-00000002/ema"),
+        ),
         "older": (
             four.run / "checkpoints/step-00000002",
             load_tensors(four.run / "checkpoints/step-00000002/ema"),
