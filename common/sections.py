@@ -181,7 +181,9 @@ class TrainConfig(Section):
     checkpoint_every: Count = 500
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Count = 3
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept whole, to go on from."""
+    keep_adapters: bool = True
+    """Keep the adapters of all older checkpoints too, without what a resumed run needs; else remove these."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

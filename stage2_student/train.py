@@ -212,12 +212,12 @@ def find_start(run: Path, resume: str) -> Path | None:
     """
     root = run / CHECKPOINTS_DIR
     if resume == "auto":
-        return newest_checkpoint(root)
+        return newest_checkpoint(root, to_resume=True)
     if resume == "none":
         if list_checkpoints(root):
             raise UsageError(f"{run} holds a run; go on with it by --resume auto, or give another --out folder")
         return None
-    checkpoint = require_complete(Path(resume))
+    checkpoint = require_complete(Path(resume), to_resume=True)
     later = [other for other in list_checkpoints(root) if other.name > checkpoint.name]
     if later:
         raise UsageError(

@@ -12,6 +12,7 @@ HARMLESS = frozenset(
         "batch_size",  # batch_size x processes is noted instead
         "checkpoint_every",
         "gradient_checkpointing",
+        "keep_adapters",
         "keep_checkpoints",
         "log_every",
         "max_steps",  # unless the learning rate depends on it

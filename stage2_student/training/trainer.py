@@ -23,7 +23,7 @@ from shards.reading.loader import ShardLoader
 from shards.records.batch import Batch
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, prune, save_checkpoint
 from stage2_student.student.student import Student
-from stage2_student.training.checkpoint import Learner, Progression, write_state
+from stage2_student.training.checkpoint import RESUME_FILES, Learner, Progression, write_state
 from stage2_student.training.losses import per_sample, region_weights
 from stage2_student.training.objectives import LossSettings, loss_of, select_rollout
 from stage2_student.training.phases import draw, trains_at_starts
@@ -128,7 +128,8 @@ class Trainer:
                 self.progression.step,
                 lambda folder: write_state(folder, self.learner, self.progression, card, self.plan.identity),
             )
-            prune(root, self.plan.config.train.keep_checkpoints)
+            train = self.plan.config.train
+            prune(root, train.keep_checkpoints, strip=RESUME_FILES if train.keep_adapters else ())
         self.accelerator.wait_for_everyone()
 
     def optimizer_step(self, batches: Iterator[Batch]) -> dict[str, float] | None:

@@ -10,7 +10,7 @@ import torch
 
 from common.errors import DataError, UsageError
 from shards.reading.reader import ShardSet
-from stage2_student.student.adapter import Card, load_tensors, read_card
+from stage2_student.student.adapter import Card, find_adapter, load_tensors, read_card
 from stage2_student.train import TrainResult, hold_run, make_accelerator, train
 from stage2_student.training.runlog import read_log
 from tests.shards.builders import flip_bit
@@ -52,6 +52,29 @@ def test_a_run_trains_logs_and_leaves_an_adapter_with_its_card(
     assert (card.num_steps, card.timesteps, card.step, card.sampler) == (2, (999, 499), 6, "ddim")
     assert json.loads((result.run / "config.json").read_text())["train"]["max_steps"] == 6
     assert not same(weights(result), weights(result, "ema"))
+
+
+def test_older_checkpoints_keep_their_adapters_and_lose_what_only_a_resumed_run_needs(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 2, "ema_decay": 0.9}
+    run = train(configure(**settings, max_steps=4), shards=shards, run=tmp_path / "run").run
+    old = run / "checkpoints/step-00000001"
+    assert sorted(path.name for path in old.iterdir()) == ["checkpoint.json", "ema", "lora"]
+    assert [len(list(c.glob("optimizer*"))) for c in sorted((run / "checkpoints").iterdir())] == [0, 0, 1, 1]
+    assert find_adapter(old) == old / "ema" and read_card(old / "lora").step == 1
+    with pytest.raises(DataError, match="only its adapter is left"):
+        train(configure(**settings, max_steps=5), shards=shards, run=tmp_path / "other", resume=str(old))
+    for name in ("step-00000003", "step-00000004"):
+        injure(run / "checkpoints" / name)
+    with pytest.raises(DataError, match="none of its 2 checkpoints is complete"):
+        train(configure(**settings, max_steps=5), shards=shards, run=run, resume="auto")
+    assert find_adapter(run) == run / "checkpoints/step-00000002/ema"
+
+    none = configure(**settings, keep_adapters=False, max_steps=4)
+    few = train(none, shards=shards, run=tmp_path / "few")
+    assert len(list((few.run / "checkpoints").iterdir())) == 2
+    assert same(weights(few), load_tensors(run / "checkpoints/step-00000004/lora"))
 
 
 def test_the_loss_goes_down(configure: Configure, shards: Path, tmp_path: Path) -> None:
