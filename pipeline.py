@@ -252,6 +252,14 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
     metavar="ADAPTER",
     help="Start from another run's adapter; its steps, order and optimizer begin anew.",
 )
+@click.option(
+    "--held-out", metavar="DIR_OR_URL", help="Log the loss on this set of records, which are not trained on, too."
+)
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Stop after so long as a signal would: checkpoint, exit 75.",
+)
 @click.option("--allow-incomplete", is_flag=True, help="Train on what is committed although more is planned.")
 @click.option("--exclude-damaged", is_flag=True, help="Leave damaged samples out; the set is then another one.")
 def train(
@@ -260,6 +268,8 @@ def train(
     out: Path,
     resume: str,
     ancestor: Path | None,
+    held_out: str | None,
+    max_minutes: float | None,
     allow_incomplete: bool,
     exclude_damaged: bool,
 ) -> None:
@@ -279,6 +289,8 @@ def train(
         run=out,
         resume=resume,
         ancestor=ancestor,
+        held_out=held_out,
+        max_minutes=max_minutes,
         allow_incomplete=allow_incomplete,
         exclude_damaged=exclude_damaged,
         announce=click.echo,

@@ -162,8 +162,8 @@ class TrainConfig(Section):
     """Peak of the schedule."""
     warmup_steps: NonNegativeInt = 50
     """Linear warm-up."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: "constant" or "cosine" (to zero at max_steps)."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up: "constant", or "cosine" or "linear" to zero at max_steps."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's."""
     max_grad_norm: NonNegativeFloat = 1.0
@@ -178,6 +178,15 @@ class TrainConfig(Section):
     """Loader processes per rank; 0 loads in the training process."""
     log_every: Count = 10
     """Optimizer steps between log lines."""
+    trackers: Names = ("tensorboard",)
+    """Who gets the figures of the log: names that accelerate knows, such as "tensorboard", "wandb", "mlflow" and
+    "trackio"; each but TensorBoard is a package to install."""
+    tracker_project: str = "anytext2-distill"
+    """What these call the project; the run is called by its folder's name."""
+    held_out_every: Count = 100
+    """Optimizer steps between measurements of the loss on --held-out."""
+    held_out_samples: Count = 128
+    """Records of it that are measured: the first this many."""
     checkpoint_every: Count = 500
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Count = 3

@@ -4,7 +4,7 @@ RUN/shards.json              the set that the run trains on, frozen
 RUN/config.json              the resolved configuration
 RUN/adapted.json             every module that has an adapter
 RUN/ancestors.json           the students that it was started from, if any (see `training.ancestry`)
-RUN/log.jsonl, tensorboard/  loss, learning rate, gradient norm, times
+RUN/log.jsonl, tensorboard/  loss, learning rate, gradient norm, times, held-out loss
 RUN/checkpoints/step-N/      see `training.checkpoint`; `lora/` (or `ema/`) in it is an adapter to sample with
 """
 
@@ -36,7 +36,9 @@ from stage2_student.student.checkpoint_folders import (
 )
 from stage2_student.student.lora import Adapted, summarise
 from stage2_student.training.ancestry import Ancestry, describe, find_ancestry, write_ancestors
+from stage2_student.training.held_out_loss import HeldOut
 from stage2_student.training.prepare import prepare
+from stage2_student.training.trackers import require_trackers
 from stage2_student.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ def train(
     run: Path,
     resume: str = "none",
     ancestor: Path | None = None,
+    held_out: str | Path | None = None,
+    max_minutes: float | None = None,
     allow_incomplete: bool = False,
     exclude_damaged: bool = False,
     announce: Callable[[str], None] = lambda line: None,
@@ -87,6 +91,8 @@ def train(
             checkpoint.
         ancestor: start from this adapter's weights: a run's folder, a checkpoint, an adapter's folder, or an
             exported LoRA. A run that goes on does not read them again.
+        held_out: folder or URL of a set whose loss is logged every train.held_out_every steps.
+        max_minutes: stop after the first step that ends so long after the start of this call, as by a signal.
         allow_incomplete: train on what is committed although the set's plan has more.
         exclude_damaged: leave damaged samples out, under another set_hash; a run that goes on then draws the order
             of what is left anew, from its next epoch on.
@@ -95,16 +101,21 @@ def train(
     Raises:
         UsageError: settings do not fit each other or the shards.
         DataError: shards, base or checkpoint are wrong, or a loss is not finite.
-        Stopped: a signal came, and a checkpoint holds everything so far.
+        Stopped: a signal came or the time was up, and a checkpoint holds everything so far.
     """
-    started = time.perf_counter()
+    started = time.monotonic()
+    require_trackers(config.train.trackers)
     with ExitStack() as held:
         accelerator = make_accelerator(config)
         checkpoint, ancestry = _take_run(accelerator, run, resume, ancestor, held)
         with accelerator.main_process_first():
             dataset = _open_set(run, shards, checkpoint, allow_incomplete, exclude_damaged)
         trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint, ancestry)
-        stop = held.enter_context(StopFlag())  # until here there is nothing to keep: a signal ends it at once
+        if held_out is not None:
+            with accelerator.main_process_first():
+                trainer.held_out = HeldOut.open(held_out, trainer.plan)
+        until = None if max_minutes is None else started + 60 * max_minutes
+        stop = held.enter_context(StopFlag(until))  # until here there is nothing to keep: a signal ends it at once
         if accelerator.is_main_process:
             dataset.freeze(run)
             write_bytes_atomic(run / CONFIG_FILE, canonical_json(config.as_dict()))
@@ -123,7 +134,7 @@ def train(
             loss=loss,
             checkpoint=newest_checkpoint(run / CHECKPOINTS_DIR),
             adapted=tuple(adapted),
-            seconds=time.perf_counter() - started,
+            seconds=time.monotonic() - started,
         )
 
 
@@ -236,10 +247,12 @@ def _open_set(
 
 
 def _describe(trainer: Trainer) -> str:
-    config, card = trainer.plan.config, trainer.plan.card
-    samples = config.train.batch_size * config.train.gradient_accumulation * trainer.accelerator.num_processes
+    config, card, launch = trainer.plan.config, trainer.plan.card, trainer.accelerator
+    samples = config.train.batch_size * config.train.gradient_accumulation * launch.num_processes
+    held_out, every = trainer.held_out, config.train.held_out_every
+    measured = "" if held_out is None else f"; loss of {held_out.count} held-out samples every {every} steps"
     return (
         f"objective {card.objective}, {card.num_steps} steps at t = {list(card.timesteps)};"
         f" {len(trainer.plan.shards)} samples, {samples} a step, from step {trainer.progression.step} to"
-        f" {config.train.max_steps} on {trainer.accelerator.num_processes} x {trainer.accelerator.device}"
+        f" {config.train.max_steps} on {launch.num_processes} x {launch.device}{measured}"
     )

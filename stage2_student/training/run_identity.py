@@ -13,16 +13,20 @@ HARMLESS = frozenset(
         "checkpoint_every",
         "gradient_checkpointing",
         "keep_adapters",
+        "held_out_every",
+        "held_out_samples",
         "keep_checkpoints",
         "log_every",
         "max_steps",  # unless the learning rate depends on it
         "num_workers",
+        "tracker_project",
+        "trackers",
     }
 )
 """Keys of [train] that do not change what is learnt."""
 
-LATER = {"grid": "trailing"}
-"""Keys of [train] that runs begun before did not know, and what they did: not noted where they are that."""
+ONLY_IF_SET = {"grid": "trailing"}
+"""Keys that came later, and what runs begun before have."""
 
 
 _GLOBAL_BATCH, _ACCUMULATION = "global_batch (train.batch_size x processes)", "train.gradient_accumulation"
@@ -51,12 +55,9 @@ def identity_of_run(
         ancestor: hash of the adapter that the run was started from, or None if it started fresh.
     """
     values = config.as_dict()
-    train = {
-        key: value
-        for key, value in values["train"].items()
-        if key not in HARMLESS and (key not in LATER or value != LATER[key])
-    }
-    if config.train.schedule == "cosine":
+    train = {key: value for key, value in values["train"].items() if key not in HARMLESS}
+    train = {k: v for k, v in train.items() if k not in ONLY_IF_SET or v != ONLY_IF_SET[k]}
+    if config.train.schedule != "constant":
         train["max_steps"] = config.train.max_steps
     found: dict[str, Any] = {f"train.{key}": value for key, value in train.items()}
     found |= {f"lora.{key}": value for key, value in values["lora"].items()}
