@@ -558,7 +558,7 @@ def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
     `merged` adds the adapter to the checkpoint that --config names and keeps its keys. `kohya` puts WriteNet's
     adapters into a file of their own beside --out. Sample any of them without guidance at the printed timesteps,
     which each file's metadata has too: diffusers' DDIMScheduler with timestep_spacing="trailing" and
-    set_alpha_to_one=True has them.
+    set_alpha_to_one=True has them. A merged student of train.grid = "upstream" runs in AnyText2's own program.
 
     Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
     """
@@ -566,9 +566,11 @@ def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
 
     done = run(config, adapter, kind, out)
     card = done.card
+    steps = f"steps = {card.num_steps}, cfg_scale = 1"
+    own = f"; in AnyText2's own program: {steps}" if card.grid == "upstream" and kind == "merged" else ""
     click.echo(
         f"{', '.join(map(str, done.files))}: {done.modules} adapted modules; {card.num_steps} {card.sampler} steps"
-        f" at t = {list(card.timesteps)}"
+        f" at t = {list(card.timesteps)}{own}"
     )
 
 
