@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +21,9 @@ from stage2_student.train import train
 from tests.parity import read_golden
 from tests.stage2_student.conftest import Configure, make_record, stack
 from tests.stage2_student.student.test_sample import SD15, SHAPE
+from tests.upstream_program import upstream_alphas_cumprod, upstream_ddim
 
 STEPS = 4
-
-
-def upstream_ddim(
-    predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, alphas_cumprod: Tensor
-) -> Tensor:
-    """AnyText2's DDIM at eta 0, from its formulas: t = 1, 1 + c, 1 + 2c ... for c = 1000 // steps, called from the
-    last; the step before the first t ends at alphas_cumprod[0]."""
-    table = alphas_cumprod.numpy()
-    timesteps = np.arange(0, 1000, 1000 // steps) + 1
-    alphas = table[timesteps]
-    before = np.concatenate([table[:1], alphas[:-1]])
-    z = noise
-    for index in reversed(range(len(timesteps))):
-        eps = predict(z, torch.full((len(z),), int(timesteps[index])))
-        a, a_before = (torch.full((len(z), 1, 1, 1), float(of[index])) for of in (alphas, before))
-        x0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
-        z = a_before.sqrt() * x0 + (1 - a_before).sqrt() * eps
-    return z
-
-
-def upstream_alphas_cumprod() -> Tensor:
-    betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, dim=0).float()
 
 
 def test_the_formulas_are_upstreams() -> None:

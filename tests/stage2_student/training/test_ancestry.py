@@ -16,18 +16,19 @@ from stage2_student.student.ancestors import hash_adapter
 from stage2_student.student.export import export
 from stage2_student.train import TrainResult, train
 from stage2_student.training.checkpoint import read_state
-from tests.stage2_student.conftest import Configure, write_shards
+from tests.stage2_student.conftest import Configure, configure_for, write_shards
 from tests.stage2_student.test_train import card_of, same, weights, without_times
 
 STILL = {"learning_rate": 1e-30, "warmup_steps": 0}
 """So small a rate that no weight moves."""
 
 
-@pytest.fixture
-def four(configure: Configure, shards: Path, tmp_path: Path) -> TrainResult:
-    """A student of four steps that keeps an average of its weights."""
-    config = configure(num_phases=4, max_steps=3, ema_decay=0.9, checkpoint_every=2)
-    return train(config, shards=shards, run=tmp_path / "four")
+@pytest.fixture(scope="module")
+def four(base_folder: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A student of four steps that keeps an average of its weights; no test changes its run."""
+    torch.set_num_threads(1)
+    config = configure_for(base_folder)(num_phases=4, max_steps=3, ema_decay=0.9, checkpoint_every=2)
+    return train(config, shards=shards, run=tmp_path_factory.mktemp("runs") / "four")
 
 
 def test_a_run_starts_with_its_ancestors_average_bit_for_bit_and_everything_else_anew(
@@ -191,10 +192,12 @@ def test_what_is_no_adapter_or_damaged_is_refused(
     with pytest.raises(DataError, match="no adapter there"):
         train(configure(), shards=shards, run=tmp_path / "run", ancestor=tmp_path / "nothing")
     assert four.checkpoint is not None
-    file = four.checkpoint / "ema/unet/adapter_model.safetensors"
+    copy = tmp_path / four.checkpoint.name
+    shutil.copytree(four.checkpoint, copy)
+    file = copy / "ema/unet/adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DataError, match=r"adapter_model\.safetensors does not match"):
-        train(configure(), shards=shards, run=tmp_path / "run", ancestor=four.checkpoint / "ema")
+        train(configure(), shards=shards, run=tmp_path / "run", ancestor=copy / "ema")
 
 
 def test_hashes_tell_weights_apart() -> None:
