@@ -245,14 +245,39 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
     metavar="none|auto|CHECKPOINT",
     help="auto: go on from the newest complete checkpoint, or start if there is none.",
 )
+@click.option(
+    "--from",
+    "ancestor",
+    type=PATH,
+    metavar="ADAPTER",
+    help="Start from another run's adapter; its steps, order and optimizer begin anew.",
+)
+@click.option(
+    "--held-out", metavar="DIR_OR_URL", help="Log the loss on this set of records, which are not trained on, too."
+)
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Stop after so long as a signal would: checkpoint, exit 75.",
+)
 @click.option("--allow-incomplete", is_flag=True, help="Train on what is committed although more is planned.")
 @click.option("--exclude-damaged", is_flag=True, help="Leave damaged samples out; the set is then another one.")
 def train(
-    config: Config, shards: str, out: Path, resume: str, allow_incomplete: bool, exclude_damaged: bool
+    config: Config,
+    shards: str,
+    out: Path,
+    resume: str,
+    ancestor: Path | None,
+    held_out: str | None,
+    max_minutes: float | None,
+    allow_incomplete: bool,
+    exclude_damaged: bool,
 ) -> None:
     """Train a student from shards alone; no part of the teacher is loaded.
 
-    On many GPUs and nodes start it by accelerate launch or torchrun.
+    On many GPUs and nodes start it by accelerate launch or torchrun. --from takes a run, a checkpoint or an
+    adapter's folder, of the same base and [lora]; of a run that keeps an average of its weights
+    (train.ema_decay), the average. With --resume auto it counts until the run has a checkpoint.
 
     Example: pipeline.py train --config configs/tiny.toml --shards demo/shards --out demo/run --resume auto
     """
@@ -263,6 +288,9 @@ def train(
         shards=shards,
         run=out,
         resume=resume,
+        ancestor=ancestor,
+        held_out=held_out,
+        max_minutes=max_minutes,
         allow_incomplete=allow_incomplete,
         exclude_damaged=exclude_damaged,
         announce=click.echo,
@@ -530,7 +558,7 @@ def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
     `merged` adds the adapter to the checkpoint that --config names and keeps its keys. `kohya` puts WriteNet's
     adapters into a file of their own beside --out. Sample any of them without guidance at the printed timesteps,
     which each file's metadata has too: diffusers' DDIMScheduler with timestep_spacing="trailing" and
-    set_alpha_to_one=True has them.
+    set_alpha_to_one=True has them. A merged student of train.grid = "upstream" runs in AnyText2's own program.
 
     Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
     """
@@ -538,9 +566,11 @@ def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
 
     done = run(config, adapter, kind, out)
     card = done.card
+    steps = f"steps = {card.num_steps}, cfg_scale = 1"
+    own = f"; in AnyText2's own program: {steps}" if card.grid == "upstream" and kind == "merged" else ""
     click.echo(
         f"{', '.join(map(str, done.files))}: {done.modules} adapted modules; {card.num_steps} {card.sampler} steps"
-        f" at t = {list(card.timesteps)}"
+        f" at t = {list(card.timesteps)}{own}"
     )
 
 

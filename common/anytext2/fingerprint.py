@@ -8,11 +8,10 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.keys import POSITION_IDS_KEY, PREFIXES
 from common.files import canonical_json, write_bytes_atomic
+from common.tensors import spell
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +68,7 @@ def _compute(file: CheckpointFile) -> dict[str, str]:
     for key in file.sorted_keys():
         if key == POSITION_IDS_KEY:
             continue  # a constant that only some files hold
-        tensor = file.read(key).contiguous()
-        header = canonical_json([key, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
-        content = tensor.reshape(-1).view(torch.uint8).numpy().data
-        for target in (teacher, base) if key.startswith(BASE_PREFIXES) else (teacher,):
-            target.update(header)
-            target.update(content)
+        for part in spell(key, file.read(key)):
+            for target in (teacher, base) if key.startswith(BASE_PREFIXES) else (teacher,):
+                target.update(part)
     return {"teacher": teacher.hexdigest(), "base": base.hexdigest()}

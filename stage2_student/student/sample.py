@@ -14,7 +14,7 @@ from common.anytext2.conditioning import Conditioning, ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.anytext2.vae import VAE
 from common.config import Config
-from common.ddim import CLEAN, Crossing, Grid, consistency_value, cross_by_ddim, integrate
+from common.ddim import CLEAN, Crossing, consistency_value, cross_by_ddim, integrate
 from common.errors import UsageError
 from common.machine import resolve_device
 from common.pictures import Picture
@@ -116,7 +116,7 @@ class LoadedStudent:
                 return clean
             return diffuse(clean, noise[:, later], crossing.alphas_cumprod_end)
 
-        grid = Grid(timesteps=torch.tensor(self.card.timesteps), end=torch.tensor(CLEAN))
+        grid = self.card.solve
         ends = [*self.card.timesteps[1:], CLEAN]
 
         def on_step(index: int, z: Tensor) -> Tensor:
