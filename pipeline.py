@@ -451,8 +451,9 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     "--teacher",
     "grids",
     multiple=True,
-    metavar="GRID:STEPS",
-    help="upstream:20, trailing:8 ... Default: upstream:20, the recorded solve, trailing:8, 4, 2 and 1.",
+    metavar="GRID:STEPS[@S]",
+    help="upstream:20, trailing:8 ..., @S for guidance S instead of the usual. Default: upstream:20, the recorded"
+    " solve, trailing:8, 4, 2 and 1, and 4, 2 and 1 @1: without guidance, a UNet call a step as a student.",
 )
 @click.option("--no-teacher", is_flag=True, help="Do not evaluate the teacher.")
 @click.option(

@@ -22,8 +22,15 @@ from stage2_student.evaluation.table import RunRow, Summary  # noqa: E402
 
 BEGIN, END = "<!-- written by make figures -->", "<!-- end of what make figures wrote -->"
 PICTURE = "![Layouts, the teacher in 40 steps, then teacher and student in 1 step and in 4](docs/comparison.png)"
-SHOWN = (("teacher", 40), ("teacher", 1), ("student", 1), ("teacher", 4), ("student", 4))
-"""Kind and steps of the README's rows."""
+SHOWN = (
+    ("teacher", 40, False),
+    *(
+        (kind, steps, unguided)
+        for steps in (1, 4)
+        for kind, unguided in (("teacher", False), ("teacher", True), ("student", False))
+    ),
+)
+"""Kind and steps of the README's rows, and whether it is the teacher without guidance."""
 
 
 def put(path: Path, text: str) -> None:
@@ -45,17 +52,15 @@ def for_readme(summary: Summary) -> str:
     Raises:
         SystemExit: a run is missing.
     """
-    runs = {(run.kind, run.steps): run for run in summary.runs}
+    runs = {(run.kind, run.steps, run.is_unguided): run for run in summary.runs}
     if missing := [key for key in SHOWN if key not in runs or not runs[key].endpoint_error]:
         sys.exit(f"the evaluation has no measured run of {missing}; run the demo whole")
-    full, teacher, student = (runs[key] for key in SHOWN[:3])
-    ours, theirs = (run.endpoint_error.value for run in (student, teacher) if run.endpoint_error)
+    full, teacher, unguided, student = (runs[key] for key in SHOWN[:4])
     sentence = (
-        f"**One UNet call instead of {full.unet_evaluations:g}, and {theirs / ours:.0f} times nearer to the"
-        " teacher's own images than the teacher in one step:"
-        f" endpoint error {ours:.2f} instead of {theirs:.2f},"
-        f" PSNR {_number(student.psnr, 0)} dB instead of {_number(teacher.psnr, 0)} dB,"
-        f" {_milliseconds(student)} ms an image instead of {_milliseconds(full)} ms.**"
+        f"**One UNet call instead of {full.unet_evaluations:g}, {_milliseconds(student)} ms an image instead of"
+        f" {_milliseconds(full)}, and nearer to the teacher's own images than the teacher in one step:"
+        f" endpoint error {_number(student.endpoint_error, 2)} instead of {_number(teacher.endpoint_error, 2)}, or"
+        f" {_number(unguided.endpoint_error, 2)} without its guidance.**"
     )
     head = ("", "UNet calls", "ms an image", "endpoint error", "PSNR, dB", "Sen. Acc", "colours")
     rows = [
@@ -93,7 +98,8 @@ def for_results(summary: Summary, machine: str) -> str:
 
 
 def _short(run: RunRow, full: RunRow) -> str:
-    label = run.label.removesuffix(" (trailing grid)").removesuffix(" (as recorded)")
+    label = run.label.replace(" (trailing grid, no guidance)", ", no guidance")
+    label = label.removesuffix(" (trailing grid)").removesuffix(" (as recorded)")
     return f"{label}: the solve itself" if run is full else f"**{label}**" if run.kind == "student" else label
 
 

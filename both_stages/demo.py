@@ -52,7 +52,8 @@ def plan_demo(out: Path, *, count: int, steps: int, layouts: int) -> list[Step]:
     evaluation, page = out / "evaluation", out / "report.html"
     sheet, comparison = out / "contact_sheet.png", out / "comparison.png"
     often = f"train.checkpoint_every={max(steps // 3, 1)}"
-    grids = [word for number in TEACHER_STEPS for word in ("--teacher", f"trailing:{number}")]
+    solves = [f"trailing:{number}" for number in TEACHER_STEPS] + [f"trailing:{number}@1" for number in runs]
+    grids = [word for solve in solves for word in ("--teacher", solve)]
     students = [word for run in runs.values() for word in ("--adapter", f"student={run}")]
 
     def of_each(option: str) -> list[object]:
@@ -104,17 +105,24 @@ def plan_demo(out: Path, *, count: int, steps: int, layouts: int) -> list[Step]:
 
 def describe_gain(summary: Summary) -> list[str]:
     """Say, for each student, how far it is from the teacher's own solve, and the teacher in as few steps."""
-    teachers = {run.steps: run for run in summary.runs if run.kind == "teacher"}
+    teachers = {
+        (run.steps, run.is_unguided): run.endpoint_error.value
+        for run in summary.runs
+        if run.kind == "teacher" and run.endpoint_error
+    }
     lines = []
     for student in (run for run in summary.runs if run.kind == "student"):
-        teacher = teachers.get(student.steps)
-        if teacher is None or not student.endpoint_error or not teacher.endpoint_error:
+        theirs, unguided = (teachers.get((student.steps, alone)) for alone in (False, True))
+        if not student.endpoint_error or theirs is None or unguided is None:
             continue
-        ours, theirs = student.endpoint_error.value, teacher.endpoint_error.value
+        ours = student.endpoint_error.value
         share = ours / theirs if theirs else math.inf
-        line = f"{student.label}: endpoint error {ours:.3f}, the teacher's in as few steps {theirs:.3f}"
+        line = (
+            f"{student.label}: endpoint error {ours:.3f}, the teacher's in as few steps {theirs:.3f},"
+            f" without guidance {unguided:.3f}"
+        )
         if student.steps == 1:
             verdict = "yes" if share <= MOST_OF_TEACHERS_ERROR else "NO"
-            line += f"; {share:.3f} of it, at most {MOST_OF_TEACHERS_ERROR:g} expected: {verdict}"
+            line += f"; {share:.3f} of the former, at most {MOST_OF_TEACHERS_ERROR:g} expected: {verdict}"
         lines.append(line)
     return lines

@@ -94,6 +94,11 @@ class RunRow:
     """Likewise."""
 
     @property
+    def is_unguided(self) -> bool:
+        """Whether it is the teacher without guidance: a UNet call a step, as a student's."""
+        return self.kind == "teacher" and self.settings.get("guidance_scale") == 1
+
+    @property
     def is_ablation(self) -> bool:
         """Whether a part of the teacher was left out."""
         return bool(self.settings.get("without"))

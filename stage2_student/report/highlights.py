@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from stage2_student.evaluation.table import Difference, RunRow, Summary
@@ -69,26 +70,32 @@ def telling_pairs(summary: Summary) -> list[Difference]:
 
 
 def _distance_tile(students: Sequence[RunRow], runs: Sequence[RunRow]) -> Markup | None:
-    """Show how much nearer to the teacher's own solve the best student is than the teacher in as few steps."""
-    pairs = [
-        (run.endpoint_error.value / student.endpoint_error.value, student, run)
-        for student in students
-        for run in runs
-        if run.kind == "teacher" and run.steps == student.steps
-        if run.endpoint_error and student.endpoint_error and student.endpoint_error.value > 0
-    ]
+    """Show how much nearer to the teacher's own solve the best student is than the teacher in as few steps.
+
+    With guidance or without, whichever is nearer: few steps overshoot with it, so that it alone proves little.
+    """
+    pairs = []
+    for student in students:
+        rivals = [run for run in runs if run.kind == "teacher" and run.steps == student.steps]
+        if (nearest := min(map(_error, rivals), default=math.inf)) < math.inf and 0 < _error(student) < math.inf:
+            teacher = next(run for run in rivals if _error(run) == nearest)
+            pairs.append((nearest / _error(student), student, teacher))
     if not pairs:
         return None
     ratio, student, teacher = max(pairs, key=lambda pair: pair[0])
-    ours, theirs = (run.endpoint_error.value for run in (student, teacher) if run.endpoint_error)
+    ours, theirs = _error(student), _error(teacher)
     calls = (evaluations(run.unet_evaluations) for run in (student, teacher))
     return tag(
         "li",
         tag("strong", f"{ratio:.1f} ×"),
-        tag("span", f"nearer to the teacher's own solve: {student.label}, against the teacher in as few steps"),
+        tag("span", f"nearer to the teacher's own solve: {student.label}, against {teacher.label}"),
         tag("small", f"endpoint error {ours:.3f}, not {theirs:.3f}; UNet calls {', not '.join(calls)}"),
         class_="student",
     )
+
+
+def _error(run: RunRow) -> float:
+    return run.endpoint_error.value if run.endpoint_error else math.inf
 
 
 def _score_tile(label: str, run: RunRow) -> Markup:

@@ -17,6 +17,7 @@ from stage2_student.report.words import interval, percent
 COLORS, DASHES = 8, 4
 """Of the page's style; the first two colours are the teacher's alone."""
 _TEACHERS = ("teacher, trailing grid", "teacher, AnyText2's own grid")
+_UNGUIDED = "teacher, trailing grid, no guidance"
 MAX_CURVE_POINTS = 240
 """A longer curve is averaged into this many points."""
 
@@ -68,8 +69,8 @@ def run_series(runs: Sequence[RunRow], point_of: Callable[[RunRow], Point | None
     for run in runs:
         if not run.is_ablation and (point := point_of(run)) is not None:
             groups.setdefault(_group_of(run), []).append(point)
-    students = [label for label in groups if label not in _TEACHERS]
-    looks = {label: (color, 0) for color, label in enumerate(_TEACHERS)}
+    students = [label for label in groups if label not in (*_TEACHERS, _UNGUIDED)]
+    looks = {label: (color, 0) for color, label in enumerate(_TEACHERS)} | {_UNGUIDED: (0, 1)}
     looks |= {label: look(index) for index, label in enumerate(students)}
     series = [
         Series(
@@ -110,8 +111,9 @@ def look(index: int) -> tuple[int, int]:
 def _group_of(run: RunRow) -> str:
     if run.kind == "student":
         return f"students, {run.settings.get('objective', 'trained')}"
-    upstream = str(run.settings.get("grid", "")).startswith("upstream")
-    return _TEACHERS[1] if upstream else _TEACHERS[0]
+    if str(run.settings.get("grid", "")).startswith("upstream"):
+        return _TEACHERS[1]
+    return _UNGUIDED if run.is_unguided else _TEACHERS[0]
 
 
 def loss_plot(trainings: Sequence[Training]) -> Markup | None:

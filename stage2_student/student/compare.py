@@ -30,7 +30,8 @@ from stage2_student.student.student import DTYPES, load_base
 def compare(config: Config, shards: ShardSet, adapters: Sequence[Path], indices: Sequence[int]) -> Picture:
     """Show a row per record: layout, the teacher as recorded, and before each student the teacher in its steps.
 
-    All start at the record's noise. The teacher in M steps is what a user would get without distillation.
+    All start at the record's noise. The teacher in M steps is what a user would get without distillation: with its
+    guidance, and without, which few steps overshoot with and which costs as much as the student.
 
     Args:
         config: its [model] section.
@@ -55,8 +56,10 @@ def compare(config: Config, shards: ShardSet, adapters: Sequence[Path], indices:
     base, _ = load_base(config, DTYPES[config.model.dtype], resolve_device(config.model.device))
     guidance = recorded["guidance_scale"]
     branches = 1 if guidance == 1 else 2
-    uncond = None if branches == 1 else shards.uncond
-    predict = guide(predict_branches(base, conditionings, uncond), guidance)
+    predicts = {"teacher unguided": (guide(predict_branches(base, conditionings, None), 1), 1)}
+    if branches == 2:
+        guiding = guide(predict_branches(base, conditionings, shards.uncond), guidance)
+        predicts = {"teacher": (guiding, 2)} | predicts
     vae = load_decoder(config)
     columns = {
         "layout": [_layout(record) for record in records],
@@ -65,10 +68,10 @@ def compare(config: Config, shards: ShardSet, adapters: Sequence[Path], indices:
     alone = Counter(card.num_steps for card in cards)
     for adapter, folder, card in zip(adapters, found, cards, strict=True):
         steps = card.num_steps
-        undistilled = _label("teacher", steps, branches)
-        if undistilled not in columns:
-            latents = integrate(predict, rollouts[:, 0].to(base.device), trailing_grid(steps))
-            columns[undistilled] = decode(vae, latents)
+        for teacher, (predict, calls) in predicts.items():
+            if (undistilled := _label(teacher, steps, calls)) not in columns:
+                latents = integrate(predict, rollouts[:, 0].to(base.device), trailing_grid(steps))
+                columns[undistilled] = decode(vae, latents)
         name = "student" if alone[steps] == 1 else adapter.resolve().name
         drawn = _sample(LoadedStudent.load(config, folder), conditionings, rollouts[:, :1], indices)
         columns[_label(name, steps, 1)] = decode(vae, drawn)
