@@ -36,6 +36,10 @@ setup: $(DEV_STAMP)  ## create .venv and install everything
 demo: $(STAMP)  ## generate data, precompute, train, sample, measure: minutes on a CPU
 	$(BIN)/python pipeline.py demo --out $(DEMO_DIR) $(DEMO_FLAGS)
 
+.PHONY: figures
+figures: demo  ## run the demo, and put its picture and figures into README and docs
+	$(BIN)/python bench/demo_figures.py --demo $(DEMO_DIR)
+
 # The report's tests drive a real browser, and kerned text needs fribidi. Who may not install them sees the browser's
 # tests skipped, by name; CI requires them.
 .PHONY: system

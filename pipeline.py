@@ -287,14 +287,39 @@ def verify(config: Config, shards: str, recompute: int | None, tolerance: float,
     metavar="none|auto|CHECKPOINT",
     help="auto: go on from the newest complete checkpoint, or start if there is none.",
 )
+@click.option(
+    "--from",
+    "ancestor",
+    type=PATH,
+    metavar="ADAPTER",
+    help="Start from another run's adapter; its steps, order and optimizer begin anew.",
+)
+@click.option(
+    "--held-out", metavar="DIR_OR_URL", help="Log the loss on this set of records, which are not trained on, too."
+)
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Stop after so long as a signal would: checkpoint, exit 75.",
+)
 @click.option("--allow-incomplete", is_flag=True, help="Train on what is committed although more is planned.")
 @click.option("--exclude-damaged", is_flag=True, help="Leave damaged samples out; the set is then another one.")
 def train(
-    config: Config, shards: str, out: Path, resume: str, allow_incomplete: bool, exclude_damaged: bool
+    config: Config,
+    shards: str,
+    out: Path,
+    resume: str,
+    ancestor: Path | None,
+    held_out: str | None,
+    max_minutes: float | None,
+    allow_incomplete: bool,
+    exclude_damaged: bool,
 ) -> None:
     """Train a student from shards alone; no part of the teacher is loaded.
 
-    On many GPUs and nodes start it by srun alone, by torchrun, or by accelerate launch.
+    On many GPUs and nodes start it by srun alone, torchrun or accelerate launch. --from takes a run, a checkpoint
+    or an adapter's folder, of the same base and [lora]; of a run that keeps an average of its weights
+    (train.ema_decay), the average. With --resume auto it counts until the run has a checkpoint.
 
     Example: pipeline.py train --config configs/tiny.toml --shards demo/shards --out demo/run --resume auto
     """
@@ -310,6 +335,9 @@ def train(
         shards=shards,
         run=out,
         resume=resume,
+        ancestor=ancestor,
+        held_out=held_out,
+        max_minutes=max_minutes,
         allow_incomplete=allow_incomplete,
         exclude_damaged=exclude_damaged,
         announce=click.echo,
@@ -392,12 +420,14 @@ def sample(
 
 @cli.command()
 @shards_option("A set of rollouts.")
-@adapter_option()
+@adapter_option("A student's run, checkpoint or adapter, or its export; again for more.", multiple=True)
 @click.option("--records", default="0,1,2,3", show_default=True, metavar="I,J,...", help="Which records to show.")
 @out_option("PNG file.", PATH, metavar="FILE", suffixes=[".png"])
 @config_options
-def compare(config: Config, shards: str, adapter: Path, records: str, out: Path) -> None:
-    """Show layout, teacher and student side by side, from the same noise, for some records.
+def compare(config: Config, shards: str, adapters: tuple[Path, ...], records: str, out: Path) -> None:
+    """Show layout, teacher and students side by side, from the same noise, for some records.
+
+    The teacher is shown as recorded, and before each student in as few steps: what it draws undistilled.
 
     Example: pipeline.py compare --config configs/tiny.toml --shards demo/shards --adapter demo/run --out out.png
     """
@@ -409,14 +439,16 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
     from shards.reading.reader import ShardSet
     from stage2_student.student.compare import compare as make_sheet
 
-    write_png(out, make_sheet(config, ShardSet.open(shards, allow_incomplete=True), adapter, indices))
+    write_png(out, make_sheet(config, ShardSet.open(shards, allow_incomplete=True), adapters, indices))
     click.echo(f"{out}")
 
 
 @cli.command()
 @out_option("Folder for everything.", PATH, required=False, default=Path("demo"), show_default=True)
 @click.option("--count", type=click.IntRange(min=8), default=96, show_default=True, help="Inputs to generate.")
-@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Training steps.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Training steps of each student."
+)
 @click.option(
     "--layouts", type=click.IntRange(min=4), default=24, show_default=True, help="Held-out ones, measured."
 )
@@ -424,13 +456,15 @@ def compare(config: Config, shards: str, adapter: Path, records: str, out: Path)
 def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     """Run everything on the embedded tiny teacher: minutes on a CPU, no download.
 
-    It runs the ordinary commands, and prints each, so that you can run them yourself. Run again, it goes on; other
-    counts or steps need another --out.
+    It trains a student of 1 step and one of 4, and shows and measures them beside the teacher in as many steps
+    and in 40. It runs the ordinary commands, and prints each, so that you can run them yourself. Run again, it
+    goes on; other counts or steps need another --out.
 
     Example: pipeline.py demo --out demo
     """
-    from both_stages.demo import plan_demo
-    from stage2_student.evaluation.summary import format_table, summarise
+    from both_stages.demo import describe_gain, plan_demo
+    from stage2_student.evaluation.summary import summarise
+    from stage2_student.evaluation.text_table import format_table
 
     if quick:
         refuse_ignored("--quick sets it", "count", "steps", "layouts")
@@ -444,13 +478,16 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
             click.echo(f"demo: that step failed with exit code {code}", err=True)
             sys.exit(code)
         seconds[step.name] = time.perf_counter() - started
-    click.echo(f"\n{'what was done':<16}{'seconds':>9}  where it is")
+    click.echo(f"\n{'what was done':<18}{'seconds':>9}  where it is")
     for step in plan:
-        click.echo(f"{step.name:<16}{seconds[step.name]:>9.1f}  {step.result}")
-    click.echo(f"{'all':<16}{sum(seconds.values()):>9.1f}\n")
+        click.echo(f"{step.name:<18}{seconds[step.name]:>9.1f}  {step.result}")
+    click.echo(f"{'all':<18}{sum(seconds.values()):>9.1f}\n")
     results = {step.name: step.result for step in plan}
-    click.echo(format_table(summarise((PROJECT_ROOT / results["evaluate"]).parent)))
-    click.echo(f"\nopen {results['report']} in a browser")
+    summary = summarise((PROJECT_ROOT / results["evaluate"]).parent)
+    click.echo(format_table(summary) + "\n")
+    for line in describe_gain(summary):
+        click.echo(line)
+    click.echo(f"\nlook at {results['compare']}, and open {results['report']} in a browser")
 
 
 @cli.command()
@@ -461,8 +498,9 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     "--teacher",
     "grids",
     multiple=True,
-    metavar="GRID:STEPS",
-    help="upstream:20, trailing:8 ... Default: upstream:20, the recorded solve, trailing:8, trailing:4.",
+    metavar="GRID:STEPS[@S]",
+    help="upstream:20, trailing:8 ..., @S for guidance S instead of the usual. Default: upstream:20, the recorded"
+    " solve, trailing:8, 4, 2 and 1, and 4, 2 and 1 @1: without guidance, a UNet call a step as a student.",
 )
 @click.option("--no-teacher", is_flag=True, help="Do not evaluate the teacher.")
 @click.option(
@@ -477,6 +515,12 @@ def demo(out: Path, count: int, steps: int, layouts: int, quick: bool) -> None:
     " several: caption+color.",
 )
 @click.option("--images", type=FOLDER, help="Only score these images, NAME_0.jpg ...")
+@click.option(
+    "--held-out",
+    metavar="DIR_OR_URL",
+    help="Sample the records of this set, each from its recorded noise, and measure against their solves.",
+)
+@click.option("--trajectories", type=FOLDER, help="With --held-out: its whole rollouts, for errors along the way.")
 def evaluate(
     config: Config,
     annotations: tuple[Path, ...],
@@ -488,18 +532,27 @@ def evaluate(
     truth: bool,
     without: tuple[str, ...],
     images: Path | None,
+    held_out: str | None,
+    trajectories: Path | None,
 ) -> None:
-    """Measure text accuracy on held-out inputs: teacher and students on the same layouts and noise.
+    """Measure teacher and students on held-out inputs: the same layouts and noise for all.
 
-    Images are sampled, read by an independent judge, and scored. Run it again to go on after a stop, or to add
-    runs to the same folder. With --images nothing is sampled: a folder of images named as AnyText-benchmark names
-    them is scored against its annotations.
+    Images are sampled, compared with those of the teacher's own full solve from the same noise (endpoint error,
+    PSNR), read by an independent judge, and scored. Run it again to go on after a stop, or to add runs to the same
+    folder. With --images nothing is sampled: a folder of images named as AnyText-benchmark names them is scored
+    against its annotations. With --held-out layouts, conditioning, noise and solves are a recorded set's.
 
     Example: pipeline.py evaluate --config configs/tiny.toml --annotations held_out.json --adapter run --out eval
     """
-    from both_stages.evaluating import Question, named_path
+    if held_out is not None:
+        because = "the records of --held-out say what is sampled, and their conditioning is whole"
+        refuse_ignored(because, "annotations", "prompts", "truth", "without", "images")
+    elif trajectories is not None:
+        refuse_ignored("they belong to the set of --held-out", "trajectories")
     from both_stages.evaluating import evaluate as run
-    from stage2_student.evaluation.summary import format_table
+    from both_stages.evaluating import named_path
+    from both_stages.evaluation_parts import Question
+    from stage2_student.evaluation.text_table import format_table
 
     question = Question(
         annotations=annotations,
@@ -510,6 +563,8 @@ def evaluate(
         truth=truth,
         without=without,
         images=images,
+        held_out=held_out,
+        trajectories=trajectories,
     )
     summary = run(config, question, out, sys.argv)
     click.echo(format_table(summary))
@@ -551,7 +606,7 @@ def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
     `merged` adds the adapter to the checkpoint that --config names and keeps its keys. `kohya` puts WriteNet's
     adapters into a file of their own beside --out. Sample any of them without guidance at the printed timesteps,
     which each file's metadata has too: diffusers' DDIMScheduler with timestep_spacing="trailing" and
-    set_alpha_to_one=True has them.
+    set_alpha_to_one=True has them. A merged student of train.grid = "upstream" runs in AnyText2's own program.
 
     Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
     """
@@ -559,9 +614,11 @@ def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
 
     done = run(config, adapter, kind, out)
     card = done.card
+    steps = f"steps = {card.num_steps}, cfg_scale = 1"
+    own = f"; in AnyText2's own program: {steps}" if card.grid == "upstream" and kind == "merged" else ""
     click.echo(
         f"{', '.join(map(str, done.files))}: {done.modules} adapted modules; {card.num_steps} {card.sampler} steps"
-        f" at t = {list(card.timesteps)}"
+        f" at t = {list(card.timesteps)}{own}"
     )
 
 

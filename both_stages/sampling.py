@@ -216,6 +216,7 @@ class ImageSampler:
                 "guidance_scale": 1.0,
                 "adapter": hashlib.sha256(canonical_json(files)).hexdigest(),
                 "base_fingerprint": card.base_fingerprint,
+                **({"ancestors": card.to_json()["ancestors"]} if card.ancestors else {}),
             }
         return canonical_json(who).decode().strip()
 

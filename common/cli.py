@@ -155,14 +155,18 @@ def config_options(command: Command) -> Command:
 
 
 def input_options(command: Command) -> Command:
-    """Add --annotations and --prompts, of which one must be given; the command receives tuples of paths."""
+    """Add --annotations and --prompts, of which one must be given; the command receives tuples of paths.
+
+    A command with `held_out` may have that in their place.
+    """
 
     @click.option("--annotations", multiple=True, type=FILE, help="AnyWord json; again for more files.")
     @click.option("--prompts", multiple=True, type=FILE, help="Prompts JSONL; again for more files.")
     @functools.wraps(command)
     def wrapper(annotations: tuple[Path, ...], prompts: tuple[Path, ...], **kwargs: Any) -> None:
-        if not annotations and not prompts:
-            raise UsageError("no inputs; give --annotations FILE or --prompts FILE")
+        if not annotations and not prompts and not kwargs.get("held_out"):
+            or_set = ", or --held-out SET" if "held_out" in kwargs else ""
+            raise UsageError(f"no inputs; give --annotations FILE or --prompts FILE{or_set}")
         command(annotations=annotations, prompts=prompts, **kwargs)
 
     return wrapper
@@ -179,10 +183,14 @@ def shards_option(help_text: str = "A set that precompute wrote.", *, required: 
 
 
 def adapter_option(
-    help_text: str = "A run's folder, a checkpoint, an adapter, or what export wrote.", *, required: bool = True
+    help_text: str = "A run's folder, a checkpoint, an adapter, or what export wrote.",
+    *,
+    required: bool = True,
+    multiple: bool = False,
 ) -> Decorator:
-    """Add --adapter for one student; the command receives `adapter: Path`."""
-    return click.option("--adapter", type=PATH, required=required, help=help_text)
+    """Add --adapter; the command receives `adapter: Path`, or with `multiple` `adapters: tuple[Path, ...]`."""
+    name = "adapters" if multiple else "adapter"
+    return click.option("--adapter", name, type=PATH, required=required, multiple=multiple, help=help_text)
 
 
 def out_option(help_text: str, kind: click.Path, *, suffixes: Sequence[str] = (), **attributes: Any) -> Decorator:

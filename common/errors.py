@@ -31,7 +31,7 @@ class MachineError(AppError):
 
 
 class Stopped(AppError):
-    """A signal asked for a stop and everything finished so far is committed: run again (exit code 75)."""
+    """A signal or a time limit asked for a stop, all that is finished is committed: run again (exit code 75)."""
 
     exit_code = 75
 

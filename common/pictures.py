@@ -122,13 +122,14 @@ def beside(pictures: Sequence[Picture], gap: int = 4) -> Picture:
 
 
 def in_columns(columns: Mapping[str, Sequence[Picture]]) -> Picture:
-    """Put pictures of one size into labelled columns, as many in each."""
+    """Put pictures of one size into labelled columns, as many in each; a label may have several lines."""
     height, width = next(iter(columns.values()))[0].shape[:2]
     factor = max(1, -(-_TILE // width))
     rows = len(next(iter(columns.values())))
+    head = _LABEL_HEIGHT * max(label.count("\n") + 1 for label in columns)
     size = (
         len(columns) * (width * factor + _GAP) + _GAP,
-        rows * (height * factor + _GAP) + _GAP + _LABEL_HEIGHT,
+        rows * (height * factor + _GAP) + _GAP + head,
     )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -138,7 +139,7 @@ def in_columns(columns: Mapping[str, Sequence[Picture]]) -> Picture:
         draw.text((x, 3), label, fill="black", font=font)
         for row, picture in enumerate(pictures):
             tile = Image.fromarray(picture).resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-            sheet.paste(tile, (x, _LABEL_HEIGHT + row * (height * factor + _GAP)))
+            sheet.paste(tile, (x, head + row * (height * factor + _GAP)))
     return np.asarray(sheet)
 
 

@@ -134,6 +134,9 @@ class TrainConfig(Section):
     """What the student is trained towards."""
     num_phases: Count = 4
     """M: the steps that the student samples with."""
+    grid: Literal["trailing", "upstream"] = "trailing"
+    """Where the student is called: "trailing" (4 steps: 999, 749, 499, 249; diffusers' DDIM), or "upstream"
+    (751, 501, 251, 1), so that a merged checkpoint runs in AnyText2's own program: for `phased` with 2, 4 or 8."""
     loss: Literal["huber", "l2", "landing"] = "huber"
     """"huber" (pseudo-Huber), "l2", or "landing" (error of the landed state)."""
     huber_c: PositiveFloat = 1e-3
@@ -159,8 +162,8 @@ class TrainConfig(Section):
     """Peak of the schedule."""
     warmup_steps: NonNegativeInt = 50
     """Linear warm-up."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: "constant" or "cosine" (to zero at max_steps)."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up: "constant", or "cosine" or "linear" to zero at max_steps."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's."""
     max_grad_norm: NonNegativeFloat = 1.0
@@ -175,10 +178,21 @@ class TrainConfig(Section):
     """Loader processes per rank; 0 loads in the training process."""
     log_every: Count = 10
     """Optimizer steps between log lines."""
+    trackers: Names = ("tensorboard",)
+    """Who gets the figures of the log: names that accelerate knows, such as "tensorboard", "wandb", "mlflow" and
+    "trackio"; each but TensorBoard is a package to install."""
+    tracker_project: str = "anytext2-distill"
+    """What these call the project; the run is called by its folder's name."""
+    held_out_every: Count = 100
+    """Optimizer steps between measurements of the loss on --held-out."""
+    held_out_samples: Count = 128
+    """Records of it that are measured: the first this many."""
     checkpoint_every: Count = 500
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Count = 3
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept whole, to go on from."""
+    keep_adapters: bool = True
+    """Keep the adapters of all older checkpoints too, without what a resumed run needs; else remove these."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -186,7 +200,17 @@ class TrainConfig(Section):
             require(self.ema_decay > 0, "ema_decay", self.ema_decay, 'above 0 with pcm_target = "ema"')
         if self.objective in ("lcm", "x0"):
             require(self.loss != "landing", "loss", self.loss, f"huber or l2 with objective {self.objective}")
+        if self.grid == "upstream":
+            self._check_upstream()
         return self
+
+    def _check_upstream(self) -> None:
+        fits = self.objective == "phased" and self.states != "all"
+        received = f"{self.objective}, states = {self.states}"
+        require(fits, "objective", received, 'phased at "starts" or "interpolated" states with grid = "upstream"')
+        reason = "calls t = 1 on pure noise" if self.num_phases == 1 else "is out of range, or at no stored state"
+        expected = f'2, 4 or 8 with grid = "upstream": AnyText2\'s own grid of {self.num_phases} {reason}'
+        require(self.num_phases in (2, 4, 8), "num_phases", self.num_phases, expected)
 
 
 _BLOCKS = (
@@ -242,6 +266,9 @@ class EvaluateConfig(Section):
     """Keys the initial noise, the same for every run compared."""
     keep_images: NonNegativeInt = 16
     """Layouts whose first image is kept, for the report."""
+    endpoint_error: bool = True
+    """Measure every run against the teacher's own solve from the same noise; false spares that solve where the
+    teacher is not evaluated. A recorded set (--held-out) brings its solves."""
     fid_weights: str = ""
     """TorchScript Inception file (inception-2015-12-05.pt): FID. Keeps all images."""
     fid_reference: str = ""

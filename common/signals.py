@@ -90,10 +90,27 @@ def blocked() -> Iterator[None]:
 class StopFlag:
     """A context in which the first signal of STOPS sets a flag; one 5 seconds later or more raises `Stopped`."""
 
-    def __init__(self) -> None:
-        self.stop_requested = False
+    def __init__(self, until: float | None = None) -> None:
+        """Make the flag.
+
+        Args:
+            until: a time of `time.monotonic`, after which a stop is requested without a signal.
+        """
+        self._requested, self._until = False, until
         self._first = 0.0  # when the first signal came
         self._previous: dict[int, Any] = {}
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether it is time to stop; may be set, too."""
+        return self._requested or self._is_late()
+
+    @stop_requested.setter
+    def stop_requested(self, requested: bool) -> None:
+        self._requested = requested
+
+    def _is_late(self) -> bool:
+        return self._until is not None and time.monotonic() >= self._until
 
     def __enter__(self) -> StopFlag:
         self._previous = _handle_all(self._handle)
@@ -101,23 +118,24 @@ class StopFlag:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            if handler is not _end or not self.stop_requested:  # else it is ending already, and says why
+            if handler is not _end or not self._requested:  # else it is ending already, and says why
                 signal.signal(number, handler)
         self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.stop_requested:
-            self.stop_requested, self._first = True, time.monotonic()
+        if not self._requested:
+            self._requested, self._first = True, time.monotonic()
         elif time.monotonic() - self._first >= REPEAT_SECONDS:
             raise Stopped(
                 f"stopped by a second {signal.Signals(number).name}; what was committed is kept: run again"
             )
 
     def raise_if_requested(self, done: str) -> None:
-        """Raise `Stopped` if a signal came.
+        """Raise `Stopped` if a signal came or the time is up.
 
         Args:
             done: what is committed, for the message, e.g. "12 of 40 shards are committed".
         """
         if self.stop_requested:
-            raise Stopped(f"stopped by a signal; {done}: run the same command again to go on")
+            why = "because its time is up" if self._is_late() and not self._first else "by a signal"
+            raise Stopped(f"stopped {why}; {done}: run the same command again to go on")

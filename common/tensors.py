@@ -1,13 +1,15 @@
-"""Dataclasses that hold tensors: one change made to all of them."""
+"""Dataclasses that hold tensors, with one change made to all of them; and what is hashed of a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from common.files import canonical_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,3 +44,10 @@ def _map(change: Callable[..., Tensor], *values: Any) -> Any:
         case dict():
             return {key: _map(change, *(value[key] for value in values)) for key in values[0]}
     return values[0]
+
+
+def spell(name: str, tensor: Tensor) -> Iterator[bytes | memoryview]:
+    """Yield what identifies a named tensor, to be hashed: name, dtype and shape as JSON, then its bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    yield canonical_json([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+    yield tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -94,6 +94,11 @@ class TrajectoryStore:
         return store
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What decided the solves: that of the set whose rollouts these are."""
+        return dict(self._about["identity"])
+
+    @property
     def rollout_shape(self) -> tuple[int, ...]:
         """Of one sample, (N + 1, C, h, w)."""
         return (len(self.timesteps) + 1, *self._shape)

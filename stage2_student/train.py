@@ -3,7 +3,8 @@
 RUN/shards.json              the set that the run trains on, frozen
 RUN/config.json              the resolved configuration
 RUN/adapted.json             every module that has an adapter
-RUN/log.jsonl, tensorboard/  loss, learning rate, gradient norm, times
+RUN/ancestors.json           the students that it was started from, if any (see `training.ancestry`)
+RUN/log.jsonl, tensorboard/  loss, learning rate, gradient norm, times, held-out loss
 RUN/checkpoints/step-N/      see `training.checkpoint`; `lora/` (or `ema/`) in it is an adapter to sample with
 """
 
@@ -34,7 +35,10 @@ from stage2_student.student.checkpoint_folders import (
     require_complete,
 )
 from stage2_student.student.lora import Adapted, summarise
+from stage2_student.training.ancestry import Ancestry, describe, find_ancestry, write_ancestors
+from stage2_student.training.held_out_loss import HeldOut
 from stage2_student.training.prepare import prepare
+from stage2_student.training.trackers import require_trackers
 from stage2_student.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +74,9 @@ def train(
     shards: str | Path,
     run: Path,
     resume: str = "none",
+    ancestor: Path | None = None,
+    held_out: str | Path | None = None,
+    max_minutes: float | None = None,
     allow_incomplete: bool = False,
     exclude_damaged: bool = False,
     announce: Callable[[str], None] = lambda line: None,
@@ -82,6 +89,10 @@ def train(
         run: the run's folder, made if missing.
         resume: "none" (a new run), "auto" (go on from the newest complete checkpoint, or start), or the path of a
             checkpoint.
+        ancestor: start from this adapter's weights: a run's folder, a checkpoint, an adapter's folder, or an
+            exported LoRA. A run that goes on does not read them again.
+        held_out: folder or URL of a set whose loss is logged every train.held_out_every steps.
+        max_minutes: stop after the first step that ends so long after the start of this call, as by a signal.
         allow_incomplete: train on what is committed although the set's plan has more.
         exclude_damaged: leave damaged samples out, under another set_hash; a run that goes on then draws the order
             of what is left anew, from its next epoch on.
@@ -90,21 +101,28 @@ def train(
     Raises:
         UsageError: settings do not fit each other or the shards.
         DataError: shards, base or checkpoint are wrong, or a loss is not finite.
-        Stopped: a signal came, and a checkpoint holds everything so far.
+        Stopped: a signal came or the time was up, and a checkpoint holds everything so far.
     """
-    started = time.perf_counter()
+    started = time.monotonic()
+    require_trackers(config.train.trackers)
     with ExitStack() as held:
         accelerator = make_accelerator(config)
-        checkpoint = _take_run(accelerator, run, resume, held)
+        checkpoint, ancestry = _take_run(accelerator, run, resume, ancestor, held)
         with accelerator.main_process_first():
             dataset = _open_set(run, shards, checkpoint, allow_incomplete, exclude_damaged)
-        trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint)
-        stop = held.enter_context(StopFlag())  # until here there is nothing to keep: a signal ends it at once
+        trainer, adapted = prepare(config, accelerator, dataset, run, checkpoint, ancestry)
+        if held_out is not None:
+            with accelerator.main_process_first():
+                trainer.held_out = HeldOut.open(held_out, trainer.plan)
+        until = None if max_minutes is None else started + 60 * max_minutes
+        stop = held.enter_context(StopFlag(until))  # until here there is nothing to keep: a signal ends it at once
         if accelerator.is_main_process:
             dataset.freeze(run)
             write_bytes_atomic(run / CONFIG_FILE, canonical_json(config.as_dict()))
             write_bytes_atomic(run / ADAPTED_FILE, canonical_json([asdict(module) for module in adapted]))
-            for line in (*summarise(adapted), f"each by name: {run / ADAPTED_FILE}", _describe(trainer)):
+            write_ancestors(run, ancestry)
+            summary = (*summarise(adapted), f"each by name: {run / ADAPTED_FILE}")
+            for line in (*summary, *describe(ancestry), _describe(trainer)):
                 announce(line)
         accelerator.wait_for_everyone()
         resumed_from = trainer.progression.step if checkpoint is not None else None
@@ -116,21 +134,24 @@ def train(
             loss=loss,
             checkpoint=newest_checkpoint(run / CHECKPOINTS_DIR),
             adapted=tuple(adapted),
-            seconds=time.perf_counter() - started,
+            seconds=time.monotonic() - started,
         )
 
 
-def _take_run(accelerator: Accelerator, run: Path, resume: str, held: ExitStack) -> Path | None:
+def _take_run(
+    accelerator: Accelerator, run: Path, resume: str, ancestor: Path | None, held: ExitStack
+) -> tuple[Path | None, Ancestry]:
     """Lock the run's folder and only then choose the start, in the main process, for all.
 
     Raises:
-        AppError: on every process the same, see `hold_run` and `find_start`.
+        AppError: on every process the same, see `hold_run`, `find_start` and `find_ancestry`.
     """
-    found: list[Path | AppError | None] = [None]
+    found: list[tuple[Path | None, Ancestry] | AppError] = [(None, Ancestry())]
     if accelerator.is_main_process:
         try:
             held.enter_context(hold_run(run))
-            found = [find_start(run, resume)]
+            checkpoint = find_start(run, resume)
+            found = [(checkpoint, find_ancestry(run, ancestor, checkpoint, resume))]
         except AppError as error:
             found = [error]
     if accelerator.num_processes > 1:
@@ -202,12 +223,12 @@ def find_start(run: Path, resume: str) -> Path | None:
     """
     root = run / CHECKPOINTS_DIR
     if resume == "auto":
-        return newest_checkpoint(root)
+        return newest_checkpoint(root, to_resume=True)
     if resume == "none":
         if list_checkpoints(root):
             raise UsageError(f"{run} holds a run; go on with it by --resume auto, or give another --out folder")
         return None
-    checkpoint = require_complete(Path(resume))
+    checkpoint = require_complete(Path(resume), to_resume=True)
     later = [other for other in list_checkpoints(root) if other.name > checkpoint.name]
     if later:
         raise UsageError(
@@ -226,10 +247,12 @@ def _open_set(
 
 
 def _describe(trainer: Trainer) -> str:
-    config, card = trainer.plan.config, trainer.plan.card
-    samples = config.train.batch_size * config.train.gradient_accumulation * trainer.accelerator.num_processes
+    config, card, launch = trainer.plan.config, trainer.plan.card, trainer.accelerator
+    samples = config.train.batch_size * config.train.gradient_accumulation * launch.num_processes
+    held_out, every = trainer.held_out, config.train.held_out_every
+    measured = "" if held_out is None else f"; loss of {held_out.count} held-out samples every {every} steps"
     return (
         f"objective {card.objective}, {card.num_steps} steps at t = {list(card.timesteps)};"
         f" {len(trainer.plan.shards)} samples, {samples} a step, from step {trainer.progression.step} to"
-        f" {config.train.max_steps} on {trainer.accelerator.num_processes} x {trainer.accelerator.device}"
+        f" {config.train.max_steps} on {launch.num_processes} x {launch.device}{measured}"
     )

@@ -21,6 +21,7 @@ from common.ddim import integrate, trailing_grid
 from pipeline import cli
 from shards.reading.reader import ShardSet
 from stage2_student.student.student import load_base
+from tests.fresh_student import write_fresh_student
 from tests.stage1_teacher.small_teacher import FONT, write_prompts, write_teacher
 
 TRAINING = ("train.num_phases=2", "train.max_steps=2", "train.batch_size=2", "train.num_workers=0", "lora.rank=2")
@@ -282,6 +283,19 @@ def test_a_comparison_shows_layout_teacher_and_student_of_each_record(place: Pla
     assert grid.width >= 4 * tile and grid.height >= 2 * tile
     shown = np.asarray(grid)[-tile:]
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 100
+
+    # Another student of as many steps is one more column, one of one step two: the teacher's is there, too.
+    write_fresh_student(tmp_path / "other", load_config(place.config, ("lora.rank=2",)))
+    write_fresh_student(tmp_path / "one", load_config(place.config, ("lora.rank=2",)), steps=1)
+    more = ("--adapter", tmp_path / "other", "--adapter", tmp_path / "one", "--records", "0,2")
+    assert call(*base, *more, "--out", tmp_path / "more.png").exit_code == 0
+    wide = np.asarray(Image.open(tmp_path / "more.png"))
+    column = tile + 6
+    assert wide.shape[1] == grid.width + 3 * column
+    assert np.array_equal(wide[-tile:, : 4 * column], shown[:, : 4 * column])
+    # Without guidance a student that changes nothing is not the guided teacher in as many steps.
+    teacher, student = wide[-tile:, 5 * column : 6 * column], wide[-tile:, 6 * column : 7 * column]
+    assert not np.array_equal(teacher, student)
 
     refused = call(*base, "--records", "0,99", "--out", tmp_path / "none.png")
     assert refused.exit_code == 2

@@ -66,7 +66,7 @@ def test_dry_run_prints_the_resolved_configuration(tmp_path: Path) -> None:
 
 TINY, FULL = ("--config", "configs/tiny.toml"), ("--config", "configs/sd15.toml")
 DATA = "tests/golden/data/data.json"
-TO = ("--shards", "no-such-folder", "--out", "y")
+TO = ("--shards", "no-such-folder", "--out", "build/refused")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ TO = ("--shards", "no-such-folder", "--out", "y")
         (("train", "--config", "none.toml", *TO), 2, "none.toml"),
         (("train", *TINY, "--set", "train.max_step=1", *TO), 2, "did you mean max_steps"),
         (("train", *TINY, *TO), 3, "no-such-folder"),
-        (("precompute", *FULL, "--annotations", DATA, "--out", "y"), 3, "model.checkpoint"),
+        (("precompute", *FULL, "--annotations", DATA, "--out", "build/refused"), 3, "model.checkpoint"),
         (("no-such-command",), 2, "No such command"),
     ],
 )
@@ -91,5 +91,5 @@ def test_a_user_error_is_one_line_with_the_documented_exit_code(
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = run("train", "--config", "none.toml", "--shards", "x", "--out", "y", "--debug")
+    result = run("train", "--config", "none.toml", "--shards", "x", "--out", "build/refused", "--debug")
     assert "Traceback" in result.stderr

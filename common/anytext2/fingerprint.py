@@ -68,16 +68,14 @@ def _read_cache(cache: Path, stamp: list[list[Any]]) -> dict[str, str] | None:
 
 
 def _compute(file: CheckpointFile) -> dict[str, str]:
-    import torch
+
+    from common.tensors import spell
 
     teacher, base = hashlib.sha256(), hashlib.sha256()
     for key in file.sorted_keys():
         if key == POSITION_IDS_KEY:
             continue  # a constant that only some files hold
-        tensor = file.read(key).contiguous()
-        header = canonical_json([key, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
-        content = tensor.reshape(-1).view(torch.uint8).numpy().data
-        for target in (teacher, base) if key.startswith(BASE_PREFIXES) else (teacher,):
-            target.update(header)
-            target.update(content)
+        for part in spell(key, file.read(key)):
+            for target in (teacher, base) if key.startswith(BASE_PREFIXES) else (teacher,):
+                target.update(part)
     return {"teacher": teacher.hexdigest(), "base": base.hexdigest()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +19,22 @@ from common.config import Config
 from common.ddim import Grid, parse_grid
 from common.errors import UsageError
 from stage1_teacher.measuring.ablations import ABLATIONS, split_parts
-from stage1_teacher.measuring.held_out import HeldOut
 from stage1_teacher.teacher.solver import record_rollout
 from stage1_teacher.teacher.teacher import Teacher
 
-BASELINE_STEPS = (8, 4)
+BASELINE_STEPS = (8, 4, 2, 1)
 """Steps on the trailing grid: what a user gets who samples the undistilled teacher in a student's few steps."""
+UNGUIDED_STEPS = (4, 2, 1)
+"""Likewise without guidance: the undistilled network at a student's very price, a UNet call a step."""
 ABLATION_GRID = "upstream:20"
+
+
+class Encodes(Protocol):
+    """Knows inputs by their ids, and what the teacher is given of them."""
+
+    def encode(self, teacher: Teacher, input_ids: Sequence[str], without: str = "") -> list[Conditioning]:
+        """Return the conditioning of inputs, with a part left out as `split_parts` takes it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,7 +43,7 @@ class TeacherSampler:
 
     label: str
     """For the tables."""
-    held_out: HeldOut
+    held_out: Encodes
     load: Callable[[], tuple[Teacher, Uncond]]
     """Loads the networks once, when they are needed."""
     grid: Grid
@@ -71,12 +81,19 @@ class TeacherSampler:
         return self.held_out.encode(self.load()[0], input_ids, self.without)
 
     @torch.no_grad()
-    def latents(self, conditionings: Sequence[Conditioning], noise: Tensor) -> Tensor:
+    def latents(
+        self,
+        conditionings: Sequence[Conditioning],
+        noise: Tensor,
+        on_state: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Solve from noise to image latents.
 
         Args:
             conditionings: B of one image size.
             noise: (B, 1, C, h, w).
+            on_state: given the timestep at which each step ends, `CLEAN` for x0, and the state there, (B, C, h, w)
+                rounded to float16.
 
         Returns:
             (B, C, h, w) float32.
@@ -102,13 +119,18 @@ class TeacherSampler:
             guidance_scale=self.guidance_scale,
             keep=range(0, self.grid.num_steps, self.record_every) if rounds else (),
             round_states=rounds,
+            keep_all=on_state is not None,
         )
+        if on_state is not None and rollout.all_states is not None:
+            ends = [*self.grid.timesteps.tolist()[1:], int(self.grid.end)]
+            for timestep, state in zip(ends, rollout.all_states.unbind(dim=1)[1:], strict=True):
+                on_state(timestep, state)
         return rollout.states[:, -1].float()
 
 
 def teacher_samplers(
     config: Config,
-    held_out: HeldOut,
+    held_out: Encodes,
     load: Callable[[], tuple[Teacher, Uncond]],
     grids: Sequence[str],
     without: Sequence[str],
@@ -119,30 +141,36 @@ def teacher_samplers(
         config: model and precompute are used.
         held_out: the inputs.
         load: loads the networks; called when the first image is rendered.
-        grids: like "upstream:20". The one that stage one records on samples as it does there, rounding included.
+        grids: like "upstream:20", or "trailing:4@1" with another guidance scale than precompute.guidance_scale.
+            The one that stage one records on samples as it does there, rounding included.
         without: what to leave out, each as `split_parts` takes it, on `ABLATION_GRID`.
 
     Raises:
-        UsageError: a grid or a part is unknown.
+        UsageError: a grid, a guidance scale or a part is unknown.
     """
-    settings = {
-        "teacher": fingerprint(config.find_checkpoint(), "teacher"),
-        "dtype": config.model.dtype,
-        "guidance_scale": config.precompute.guidance_scale,
-    }
+    settings = {"teacher": fingerprint(config.find_checkpoint(), "teacher"), "dtype": config.model.dtype}
 
-    def make(name: str, part: str = "") -> TeacherSampler:
-        grid = parse_grid(name)
-        recorded = name == recorded_grid(config) and not part
+    def make(text: str, part: str = "") -> TeacherSampler:
+        name, guidance = _split_guidance(text, config.precompute.guidance_scale)
+        grid, usual = parse_grid(name), guidance == config.precompute.guidance_scale
+        recorded = name == recorded_grid(config) and usual and not part
         notes = "as recorded" if recorded else f"{name.partition(':')[0]} grid"
+        if not usual:
+            notes += ", no guidance" if guidance == 1 else f", guidance {guidance:g}"
         left_out = f" without {part.replace('-', ' ').replace('+', ' and ')}" if part else ""
         return TeacherSampler(
             label=f"teacher, {grid.num_steps} step{'s' if grid.num_steps > 1 else ''} ({notes}){left_out}",
             held_out=held_out,
             load=load,
             grid=grid,
-            guidance_scale=config.precompute.guidance_scale,
-            settings={**settings, "grid": name, "without": part, "rounds_states": recorded},
+            guidance_scale=guidance,
+            settings={
+                **settings,
+                "guidance_scale": guidance,
+                "grid": name,
+                "without": part,
+                "rounds_states": recorded,
+            },
             record_every=config.precompute.record_every if recorded else 0,
             without=part,
         )
@@ -152,7 +180,22 @@ def teacher_samplers(
     without = list(dict.fromkeys("+".join(split_parts(part)) for part in without))
     if without:  # with what it is compared
         grids = [*grids, ABLATION_GRID]
-    return [make(name) for name in dict.fromkeys(grids)] + [make(ABLATION_GRID, part) for part in without]
+    found = [make(name) for name in grids] + [make(ABLATION_GRID, part) for part in without]
+    return list({one.label: one for one in found}.values())  # a solve may be named in two ways
+
+
+def _split_guidance(text: str, usual: float) -> tuple[str, float]:
+    """Split GRID:STEPS[@S] into the grid's name and the guidance scale."""
+    name, at, scale = text.partition("@")
+    if not at:
+        return name, usual
+    try:
+        guidance = float(scale)
+    except ValueError:
+        guidance = math.nan
+    if not 1 <= guidance < math.inf:
+        raise UsageError(f"teacher {text!r}: received guidance {scale!r}, expected a number from 1, e.g. {name}@1")
+    return name, guidance
 
 
 def recorded_grid(config: Config) -> str:
@@ -163,4 +206,5 @@ def recorded_grid(config: Config) -> str:
 def default_grids(config: Config) -> tuple[str, ...]:
     """Return the grids of the usual comparison, the upstream project's own first."""
     few = (f"trailing:{steps}" for steps in BASELINE_STEPS)
-    return tuple(dict.fromkeys((ABLATION_GRID, recorded_grid(config), *few)))
+    unguided = (f"trailing:{steps}@1" for steps in UNGUIDED_STEPS if config.precompute.guidance_scale != 1)
+    return tuple(dict.fromkeys((ABLATION_GRID, recorded_grid(config), *few, *unguided)))

@@ -66,16 +66,16 @@ def _usual_width(character: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean with its bootstrap interval."""
+    """A mean, or the root of a mean square, with its bootstrap interval."""
 
     value: float
-    """The mean over all lines."""
+    """Over all lines, or images."""
     low: float
     """Lower end of the 95 % interval."""
     high: float
     """Upper end."""
     count: int
-    """Lines in the mean."""
+    """Lines, or images, in the mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,17 +88,25 @@ class Grouped:
     """(layouts,) sum of the layout's line scores."""
     counts: Floats
     """(layouts,) number of its lines."""
+    root: bool = False
+    """Whether the scores are mean squares, of whose mean the root is meant."""
 
     @classmethod
-    def of(cls, layout_ids: Sequence[str], scores: Sequence[float]) -> Grouped:
-        """Group line scores, in any order, by the layout that each belongs to."""
+    def of(cls, layout_ids: Sequence[str], scores: Sequence[float], *, root: bool = False) -> Grouped:
+        """Group line scores, or those of images, in any order, by the layout that each belongs to."""
         names, inverse = np.unique(np.asarray(layout_ids, dtype=str), return_inverse=True)
         values = np.asarray(scores, np.float64)
         return cls(
             layout_ids=tuple(names.tolist()),
             sums=np.bincount(inverse, weights=values, minlength=len(names)).astype(np.float64),
             counts=np.bincount(inverse, minlength=len(names)).astype(np.float64),
+            root=root,
         )
+
+    def means(self, weights: Floats) -> Floats:
+        """Return the mean score, or the root of it, where layouts count as often as `weights`, (..., layouts)."""
+        means: Floats = (weights @ self.sums) / (weights @ self.counts)
+        return np.sqrt(means) if self.root else means
 
 
 def estimate(grouped: Grouped, seed: int) -> Estimate | None:
@@ -108,15 +116,9 @@ def estimate(grouped: Grouped, seed: int) -> Estimate | None:
     """
     if not grouped.counts.sum():
         return None
-    weights = _resample(len(grouped.layout_ids), seed)  # (R, layouts)
-    means = (weights @ grouped.sums) / (weights @ grouped.counts)
-    low, high = _interval(means)
-    return Estimate(
-        value=float(grouped.sums.sum() / grouped.counts.sum()),
-        low=low,
-        high=high,
-        count=int(grouped.counts.sum()),
-    )
+    low, high = _interval(grouped.means(_resample(len(grouped.layout_ids), seed)))
+    once = np.ones(len(grouped.layout_ids))
+    return Estimate(value=float(grouped.means(once)), low=low, high=high, count=int(grouped.counts.sum()))
 
 
 def paired_difference(a: Grouped, b: Grouped, seed: int) -> Estimate | None:
@@ -135,11 +137,17 @@ def paired_difference(a: Grouped, b: Grouped, seed: int) -> Estimate | None:
     if not a.counts.sum():
         return None
     weights = _resample(len(a.layout_ids), seed)
-    differences = (weights @ (a.sums - b.sums)) / (weights @ a.counts)
-    low, high = _interval(differences)
-    return Estimate(
-        value=float((a.sums - b.sums).sum() / a.counts.sum()), low=low, high=high, count=int(a.counts.sum())
-    )
+    low, high = _interval(_differences(a, b, weights))
+    value = float(_differences(a, b, np.ones(len(a.layout_ids))))
+    return Estimate(value=value, low=low, high=high, count=int(a.counts.sum()))
+
+
+def _differences(a: Grouped, b: Grouped, weights: Floats) -> Floats:
+    if a.root:
+        return a.means(weights) - b.means(weights)
+    # One sum: where the two agree, it is 0 and not the rounding of two means.
+    differences: Floats = (weights @ (a.sums - b.sums)) / (weights @ a.counts)
+    return differences
 
 
 @lru_cache(maxsize=4)  # the same for all runs and scores of a table

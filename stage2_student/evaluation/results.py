@@ -1,7 +1,8 @@
 """Results of an evaluation on disk: one line of JSON per image, durable batch by batch, so that it can go on.
 
-A folder holds `layouts.json` (what was asked for, created once), and for each run `runs/NAME/` with `run.json`
-(who sampled, created once and compared), `results.jsonl` and `images/`.
+A folder holds `layouts.json` (what was asked for, created once), for each run `runs/NAME/` with `run.json` (who
+sampled, created once and compared), `results.jsonl` and `images/`, and in `solve/` the teacher's own solves that
+runs are measured against.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from common.files import canonical_json, create_once
 from common.jsonl import LineWriter, read_lines
 from common.layouts import Layout, hash_layouts
 from common.toml import describe
+from stage2_student.evaluation.endpoint import Distance
 from stage2_student.evaluation.reading import LineResult
 
 LAYOUTS_FILE, RUN_FILE, RESULTS_FILE = "layouts.json", "run.json", "results.jsonl"
@@ -47,6 +49,8 @@ class ImageResult:
     """File name in `images/`, empty if the image was not kept."""
     ground: float | None = None
     """Mean colour difference (Delta E*ab) from the true image outside the lines; None where not comparable."""
+    distance: Distance | None = None
+    """From the teacher's own solve of the same noise; None where nothing was sampled, or it was not measured."""
 
 
 _LAYOUTS, _RESULT = TypeAdapter(list[Layout]), TypeAdapter(ImageResult)

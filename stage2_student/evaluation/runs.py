@@ -19,6 +19,7 @@ from common.layouts import Layout
 from common.pictures import write_png
 from common.progress import Progress
 from common.signals import StopFlag
+from stage2_student.evaluation.endpoint import Distance
 from stage2_student.evaluation.judges import Judge
 from stage2_student.evaluation.reading import ground_difference, read_images
 from stage2_student.evaluation.results import (
@@ -47,6 +48,8 @@ class Sampled:
     """Samples that passed the UNet, in the whole batch."""
     writenet_evaluations: float = 0.0
     """Samples that passed WriteNet, in the whole batch."""
+    distances: Sequence[Distance] = ()
+    """From the teacher's own solves, in the jobs' order; empty where they are not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +145,9 @@ def evaluate_run(run: Run, plan: Plan, judge: Judge, folder: Path, stop: StopFla
 def _evaluate_batch(run: Run, jobs: Sequence[Job], judge: Judge, place: Path, plan: Plan) -> list[ImageResult]:
     sampled = run.sample(jobs)
     lines = read_images(judge, sampled.images, [layout for layout, _ in jobs])
+    distances: Sequence[Distance | None] = sampled.distances or [None] * len(jobs)
     results = []
-    for (layout, sample), image, of_image in zip(jobs, sampled.images, lines, strict=True):
+    for (layout, sample), image, of_image, distance in zip(jobs, sampled.images, lines, distances, strict=True):
         name = ""
         if plan.keeps(layout, sample):
             name = f"{layout.layout_id}_{sample}.png"
@@ -160,6 +164,7 @@ def _evaluate_batch(run: Run, jobs: Sequence[Job], judge: Judge, place: Path, pl
                 writenet_evaluations=sampled.writenet_evaluations / len(jobs),
                 image=name,
                 ground=None if ground is None else round(ground, 4),
+                distance=distance,
             )
         )
     return results

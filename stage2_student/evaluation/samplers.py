@@ -19,8 +19,14 @@ from common.pictures import Picture
 from common.seeding import generator
 from stage2_student.evaluation.counting import count_evaluations
 from stage2_student.evaluation.runs import Job, Run, Sampled
+from stage2_student.evaluation.solves import EndpointMeasure
 from stage2_student.student.adapter import adapter_files, find_adapter, read_card
 from stage2_student.student.sample import LoadedStudent
+
+OnState = Callable[[int, Tensor], None]
+"""Takes the timestep at which a step ended, and the state there, (B, C, h, w)."""
+DrawNoise = Callable[[Sequence[Job], int], Tensor]
+"""(B images, K) to their noises, (B, K, C, h, w) float32 on the CPU."""
 
 
 class Sampler(Protocol):
@@ -52,27 +58,47 @@ class Sampler(Protocol):
     def prepare(self, input_ids: Sequence[str]) -> Any:
         """Encode inputs; not timed."""
 
-    def latents(self, prepared: Any, noise: Tensor) -> Tensor:
-        """Turn noise (B, K, C, h, w) into latents (B, C, h, w)."""
+    def latents(self, prepared: Any, noise: Tensor, on_state: OnState | None = None) -> Tensor:
+        """Turn noise (B, K, C, h, w) into latents (B, C, h, w).
+
+        Args:
+            prepared: see `prepare`.
+            noise: of B images.
+            on_state: given the timestep at which each step ends (`CLEAN` for the last one's) and the state there,
+                (B, C, h, w), where these can be compared with the teacher's.
+        """
 
 
 def sampler_run(
-    sampler: Sampler, *, seed: int, shape: tuple[int, ...], decode: Callable[[Tensor], Sequence[Picture]]
+    sampler: Sampler,
+    *,
+    seed: int,
+    noise_of: DrawNoise,
+    decode: Callable[[Tensor], Sequence[Picture]],
+    measure: EndpointMeasure | None = None,
+    keep: Callable[[Sequence[Job], Tensor], None] | None = None,
 ) -> Run:
     """Return the run of a sampler.
 
     Args:
         sampler: the networks; loaded when it first samples.
         seed: evaluate.seed, which keys the noise.
-        shape: of the latents, (C, h, w).
+        noise_of: the noise that images are sampled from, the same whoever samples.
         decode: latents (B, C, h, w) to pictures on the CPU.
+        measure: measures batches against the teacher's own solves; None measures none.
+        keep: given each batch's latents before it is measured, if they are these solves.
     """
     warm = False
 
     def sample(jobs: Sequence[Job]) -> Sampled:
         nonlocal warm
         prepared = sampler.prepare([layout.layout_id for layout, _ in jobs])
-        noise = draw_noise(seed, jobs, shape, sampler.noises)
+        noise = noise_of(jobs, sampler.noises)
+        states: list[tuple[int, Tensor]] = []
+
+        def on_state(timestep: int, state: Tensor) -> None:
+            states.append((timestep, state))
+
         if not warm:  # one image for nothing: a network's first call allocates, chooses kernels, reads weights in
             decode(sampler.latents(sampler.prepare([jobs[0][0].layout_id]), noise[:1]))
             warm = True
@@ -81,13 +107,17 @@ def sampler_run(
             torch.cuda.synchronize()  # preparing must not be timed as sampling
         with count_evaluations(unet=unet, writenet=writenet) as counts:
             begun = time.perf_counter()
-            pictures = decode(sampler.latents(prepared, noise))
+            latents = sampler.latents(prepared, noise, on_state if measure and measure.along_the_way else None)
+            pictures = decode(latents)
             seconds = time.perf_counter() - begun
+        if keep is not None:
+            keep(jobs, latents)
         return Sampled(
             images=pictures,
             seconds=seconds,
             unet_evaluations=counts["unet"],
             writenet_evaluations=counts["writenet"],
+            distances=() if measure is None else measure(jobs, latents, pictures, states),
         )
 
     return Run(
@@ -161,6 +191,6 @@ class StudentSampler:
         student = self._load().student
         return student.unet, student.writenet
 
-    def latents(self, prepared: ConditioningBatch, noise: Tensor) -> Tensor:
-        """Sample latents, (B, C, h, w), from noise (B, K, C, h, w)."""
-        return self._load().latents(prepared, noise)
+    def latents(self, prepared: ConditioningBatch, noise: Tensor, on_state: OnState | None = None) -> Tensor:
+        """Sample latents, (B, C, h, w), from noise (B, K, C, h, w); see `Sampler.latents`."""
+        return self._load().latents(prepared, noise, on_state)

@@ -22,13 +22,16 @@ from stage2_student.evaluation.results import (
     load_results,
     read_description,
 )
-from stage2_student.evaluation.table import Difference, HeightRow, MapRow, RunRow, Summary
+from stage2_student.evaluation.table import Difference, HeightRow, MapRow, RunRow, Summary, WayRow
 
 SUMMARY_FILE = "evaluation.json"
 QUALITY_FILE = "quality.json"
 """Of a run, where FID or CLIP score were asked for."""
 HEIGHT_EDGES = (0, 12, 16, 20, 24, 32, 48, 64, 96)
 """Pixels: lower edges of the classes of text height; the last is open."""
+
+DISTANCES = ("endpoint_error", "endpoint_error_inside", "endpoint_error_outside", "psnr")
+"""What is measured against the teacher's own solves, by the names of `RunRow` and `Difference`."""
 
 Score = Callable[[LineResult], float | None]
 """A line's score, None if the line has none."""
@@ -104,6 +107,11 @@ def _summarise_run(
         ned=scores["ned"],
         color_acc=scores["color_acc"],
         ground=scores["ground"],
+        endpoint_error=scores["endpoint_error"],
+        endpoint_error_inside=scores["endpoint_error_inside"],
+        endpoint_error_outside=scores["endpoint_error_outside"],
+        psnr=scores["psnr"],
+        way=tuple(_way(results, seed)),
         by_height=tuple(_by_height(results, seed)),
         by_map=tuple(_by_map(results, seed)),
         unet_evaluations=statistics.fmean(result.unet_evaluations for result in results),
@@ -114,14 +122,42 @@ def _summarise_run(
 
 
 def _measures(results: Sequence[ImageResult], palette: Sequence[Color]) -> dict[str, Grouped]:
-    """Return what runs are compared by; `ground` is of images, all others of lines."""
+    """Return what runs are compared by; accuracies are of lines, `ground` and distances of images."""
     grounds = [(result.layout_id, result.ground) for result in results]
     return {
+        **_distances(results),
         "sen_acc": _group(results, exact_score),
         "ned": _group(results, ned_score),
         "color_acc": _group(results, lambda line: _optional(color_right(line, palette))),
         "ground": _without_none(grounds),
     }
+
+
+def _distances(results: Sequence[ImageResult]) -> dict[str, Grouped]:
+    measured = [(result.layout_id, result.distance) for result in results if result.distance is not None]
+    squares: dict[str, list[tuple[str, float | None]]] = {
+        "endpoint_error": [(name, distance.latents.whole) for name, distance in measured],
+        "endpoint_error_inside": [(name, distance.latents.inside) for name, distance in measured],
+        "endpoint_error_outside": [(name, distance.latents.outside) for name, distance in measured],
+    }
+    ratios = [(name, distance.psnr) for name, distance in measured]
+    return {key: _without_none(values, root=True) for key, values in squares.items()} | {
+        "psnr": _without_none(ratios)
+    }
+
+
+def _way(results: Sequence[ImageResult], seed: int) -> list[WayRow]:
+    """Average the distances of states at each timestep that every image has."""
+    squares: dict[int, list[tuple[str, float]]] = {}
+    for result in results:
+        for state in result.distance.way if result.distance is not None else ():
+            squares.setdefault(state.timestep, []).append((result.layout_id, state.square))
+    rows = []
+    for timestep in sorted(squares, reverse=True):
+        error = estimate(_without_none(squares[timestep], root=True), seed)
+        if error is not None and error.count == len(results):
+            rows.append(WayRow(timestep=timestep, error=error))
+    return rows
 
 
 def exact_score(line: LineResult) -> float:
@@ -153,9 +189,9 @@ def _group(results: Sequence[ImageResult], score: Score) -> Grouped:
     return _without_none([(name, score(line)) for name, line in _lines(results)])
 
 
-def _without_none(scored: Sequence[tuple[str, float | None]]) -> Grouped:
+def _without_none(scored: Sequence[tuple[str, float | None]], *, root: bool = False) -> Grouped:
     kept = [(layout_id, value) for layout_id, value in scored if value is not None]
-    return Grouped.of([layout_id for layout_id, _ in kept], [value for _, value in kept])
+    return Grouped.of([layout_id for layout_id, _ in kept], [value for _, value in kept], root=root)
 
 
 def _by_height(results: Sequence[ImageResult], seed: int) -> list[HeightRow]:
@@ -200,36 +236,12 @@ def _differences(
         row: dict[str, Estimate | None] = {}
         for name, of_b in measures[b].items():
             of_a = measures[a][name]
-            # Results from before the ground was measured have none.
-            comparable = name != "ground" or of_a.layout_ids == of_b.layout_ids
-            row[name] = paired_difference(of_b, of_a, seed) if comparable else None
+            row[name] = paired_difference(of_b, of_a, seed) if _comparable(name, of_a, of_b) else None
         rows.append(Difference(run=b, less=a, **row))
     return rows
 
 
-def format_table(summary: Summary) -> str:
-    """Lay the runs out as a table of plain text, intervals in brackets."""
-    head = ("run", "Sen. Acc", "NED", "colour", "ground ΔE", "UNet", "WriteNet", "s/image")
-    rows = [
-        (
-            run.label,
-            _with_interval(run.sen_acc),
-            _with_interval(run.ned),
-            _with_interval(run.color_acc),
-            "-" if run.ground is None else f"{run.ground.value:.1f}",
-            f"{run.unet_evaluations:g}",
-            f"{run.writenet_evaluations:g}",
-            f"{run.seconds_per_image:.3g}",
-        )
-        for run in summary.runs
-    ]
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
-    ]
-    lines += [f"not complete, left out: {label}" for label in summary.incomplete]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _with_interval(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+def _comparable(name: str, a: Grouped, b: Grouped) -> bool:
+    """Tell whether both runs have a score; what is of images, not all runs have, and not of all their images."""
+    of_images = name == "ground" or name in DISTANCES
+    return not of_images or (a.layout_ids == b.layout_ids and bool((a.counts == b.counts).all()))

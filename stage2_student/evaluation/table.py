@@ -32,6 +32,16 @@ class MapRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WayRow:
+    """Distance of a run's states from the teacher's at one timestep."""
+
+    timestep: int
+    """Where a step ends; -1 at the end of the solve."""
+    error: Estimate
+    """As `RunRow.endpoint_error`, of the states there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
     """What a run scored and cost."""
 
@@ -67,10 +77,26 @@ class RunRow:
     """WriteNet calls of an image, mean."""
     seconds_per_image: float
     """The median: a machine that is shared for a while should not decide."""
+    endpoint_error: Estimate | None = None
+    """Distance of the latents from the teacher's own solve of the same noise, root of the mean square over images;
+    None where nothing was sampled, or it was not measured, as the three that follow."""
+    endpoint_error_inside: Estimate | None = None
+    """In the latent cells that hold text, of images that have any."""
+    endpoint_error_outside: Estimate | None = None
+    """In the others."""
+    psnr: Estimate | None = None
+    """Of the images against those of the solve, dB, the mean over images that are not equal to them."""
+    way: tuple[WayRow, ...] = ()
+    """After each step at whose end the teacher's state is known, in order."""
     fid: float | None = None
     """If it was measured."""
     clip_score: float | None = None
     """Likewise."""
+
+    @property
+    def is_unguided(self) -> bool:
+        """Whether it is the teacher without guidance: a UNet call a step, as a student's."""
+        return self.kind == "teacher" and self.settings.get("guidance_scale") == 1
 
     @property
     def is_ablation(self) -> bool:
@@ -90,6 +116,10 @@ class Difference:
     ned: Estimate | None
     color_acc: Estimate | None
     ground: Estimate | None
+    endpoint_error: Estimate | None = None
+    endpoint_error_inside: Estimate | None = None
+    endpoint_error_outside: Estimate | None = None
+    psnr: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

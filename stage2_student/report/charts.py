@@ -148,7 +148,7 @@ def _slots(points: Sequence[Point], axis: Axis, length: float) -> dict[float, fl
     places: dict[float, float] = {}
     for point in points:
         places[point.x] = max(places.get(point.x, 1), 2 * abs(point.shift) + 1)
-    values = sorted(places)
+    values = sorted(places, key=axis.share)  # from the left, also on an axis that falls
     spots = [length * axis.share(value) for value in values]
     around = [-spots[0], *spots, 2 * length - spots[-1]] if spots else []  # the axis's ends are half a gap away
     gaps = [min(b - a, c - b) for a, b, c in zip(around, around[1:], around[2:], strict=False)]

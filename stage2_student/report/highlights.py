@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from stage2_student.evaluation.table import Difference, RunRow, Summary
@@ -18,13 +19,14 @@ def highlights(summary: Summary) -> Markup | None:
 def _tiles(summary: Summary) -> list[Markup | None]:
     runs = [run for run in summary.runs if run.sen_acc and not run.is_ablation]
     students = [run for run in runs if run.kind == "student"]
-    full = _full_solve(runs)
+    full = full_solve(runs)
     if not students:
         shown = [full] if full else runs[:1]
         return [_score_tile(run.label, run) for run in shown if run]
     best = max(students, key=lambda run: run.sen_acc.value if run.sen_acc else 0)
     same = next((run for run in runs if run.kind == "teacher" and run.steps == best.steps), None)
     return [
+        _distance_tile(students, runs),
         _score_tile(best.label, best),
         _score_tile(f"{full.label}: {_relation(best, full)}", full) if full else None,
         _score_tile(f"{same.label}: the same steps, undistilled", same) if same else None,
@@ -38,7 +40,7 @@ def _relation(student: RunRow, solve: RunRow) -> str:
     return "what it learnt from" if learnt else "the teacher in full"
 
 
-def _full_solve(runs: Sequence[RunRow]) -> RunRow | None:
+def full_solve(runs: Sequence[RunRow]) -> RunRow | None:
     """Return the solve that students learn from, or else the teacher's longest."""
     teachers = [run for run in runs if run.kind == "teacher"]
     recorded = [run for run in teachers if run.settings.get("rounds_states")]
@@ -53,7 +55,7 @@ def telling_pairs(summary: Summary) -> list[Difference]:
     """
     runs = summary.runs
     whole = [run for run in runs if run.kind == "teacher" and not run.is_ablation]
-    full = _full_solve(whole)
+    full = full_solve(whole)
     wanted = set()
     for run in runs:
         if run.kind == "student":
@@ -65,6 +67,35 @@ def telling_pairs(summary: Summary) -> list[Difference]:
     order = [run.label for run in runs]
     pairs = [row for row in summary.differences if (row.run, row.less) in wanted]
     return sorted(pairs, key=lambda row: order.index(row.run))
+
+
+def _distance_tile(students: Sequence[RunRow], runs: Sequence[RunRow]) -> Markup | None:
+    """Show how much nearer to the teacher's own solve the best student is than the teacher in as few steps.
+
+    With guidance or without, whichever is nearer: few steps overshoot with it, so that it alone proves little.
+    """
+    pairs = []
+    for student in students:
+        rivals = [run for run in runs if run.kind == "teacher" and run.steps == student.steps]
+        if (nearest := min(map(_error, rivals), default=math.inf)) < math.inf and 0 < _error(student) < math.inf:
+            teacher = next(run for run in rivals if _error(run) == nearest)
+            pairs.append((nearest / _error(student), student, teacher))
+    if not pairs:
+        return None
+    ratio, student, teacher = max(pairs, key=lambda pair: pair[0])
+    ours, theirs = _error(student), _error(teacher)
+    calls = (evaluations(run.unet_evaluations) for run in (student, teacher))
+    return tag(
+        "li",
+        tag("strong", f"{ratio:.1f} ×"),
+        tag("span", f"nearer to the teacher's own solve: {student.label}, against {teacher.label}"),
+        tag("small", f"endpoint error {ours:.3f}, not {theirs:.3f}; UNet calls {', not '.join(calls)}"),
+        class_="student",
+    )
+
+
+def _error(run: RunRow) -> float:
+    return run.endpoint_error.value if run.endpoint_error else math.inf
 
 
 def _score_tile(label: str, run: RunRow) -> Markup:
@@ -81,10 +112,10 @@ def _price_tile(differences: Sequence[Difference], student: RunRow, full: RunRow
     pair = next((d for d in differences if (d.run, d.less) == (student.label, full.label)), None)
     faster = full.seconds_per_image / student.seconds_per_image if student.seconds_per_image else 0
     ours, theirs = evaluations(student.unet_evaluations), evaluations(full.unet_evaluations)
-    calls = f"{ours} UNet calls instead of {theirs}"
+    calls = f"{ours} UNet call{'s' * (student.unet_evaluations != 1)} instead of {theirs}"
     return tag(
         "li",
-        tag("strong", f"{faster:.1f} × faster" if faster else calls),
-        tag("span", f"{calls if faster else ''}"),
+        tag("strong", f"{faster:.1f} ×" if faster else calls),
+        tag("span", f"faster: {calls}" if faster else ""),
         tag("small", f"{points(pair.sen_acc)} points of Sen. Acc ({interval(pair.sen_acc)})" if pair else ""),
     )

@@ -11,10 +11,11 @@ from common.files import write_bytes_atomic
 from stage2_student.evaluation.table import Summary
 from stage2_student.report.commands import commands
 from stage2_student.report.data import Example, ReportData
-from stage2_student.report.highlights import highlights, telling_pairs
+from stage2_student.report.distance_plots import error_plot, way_plot
+from stage2_student.report.highlights import full_solve, highlights, telling_pairs
 from stage2_student.report.markup import Child, Markup, join, tag
 from stage2_student.report.plots import accuracy_plot, loss_plot
-from stage2_student.report.tables import differences_table, heights_table, map_table, runs_table
+from stage2_student.report.tables import differences_table, distances_table, heights_table, map_table, runs_table
 
 _STYLE = Path(__file__).with_name("style.css")
 _GROUND = (
@@ -81,7 +82,9 @@ def _measured(invocations: Sequence[Mapping[str, Any]]) -> str:
 def _sections(data: ReportData) -> list[Markup]:
     summary = data.summary
     runs = summary.runs
+    distance = _distance_section(summary)
     found = [
+        distance,
         _section(
             "Accuracy against steps",
             "Lines read exactly as asked for (Sen. Acc), with 95 % intervals. The scale of steps is logarithmic.",
@@ -93,9 +96,15 @@ def _sections(data: ReportData) -> list[Markup]:
             " guided step of the teacher calls the UNet twice. Time is that of the networks, without the encoding"
             " of prompts. Intervals come from resampling the layouts: where all lines are right, or none is, they"
             " have no width, and say less than they seem to.",
-            join(_left_out(summary), runs_table(runs)),
+            join(None if distance else _left_out(summary), runs_table(runs)),
         ),
         _examples_section(data),
+        _section(
+            "Distance along the way",
+            "After each step, how far a run's state is from the teacher's at the same timestep, from the noise"
+            " (left) to the image (right); root of the mean square over images, with 95 % intervals.",
+            way_plot(summary),
+        ),
         _section("By height of the text", "Sen. Acc, by the height of the line's box.", heights_table(runs)),
         _section(
             "In and out of the glyph map",
@@ -108,6 +117,21 @@ def _sections(data: ReportData) -> list[Markup]:
         _settings_section(data),
     ]
     return [section for section in found if section is not None]
+
+
+def _distance_section(summary: Summary) -> Markup | None:
+    """Show how far every run is from the teacher's own solve of the same noise."""
+    solve = full_solve(summary.runs)
+    name = f"the teacher's own solve in {solve.steps} steps" if solve else "the teacher's own full solve"
+    text = (
+        f"How far a run's images are from {name} of the same noise. Endpoint error is the root mean square"
+        " difference of the latents, less is better; PSNR is that of the decoded images, more is better. It says"
+        " how well a run does what the teacher does, and needs no judge; a run may be as good and elsewhere. Both"
+        " scales of the plot are logarithmic; the solve itself is at 0, which has no place there."
+    )
+    table = distances_table(summary.runs)
+    content = None if table is None else join(error_plot(summary), _left_out(summary), table)
+    return _section("Distance to the teacher's own solve", text, content)
 
 
 def _section(heading: str, intro: Child, content: Child) -> Markup | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 
 from stage2_student.evaluation.table import RunRow, Summary
@@ -17,13 +17,14 @@ from stage2_student.report.words import interval, percent
 COLORS, DASHES = 8, 4
 """Of the page's style; the first two colours are the teacher's alone."""
 _TEACHERS = ("teacher, trailing grid", "teacher, AnyText2's own grid")
+_UNGUIDED = "teacher, trailing grid, no guidance"
 MAX_CURVE_POINTS = 240
 """A longer curve is averaged into this many points."""
 
 
 def accuracy_plot(summary: Summary) -> Markup | None:
     """Plot Sen. Acc against steps, with intervals; None if no run has steps."""
-    series = _accuracy_series(summary.runs)
+    series = run_series(summary.runs, _accuracy_point)
     if not series:
         return None
     references = [
@@ -49,23 +50,28 @@ def accuracy_plot(summary: Summary) -> Markup | None:
     return join(legend(series, references), all_widths(plot))
 
 
-def _accuracy_series(runs: Sequence[RunRow]) -> list[Series]:
+def _accuracy_point(run: RunRow) -> Point | None:
+    value = run.sen_acc
+    if not run.steps or not value:
+        return None
+    note = f"{run.label}: {percent(value)} ({interval(value)})"
+    return Point(x=run.steps, y=value.value, low=value.low, high=value.high, note=note)
+
+
+def run_series(runs: Sequence[RunRow], point_of: Callable[[RunRow], Point | None]) -> list[Series]:
+    """Group runs to curves: the teacher on each kind of grid, the students of each objective.
+
+    Args:
+        runs: what leaves a part out is on no curve.
+        point_of: a run's point, None if it has none.
+    """
     groups: dict[str, list[Point]] = {}
     for run in runs:
-        if not run.steps or not run.sen_acc or run.is_ablation:
-            continue
-        value = run.sen_acc
-        point = Point(
-            x=run.steps,
-            y=value.value,
-            low=value.low,
-            high=value.high,
-            note=f"{run.label}: {percent(value)} ({interval(value)})",
-        )
-        groups.setdefault(_group_of(run), []).append(point)
-    students = [label for label in groups if label not in _TEACHERS]
-    looks = {label: (color, 0) for color, label in enumerate(_TEACHERS)}
-    looks |= {label: _look(index) for index, label in enumerate(students)}
+        if not run.is_ablation and (point := point_of(run)) is not None:
+            groups.setdefault(_group_of(run), []).append(point)
+    students = [label for label in groups if label not in (*_TEACHERS, _UNGUIDED)]
+    looks = {label: (color, 0) for color, label in enumerate(_TEACHERS)} | {_UNGUIDED: (0, 1)}
+    looks |= {label: look(index) for index, label in enumerate(students)}
     series = [
         Series(
             label=label,
@@ -96,7 +102,7 @@ def _side_by_side(series: Sequence[Series]) -> list[Series]:
     return moved
 
 
-def _look(index: int) -> tuple[int, int]:
+def look(index: int) -> tuple[int, int]:
     """Return colour and dash of the student, or training run, of a number: distinct for the first 24."""
     free = COLORS - len(_TEACHERS)
     return len(_TEACHERS) + index % free, index // free % DASHES
@@ -105,8 +111,9 @@ def _look(index: int) -> tuple[int, int]:
 def _group_of(run: RunRow) -> str:
     if run.kind == "student":
         return f"students, {run.settings.get('objective', 'trained')}"
-    upstream = str(run.settings.get("grid", "")).startswith("upstream")
-    return _TEACHERS[1] if upstream else _TEACHERS[0]
+    if str(run.settings.get("grid", "")).startswith("upstream"):
+        return _TEACHERS[1]
+    return _UNGUIDED if run.is_unguided else _TEACHERS[0]
 
 
 def loss_plot(trainings: Sequence[Training]) -> Markup | None:
@@ -119,7 +126,7 @@ def loss_plot(trainings: Sequence[Training]) -> Markup | None:
             dash=dash,
             markers=False,
         )
-        for run, (color, dash) in zip(trainings, map(_look, count()), strict=False)
+        for run, (color, dash) in zip(trainings, map(look, count()), strict=False)
     ]
     values = [point.y for one in series for point in one.points if point.y > 0]
     if not values:
@@ -133,7 +140,7 @@ def loss_plot(trainings: Sequence[Training]) -> Markup | None:
         ticks=tuple((i * step, f"{i * step:g}") for i in range(int(last / step) + 1)),
     )
     low, high = min(values), max(values)
-    y = Axis(label="", low=low / 1.1, high=high * 1.1, ticks=_log_ticks(low / 1.1, high * 1.1), logarithmic=True)
+    y = Axis(label="", low=low / 1.1, high=high * 1.1, ticks=log_ticks(low / 1.1, high * 1.1), logarithmic=True)
 
     def plot(width: int, height: int) -> Markup:
         return line_chart("Loss against optimizer steps", series, x, y, width=width, height=height)
@@ -155,7 +162,7 @@ def nice_step(rough: float) -> float:
     return float(next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9)))
 
 
-def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
+def log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
     """Mark 1, 2 and 5 times powers of ten in a range, or only its ends if it is narrow."""
     marks = [
         factor * 10.0**power

@@ -28,6 +28,8 @@ _MEASURES = (
     _Measure(key="ned", head="NED, points"),
     _Measure(key="color_acc", head="colour, points"),
     _Measure(key="ground", head="ground ΔE", factor=1, digits=2, less_is_better=True),
+    _Measure(key="endpoint_error", head="endpoint error", factor=1, digits=3, less_is_better=True),
+    _Measure(key="psnr", head="PSNR, dB", factor=1, digits=1),
 )
 
 
@@ -56,6 +58,28 @@ def runs_table(runs: Sequence[RunRow]) -> Markup:
             seconds(run.seconds_per_image),
         ]
         rows.append((run.label, cells, _kind(run)))
+    return _table(head, rows)
+
+
+def distances_table(runs: Sequence[RunRow]) -> Markup | None:
+    """Lay out how far every run is from the teacher's own solve, and at what cost; None if none was measured."""
+    if not any(run.endpoint_error for run in runs):
+        return None
+    head = ["", "endpoint error", "inside boxes", "outside", "PSNR, dB", "UNet calls"]
+    rows = [
+        (
+            run.label,
+            [
+                _error(run.endpoint_error),
+                _error(run.endpoint_error_inside),
+                _error(run.endpoint_error_outside),
+                _figure(run.psnr, 1, 1),
+                evaluations(run.unet_evaluations),
+            ],
+            _kind(run),
+        )
+        for run in runs
+    ]
     return _table(head, rows)
 
 
@@ -150,6 +174,11 @@ def _bar(estimate: Estimate | None, brief: bool = False) -> Child:
         title=interval(estimate),
         style=f"--low:{low};--high:{high};--value:{value}",
     )
+
+
+def _error(estimate: Estimate | None) -> Child:
+    """Show an endpoint error; latents are of a size of about 1, so that large ones need no small digits."""
+    return _figure(estimate, 1, 3 if estimate is None or estimate.high < 10 else 1)
 
 
 def _figure(estimate: Estimate | None, factor: float, digits: int, unit: str = "") -> Child:

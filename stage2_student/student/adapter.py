@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from common.ddim import CLEAN, Grid
 from common.errors import DataError, UsageError, reason
 from common.faults import raise_disk_fault
 from common.files import canonical_json, write_bytes_atomic
 from stage2_student.student import exported
+from stage2_student.student.ancestors import Ancestor
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, LIST_FILE, newest_checkpoint
 from stage2_student.student.lora import attach, load_lora, save_lora
 from stage2_student.student.student import Student, split_parts
@@ -24,6 +27,8 @@ LORA_DIR, EMA_DIR = "lora", "ema"
 """Adapters in a checkpoint: the trained one, and the average of its weights if the run keeps one."""
 FORMAT = 1
 SAMPLERS = ("ddim", "lcm")
+GRIDS = {"trailing": CLEAN, "upstream": 0}
+"""Where a student's last step ends, by the name of its grid: at x0, or where AnyText2's own program ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +38,7 @@ class Card:
     objective: str
     """Of the training, e.g. "phased"."""
     sampler: str
-    """"ddim" (eta 0, ending at alphas_cumprod = 1) or "lcm" (noise is added between steps)."""
+    """"ddim" (eta 0) or "lcm" (noise is added between steps)."""
     timesteps: tuple[int, ...]
     """t at which the network is called, descending; as many as there are steps (M)."""
     step: int
@@ -48,16 +53,27 @@ class Card:
     """Of the shards that were trained on."""
     config: Mapping[str, Any]
     """The training's resolved configuration."""
+    ancestors: tuple[Ancestor, ...] = ()
+    """The students that it was started from, oldest first; none if its training started fresh."""
+    grid: str = "trailing"
+    """Of `GRIDS`."""
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
-        if self.sampler not in SAMPLERS or not self.timesteps or not falling:
-            raise DataError(f"{CARD_FILE}: sampler {self.sampler!r} with timesteps {self.timesteps} is not known")
+        if self.sampler not in SAMPLERS or self.grid not in GRIDS or not self.timesteps or not falling:
+            raise DataError(
+                f"{CARD_FILE}: sampler {self.sampler!r}, grid {self.grid!r}, timesteps {self.timesteps}: not known"
+            )
 
     @property
     def num_steps(self) -> int:
         """M."""
         return len(self.timesteps)
+
+    @property
+    def solve(self) -> Grid:
+        """Where a solve by this student calls it, and where it ends."""
+        return Grid(timesteps=torch.tensor(self.timesteps), end=torch.tensor(GRIDS[self.grid]))
 
     @property
     def num_noises(self) -> int:
@@ -67,6 +83,15 @@ class Card:
     def at_step(self, step: int) -> Card:
         """Return the card after so many optimizer steps."""
         return dataclasses.replace(self, step=step)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as JSON values; where it says nothing of ancestors and grid, these are the usual."""
+        values = {"format": FORMAT, **dataclasses.asdict(self)}
+        if not self.ancestors:
+            del values["ancestors"]
+        if self.grid == "trailing":
+            del values["grid"]
+        return values
 
     def to_metadata(self, layout: str) -> exported.Metadata:
         """Return what an exported file says of itself.
@@ -88,6 +113,8 @@ class Card:
             "alpha": str(float(self.rank) if layout == "diffusers" else self.alpha),
             "base_fingerprint": self.base_fingerprint,
             "set_hash": self.set_hash,
+            **({} if self.grid == "trailing" else {"grid": self.grid}),
+            **({"ancestors": json.dumps(self.to_json()["ancestors"])} if self.ancestors else {}),
         }
 
     @staticmethod
@@ -108,6 +135,8 @@ class Card:
                 base_fingerprint=metadata["base_fingerprint"],
                 set_hash=metadata["set_hash"],
                 config={},
+                ancestors=_read_ancestors(json.loads(metadata.get("ancestors", "[]"))),
+                grid=metadata.get("grid", "trailing"),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(
@@ -158,8 +187,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], card: Card) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for part, of_part in split_parts(dict(tensors)).items():
         save_lora(folder / part, of_part, rank=card.rank, alpha=card.alpha)
-    content = {"format": FORMAT, **dataclasses.asdict(card)}
-    write_bytes_atomic(folder / CARD_FILE, canonical_json(content))
+    write_bytes_atomic(folder / CARD_FILE, canonical_json(card.to_json()))
 
 
 def read_card(folder: Path) -> Card:
@@ -176,12 +204,18 @@ def read_card(folder: Path) -> Card:
         found = values.pop("format")
         if found != FORMAT:
             raise DataError(f"{path}: format is {found}, expected {FORMAT}; is it of another version?")
-        return Card(**{**values, "timesteps": tuple(int(t) for t in values["timesteps"])})
+        values["timesteps"] = tuple(int(t) for t in values["timesteps"])
+        values["ancestors"] = _read_ancestors(values.get("ancestors", []))
+        return Card(**values)
     except FileNotFoundError:
         raise DataError(f"{folder}: no {CARD_FILE}; expected a run folder or an adapter's folder") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise_disk_fault(error, path)
         raise DataError(f"{path}: not an adapter's card ({reason(error)})") from None
+
+
+def _read_ancestors(values: Sequence[Mapping[str, Any]]) -> tuple[Ancestor, ...]:
+    return tuple(map(Ancestor.from_json, values))
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Checkpoints: folders that appear complete under their name, and are believed only by their content.
 
 A checkpoint `step-NNNNNNNN` holds files and, written last, `checkpoint.json` with the size and SHA-256 of each.
-It is written under a temporary name in the same folder, synced, and renamed.
+It is written under a temporary name in the same folder, synced, and renamed. Of an older one only some files may
+be left: its list then has these alone, and says which others were `pruned`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None]) -> Pat
     """
     root.mkdir(parents=True, exist_ok=True)
     target = root / checkpoint_name(step)
-    if target.exists() and not damage(target):
+    if target.exists() and not damage(target) and not is_pruned(target):
         return target
     temporary = root / f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
     try:
@@ -90,11 +91,26 @@ def damage(checkpoint: Path) -> str:
             if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
                 return f"{name} does not match its size and SHA-256"
     except FileNotFoundError as error:
+        if Path(error.filename).name in _pruned_files(checkpoint):  # while it was read
+            return damage(checkpoint)
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise_disk_fault(error, checkpoint)
         return f"{LIST_FILE} is unreadable ({reason(error)})"
     return ""
+
+
+def is_pruned(checkpoint: Path) -> bool:
+    """Tell whether only some of a checkpoint's files are left, so that no run can go on from it."""
+    return bool(_pruned_files(checkpoint))
+
+
+def _pruned_files(checkpoint: Path) -> frozenset[str]:
+    try:
+        return frozenset(json.loads((checkpoint / LIST_FILE).read_bytes()).get("pruned", ()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise_disk_fault(error, checkpoint)
+        return frozenset()  # it is damaged, which `damage` says
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -105,15 +121,20 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(names, key=step_of)
 
 
-def newest_checkpoint(root: Path) -> Path | None:
+def newest_checkpoint(root: Path, *, to_resume: bool = False) -> Path | None:
     """Return the newest checkpoint whose content is complete, or None if there is no checkpoint at all.
 
     Says which newer ones are damaged.
 
+    Args:
+        root: the folder of checkpoints.
+        to_resume: pass over those that were pruned.
+
     Raises:
-        DataError: there are checkpoints, and all are damaged.
+        DataError: there are checkpoints, and none will do.
     """
-    found = list_checkpoints(root)
+    every = list_checkpoints(root)
+    found = [checkpoint for checkpoint in every if not (to_resume and is_pruned(checkpoint))]
     for checkpoint in reversed(found):
         reason = damage(checkpoint)
         if not reason:
@@ -124,11 +145,20 @@ def newest_checkpoint(root: Path) -> Path | None:
             f"{root}: none of its {len(found)} checkpoints is complete ({found[-1].name}: {damage(found[-1])});"
             " nothing was changed: restore one from a copy, or start a new run in another --out folder"
         )
+    if every:
+        raise DataError(
+            f"{root}: of its {len(every)} checkpoints only the adapters are left, and no run can go on from these;"
+            f" restore a whole one from a copy, or start a new run with --from {every[-1]} in another --out folder"
+        )
     return None
 
 
-def require_complete(checkpoint: Path) -> Path:
+def require_complete(checkpoint: Path, *, to_resume: bool = False) -> Path:
     """Return a checkpoint that was asked for by path.
+
+    Args:
+        checkpoint: its folder.
+        to_resume: refuse one that was pruned.
 
     Raises:
         DataError: it is missing or damaged.
@@ -138,25 +168,49 @@ def require_complete(checkpoint: Path) -> Path:
     reason = damage(checkpoint)
     if reason:
         raise DataError(f"checkpoint {checkpoint}: {reason}; use an older one")
+    if to_resume and is_pruned(checkpoint):
+        raise DataError(
+            f"checkpoint {checkpoint}: only its adapter is left (train.keep_checkpoints), so that no run can go on"
+            f" from it; use a newer one, or start a new run with --from {checkpoint} in another --out folder"
+        )
     return checkpoint
 
 
-def prune(root: Path, keep: int) -> None:
+def prune(root: Path, keep: int, strip: Collection[str] = ()) -> None:
     """Remove what is older than the newest complete checkpoints, and leftovers of dead writers.
 
     Args:
         root: the folder of checkpoints.
-        keep: complete checkpoints that stay; damaged ones do not count.
+        keep: complete checkpoints that stay; damaged and stripped ones do not count.
+        strip: names of files; if there are any, older complete checkpoints lose these and keep the rest.
     """
     complete = 0
     for checkpoint in reversed(list_checkpoints(root)):
-        if complete == keep:
+        if strip and is_pruned(checkpoint):
+            _remove_pruned(checkpoint)  # what a dead process did not come to
+        elif complete == keep and strip and _is_complete(checkpoint):
+            _strip(checkpoint, strip)
+        elif complete == keep:
             doomed = root / f".{checkpoint.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
             checkpoint.rename(doomed)  # first out of sight: a half-removed checkpoint must not bear its name
         elif _is_complete(checkpoint):
             complete += 1
     for leftover in root.glob(f".{PREFIX}*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _strip(checkpoint: Path, files: Collection[str]) -> None:
+    """Take files from a complete checkpoint: first from its list, so that it is never taken for whole."""
+    listed = json.loads((checkpoint / LIST_FILE).read_bytes())
+    rest = {name: expected for name, expected in listed["files"].items() if name not in files}
+    content = {**listed, "files": rest, "pruned": sorted(files)}
+    write_bytes_atomic(checkpoint / LIST_FILE, canonical_json(content))
+    _remove_pruned(checkpoint)
+
+
+def _remove_pruned(checkpoint: Path) -> None:
+    for name in _pruned_files(checkpoint):
+        (checkpoint / name).unlink(missing_ok=True)
 
 
 _read: dict[Path, list[tuple[str, int, int]]] = {}

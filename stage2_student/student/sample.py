@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from common.anytext2.conditioning import Conditioning, ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.anytext2.vae import VAE
 from common.config import Config
-from common.ddim import CLEAN, Crossing, Grid, consistency_value, cross_by_ddim, integrate
+from common.ddim import CLEAN, Crossing, consistency_value, cross_by_ddim, integrate
 from common.errors import UsageError
 from common.machine import resolve_device
 from common.pictures import Picture
@@ -83,12 +83,19 @@ class LoadedStudent:
         return torch.stack([draw_noise(seed, number, shape, self.card.num_noises) for number in numbers])
 
     @torch.no_grad()
-    def latents(self, conditioning: ConditioningBatch, noise: Tensor) -> Tensor:
+    def latents(
+        self,
+        conditioning: ConditioningBatch,
+        noise: Tensor,
+        on_state: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Sample B images.
 
         Args:
             conditioning: of B images.
             noise: see `noise`, (B, K, C, h, w).
+            on_state: given the timestep at which each step ends, `CLEAN` for the last one's, and the state there,
+                (B, C, h, w); of sampler "lcm" only the end, as noise of its own is in every other state.
 
         Returns:
             Latents, (B, C, h, w) float32.
@@ -109,9 +116,16 @@ class LoadedStudent:
                 return clean
             return diffuse(clean, noise[:, later], crossing.alphas_cumprod_end)
 
-        grid = Grid(timesteps=torch.tensor(self.card.timesteps), end=torch.tensor(CLEAN))
+        grid = self.card.solve
+        ends = [*self.card.timesteps[1:], CLEAN]
+
+        def on_step(index: int, z: Tensor) -> Tensor:
+            if on_state is not None and index and (index == grid.num_steps or self.card.sampler == "ddim"):
+                on_state(ends[index - 1], z)
+            return z
+
         cross = cross_by_ddim if self.card.sampler == "ddim" else cross_by_consistency
-        return integrate(predict, noise[:, 0], grid, cross=cross)
+        return integrate(predict, noise[:, 0], grid, on_step, cross=cross)
 
 
 def draw_noise(seed: int, number: int, shape: tuple[int, ...], count: int = 1) -> Tensor:

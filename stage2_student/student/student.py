@@ -76,11 +76,21 @@ def add_adapters(student: Student, config: Config) -> list[Adapted]:
         UsageError: a pattern matches nothing, or a module is matched twice.
     """
     lora = config.lora
-    plan = [("unet", student.unet, find_targets(student.unet, lora.targets, "lora.targets"))]
-    if lora.writenet:
-        found = find_targets(student.writenet, lora.writenet_targets, "lora.writenet_targets")
-        plan.append(("writenet", student.writenet, found))
     adapted: list[Adapted] = []
-    for part, model, targets in plan:
+    for part, targets in find_modules(student, config).items():
+        model = student.parts[part]
         adapted += adapt(model, part, targets, rank=lora.rank, alpha=lora.alpha, seed=config.train.seed)
     return adapted
+
+
+def find_modules(student: Student, config: Config) -> dict[str, dict[str, str]]:
+    """Return what [lora] asks to adapt, by part: the pattern of each module, by name.
+
+    Raises:
+        UsageError: a pattern matches nothing, or a module is matched twice.
+    """
+    lora = config.lora
+    found = {"unet": find_targets(student.unet, lora.targets, "lora.targets")}
+    if lora.writenet:
+        found["writenet"] = find_targets(student.writenet, lora.writenet_targets, "lora.writenet_targets")
+    return found

@@ -21,6 +21,8 @@ from stage2_student.student.lora import load_parameters
 from stage2_student.training.ema import Ema
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+RESUME_FILES = (OPTIMIZER_FILE, STATE_FILE)
+"""What only a run that goes on needs; the rest of a checkpoint are adapters."""
 
 
 @dataclass(kw_only=True, slots=True)

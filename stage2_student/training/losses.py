@@ -8,8 +8,8 @@ alphas_cumprod is 1. Every function works in the dtype that it is given; trainin
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
+from common.regions import text_cells
 from common.schedule import ddim_step, predict_eps
 
 
@@ -92,8 +92,7 @@ def region_weights(positions: Tensor, size: tuple[int, int], weight: float) -> T
     Returns:
         Weights, (B, 1, h, w) float32.
     """
-    inside = functional.adaptive_max_pool2d((positions > 0).float(), size)  # (B, 1, h, w)
-    return 1 + (weight - 1) * inside
+    return 1 + (weight - 1) * text_cells(positions, size)
 
 
 def per_sample(loss: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ Each takes the rollouts, the drawn states and `predict`, the student's eps. The 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,15 +41,25 @@ class Rollouts(Tensors):
     """The teacher's one-step conditional x0 at each called state, (B, S, C, h, w), if recorded."""
     x0_uncond: Tensor | None = None
     """Likewise, unconditional."""
+    end_timestep: int = CLEAN
+    """t of the end."""
 
     def at(self, state: Tensor) -> Tensor:
         """Return z at a state of each sample, (B, C, h, w) float32."""
         return self.states[torch.arange(len(state), device=state.device), state].float()
 
     def timestep(self, state: Tensor) -> Tensor:
-        """Return t of a state of each sample, (B,) int64, -1 for the end."""
-        padded = torch.nn.functional.pad(self.timesteps, (0, 1), value=CLEAN)  # (B, S + 1)
+        """Return t of a state of each sample, (B,) int64, -1 for the end of most solves."""
+        padded = torch.nn.functional.pad(self.timesteps, (0, 1), value=self.end_timestep)  # (B, S + 1)
         return padded.gather(1, state[:, None])[:, 0]
+
+    def labelled(self, phases: Phases) -> Rollouts:
+        """Return the rollouts with t of the phases' boundaries as the student will meet them."""
+        if phases.labels is None:
+            return self
+        timesteps = self.timesteps.clone()
+        timesteps[:, list(phases.boundaries[:-1])] = timesteps.new_tensor(phases.labels[:-1])
+        return replace(self, timesteps=timesteps, end_timestep=phases.labels[-1])
 
     def guided_x0(self, state: Tensor, guidance_scale: float) -> Tensor:
         """Return the teacher's guided one-step x0 at a called state of each sample, (B, C, h, w) float32."""
@@ -106,7 +116,7 @@ def phased_loss(
 
     Source: Salimans & Ho 2022, appendix G, over a phase instead of two solver steps.
     """
-    end = settings.phases.end(draws.state)
+    rollouts, end = rollouts.labelled(settings.phases), settings.phases.end(draws.state)
     t = rollouts.timestep(draws.state)
     return _cross(rollouts.at(draws.state), t, rollouts.at(end), rollouts.timestep(end), predict, settings)
 
@@ -121,7 +131,7 @@ def interpolated_loss(
 
     Source: Wang et al. 2024 (Rectified Diffusion, arXiv 2410.07303), its phased form.
     """
-    end = settings.phases.end(draws.state)
+    rollouts, end = rollouts.labelled(settings.phases), settings.phases.end(draws.state)
     t_start, t_end = rollouts.timestep(draws.state), rollouts.timestep(end)
     z_start, z_end = rollouts.at(draws.state), rollouts.at(end)
     a_start, a_end = alphas_at(settings.alphas_cumprod, t_start), alphas_at(settings.alphas_cumprod, t_end)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from common.errors import UsageError
-from common.schedule import trailing_timesteps
+from common.schedule import trailing_timesteps, upstream_timesteps
 from common.sections import TrainConfig
 from common.seeding import rng
 from common.tensors import Tensors
@@ -17,48 +18,87 @@ from stage2_student.student.shard_facts import ShardFacts
 
 PREDICTION_OBJECTIVES = ("lcm", "x0")
 """They read the teacher's recorded one-step predictions."""
+NEAR = 5
+"""Timesteps between a label and the state that bears it, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phases:
-    """S called states cut into M phases of equal length; state S is the end of the solve."""
+    """S called states of a rollout, cut into phases that start and end at stored states; state S is the end."""
 
-    num_states: int
-    """S: stored states at which the teacher was called."""
-    num_phases: int
-    """M: the student's steps. Divides S, so that every phase starts and ends at a stored state."""
-
-    def __post_init__(self) -> None:
-        if self.num_phases < 1 or self.num_states % self.num_phases:
-            divisors = [str(m) for m in range(1, self.num_states + 1) if self.num_states % m == 0]
-            raise UsageError(
-                f"train.num_phases: received {self.num_phases}, but the shards hold {self.num_states} states"
-                f" of each solve and phases must start and end at stored states; expected {', '.join(divisors)}"
-            )
+    boundaries: tuple[int, ...]
+    """The state at which each phase starts, ascending from 0, and S."""
+    labels: tuple[int, ...] | None = None
+    """t at which the student meets each boundary; None if as recorded."""
 
     @property
-    def states_per_phase(self) -> int:
-        """Called states in a phase, S / M."""
-        return self.num_states // self.num_phases
+    def num_states(self) -> int:
+        """S."""
+        return self.boundaries[-1]
+
+    @property
+    def num_phases(self) -> int:
+        """Crossings that are trained."""
+        return len(self.boundaries) - 1
+
+    @property
+    def shortest(self) -> int:
+        """Stored states that the shortest phase is long."""
+        return min(end - start for start, end in pairwise(self.boundaries))
 
     def start(self, phase: int) -> int:
         """Return the index of a phase's first state."""
-        return phase * self.states_per_phase
+        return self.boundaries[phase]
 
     def end(self, state: Tensor) -> Tensor:
         """Return, for indices of called states, the index of the state that ends their phase (int64)."""
-        return (state // self.states_per_phase + 1) * self.states_per_phase
+        boundaries = torch.tensor(self.boundaries, device=state.device)
+        return boundaries[torch.bucketize(state, boundaries, right=True)]
 
-    def student_timesteps(self, rollout_timesteps: Tensor) -> Tensor:
-        """Return the t at which an M-step student is called: the phases' starts.
 
-        Args:
-            rollout_timesteps: t of the called states, (S,) int64.
+def even_phases(num_states: int, num_phases: int) -> Phases:
+    """Cut a rollout into phases of equal length, called where it was recorded.
 
-        Returns:
-            (M,) int64, descending.
-        """
-        return rollout_timesteps[:: self.states_per_phase]
+    Args:
+        num_states: S, stored states at which the teacher was called.
+        num_phases: M, the student's steps. Divides S.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if num_phases < 1 or num_states % num_phases:
+        divisors = [str(m) for m in range(1, num_states + 1) if num_states % m == 0]
+        raise UsageError(
+            f"train.num_phases: received {num_phases}, but the shards hold {num_states} states"
+            f" of each solve and phases must start and end at stored states; expected {', '.join(divisors)}"
+        )
+    return Phases(boundaries=tuple(range(0, num_states + 1, num_states // num_phases)))
+
+
+def upstream_phases(num_phases: int, recorded: Sequence[int]) -> Phases:
+    """Cut a rollout so that a student learns to be called on AnyText2's own grid.
+
+    That grid starts below the noisiest timestep and ends with a call at t = 1, which hardly moves anything. So the
+    noise bears its first label, each later label is met at the nearest stored state, and x0 ends the crossing to
+    t = 1: M calls are M - 1 crossings.
+
+    Args:
+        num_phases: M, the student's steps.
+        recorded: t of the stored called states, descending.
+
+    Raises:
+        UsageError: the shards hold no states near enough.
+    """
+    first, *inner, last = upstream_timesteps(num_phases).tolist()
+    nearest = [min((abs(t - label), state) for state, t in enumerate(recorded))[1] for label in inner]
+    off = [label for label, state in zip(inner, nearest, strict=True) if abs(recorded[state] - label) > NEAR]
+    if off:
+        raise UsageError(
+            f'train.grid "upstream" with {num_phases} phases needs stored states within {NEAR} of t ='
+            f" {', '.join(map(str, off))}, but the shards hold t = {', '.join(map(str, recorded))}; precompute"
+            " with the 8 states that 40 solver steps keep, or train fewer phases"
+        )
+    return Phases(boundaries=(0, *nearest, len(recorded)), labels=(first, *inner, last))
 
 
 def require_distance(solver_steps: int) -> None:
@@ -107,11 +147,18 @@ def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
             " not hold; precompute with precompute.store_predictions = true"
         )
     if train.objective == "lcm":
-        return Phases(num_states=len(facts.timesteps), num_phases=1), trailing_timesteps(train.num_phases)
-    phases = Phases(num_states=len(facts.timesteps), num_phases=train.num_phases)
+        return even_phases(len(facts.timesteps), 1), trailing_timesteps(train.num_phases)
+    if train.grid == "upstream":
+        phases, timesteps = (
+            upstream_phases(train.num_phases, facts.timesteps),
+            upstream_timesteps(train.num_phases),
+        )
+    else:
+        phases = even_phases(len(facts.timesteps), train.num_phases)
+        timesteps = torch.tensor(facts.timesteps)[list(phases.boundaries[:-1])]
     if train.objective in ("phased", "pcm"):
-        require_distance(facts.record_every * (phases.states_per_phase if trains_at_starts(train) else 1))
-    return phases, phases.student_timesteps(torch.tensor(facts.timesteps))
+        require_distance(facts.record_every * (phases.shortest if trains_at_starts(train) else 1))
+    return phases, timesteps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

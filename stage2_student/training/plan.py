@@ -15,6 +15,7 @@ from common.differences import require_same
 from shards.reading.reader import ShardSet
 from stage2_student.student.adapter import Card
 from stage2_student.student.shard_facts import ShardFacts, read_facts, require_base
+from stage2_student.training.ancestry import Ancestry, require_fit
 from stage2_student.training.checkpoint import Progression, read_state
 from stage2_student.training.phases import Phases, plan_phases
 from stage2_student.training.run_identity import comparable, identity_of_run
@@ -45,7 +46,12 @@ class Plan:
 
 
 def make_plan(
-    config: Config, accelerator: Accelerator, shards: ShardSet, run: Path, checkpoint: Path | None
+    config: Config,
+    accelerator: Accelerator,
+    shards: ShardSet,
+    run: Path,
+    checkpoint: Path | None,
+    ancestry: Ancestry,
 ) -> Plan:
     """Check that configuration, shards, base and checkpoint fit each other.
 
@@ -55,18 +61,25 @@ def make_plan(
         shards: what is trained on.
         run: the run's folder.
         checkpoint: to go on from, or None to start.
+        ancestry: what the run starts from, or was started from.
 
     Raises:
         UsageError: objective, number of phases and shards do not fit each other.
-        DataError: the shards are of another base, or the checkpoint is of a run with other settings.
+        DataError: the shards are of another base, the checkpoint is of a run with other settings, or the adapter
+            to start from is of another kind.
     """
     facts = read_facts(shards)
     phases, timesteps = plan_phases(config.train, facts)
     with accelerator.main_process_first():  # the others then find it cached
         base = fingerprint(config.find_checkpoint(), "base")
     require_base(facts, base, "the shards")
+    require_fit(config, ancestry, base)
     identity = identity_of_run(
-        config, world=accelerator.num_processes, base_fingerprint=base, set_hash=shards.set_hash
+        config,
+        world=accelerator.num_processes,
+        base_fingerprint=base,
+        set_hash=shards.set_hash,
+        ancestor=ancestry.sha256,
     )
     progression = Progression()
     if checkpoint is not None:
@@ -81,12 +94,14 @@ def make_plan(
         objective=config.train.objective,
         sampler="lcm" if config.train.objective == "lcm" else "ddim",
         timesteps=tuple(timesteps.tolist()),
+        grid=config.train.grid,
         step=progression.step,
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         base_fingerprint=base,
         set_hash=shards.set_hash,
         config=config.as_dict(),
+        ancestors=ancestry.ancestors,
     )
     return Plan(
         config=config,

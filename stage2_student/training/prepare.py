@@ -12,6 +12,7 @@ from shards.reading.loader import ShardLoader
 from shards.reading.reader import ShardSet
 from stage2_student.student.lora import Adapted
 from stage2_student.student.student import Student, add_adapters, load_base, training_dtype
+from stage2_student.training.ancestry import Ancestry, take_over
 from stage2_student.training.checkpoint import Learner, restore
 from stage2_student.training.ema import Ema
 from stage2_student.training.phases import PREDICTION_OBJECTIVES
@@ -54,11 +55,17 @@ def make_loader(config: Config, accelerator: Accelerator, dataset: ShardSet) -> 
 
 
 def prepare(
-    config: Config, accelerator: Accelerator, dataset: ShardSet, run: Path, checkpoint: Path | None
+    config: Config,
+    accelerator: Accelerator,
+    dataset: ShardSet,
+    run: Path,
+    checkpoint: Path | None,
+    ancestry: Ancestry,
 ) -> tuple[Trainer, list[Adapted]]:
-    """Load everything and take up the checkpoint."""
-    plan = make_plan(config, accelerator, dataset, run, checkpoint)
+    """Load everything and take up the checkpoint, or the ancestor."""
+    plan = make_plan(config, accelerator, dataset, run, checkpoint, ancestry)
     student, adapted = load_student(config, accelerator.device)
+    take_over(student, ancestry)  # before an average is started from the weights
     learner = make_learner(config, student)
     loader = make_loader(config, accelerator, dataset)
     model, optimizer = accelerator.prepare(

@@ -12,13 +12,21 @@ HARMLESS = frozenset(
         "batch_size",  # batch_size x processes is noted instead
         "checkpoint_every",
         "gradient_checkpointing",
+        "keep_adapters",
+        "held_out_every",
+        "held_out_samples",
         "keep_checkpoints",
         "log_every",
         "max_steps",  # unless the learning rate depends on it
         "num_workers",
+        "tracker_project",
+        "trackers",
     }
 )
 """Keys of [train] that do not change what is learnt."""
+
+ONLY_IF_SET = {"grid": "trailing"}
+"""Keys that came later, and what runs begun before have."""
 
 
 _GLOBAL_BATCH, _ACCUMULATION = "global_batch (train.batch_size x processes)", "train.gradient_accumulation"
@@ -34,7 +42,9 @@ def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "samples a step (train.batch_size x train.gradient_accumulation x processes)": samples}
 
 
-def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_hash: str) -> dict[str, Any]:
+def identity_of_run(
+    config: Config, *, world: int, base_fingerprint: str, set_hash: str, ancestor: str | None = None
+) -> dict[str, Any]:
     """Return the settings that decide what a run learns, as JSON values by dotted key.
 
     Args:
@@ -42,13 +52,17 @@ def identity_of_run(config: Config, *, world: int, base_fingerprint: str, set_ha
         world: processes that train together.
         base_fingerprint: of the checkpoint.
         set_hash: of the frozen shards.
+        ancestor: hash of the adapter that the run was started from, or None if it started fresh.
     """
     values = config.as_dict()
     train = {key: value for key, value in values["train"].items() if key not in HARMLESS}
-    if config.train.schedule == "cosine":
+    train = {k: v for k, v in train.items() if k not in ONLY_IF_SET or v != ONLY_IF_SET[k]}
+    if config.train.schedule != "constant":
         train["max_steps"] = config.train.max_steps
     found: dict[str, Any] = {f"train.{key}": value for key, value in train.items()}
     found |= {f"lora.{key}": value for key, value in values["lora"].items()}
+    if ancestor is not None:
+        found["ancestor"] = ancestor
     return found | {
         "model.dtype": config.model.dtype,
         "shards.window_shards": config.shards.window_shards,

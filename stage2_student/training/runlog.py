@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, and the same numbers for TensorBoard."""
+"""The log of a run: one JSON object a line, and the same numbers for its trackers."""
 
 from __future__ import annotations
 
@@ -7,41 +7,40 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common.faults import naming
+from common.config import Config
 from common.files import write_bytes_atomic
 from common.jsonl import LineWriter, read_objects
+from stage2_student.training.trackers import Trackers
 
 LOG_FILE = "log.jsonl"
-TENSORBOARD_DIR = "tensorboard"
 
 
 class RunLog:
     """Appends to a run's log; a context manager. Lines beyond the step resumed from are dropped first."""
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, config: Config) -> None:
         """Open the log.
 
         Args:
             run: the run's folder.
             step: optimizer steps done; what an interrupted run logged after them will be logged again.
-        """
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports that only a training run needs
+            config: its trackers.
 
+        Raises:
+            UsageError: a tracker did not start.
+        """
         path = run / LOG_FILE
         if path.exists():
             write_bytes_atomic(path, b"".join(_encode(line) for line in read_log(run) if line["step"] <= step))
         self._file = LineWriter(path, encode=_encode)
-        self._board_folder = run / TENSORBOARD_DIR
-        with naming(self._board_folder):
-            self._board = SummaryWriter(str(self._board_folder), purge_step=step + 1)
+        self._trackers = Trackers(run, config, step)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-        with naming(self._board_folder):
-            self._board.close()
+        self._trackers.close()
 
     def write(self, step: int, facts: dict[str, Any]) -> None:
         """Append a line; a number that is not finite becomes null.
@@ -52,10 +51,7 @@ class RunLog:
         """
         values = {name: value if math.isfinite(value) else None for name, value in facts.items()}
         self._file.append({"step": step, **values})
-        with naming(self._board_folder):
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, step)
+        self._trackers.log(step, {name: value for name, value in values.items() if value is not None})
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ from shards.reading.loader import ShardLoader
 from shards.records.batch import Batch
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, prune, save_checkpoint
 from stage2_student.student.student import Student
-from stage2_student.training.checkpoint import Learner, Progression, write_state
+from stage2_student.training.checkpoint import RESUME_FILES, Learner, Progression, write_state
+from stage2_student.training.held_out_loss import HeldOut
 from stage2_student.training.losses import per_sample, region_weights
 from stage2_student.training.objectives import LossSettings, loss_of, select_rollout
 from stage2_student.training.phases import draw, trains_at_starts
@@ -44,6 +45,8 @@ def learning_rate(step: int, config: Config) -> float:
     if train.schedule == "constant":
         return train.learning_rate
     fraction = (step - train.warmup_steps) / max(train.max_steps - train.warmup_steps, 1)
+    if train.schedule == "linear":
+        return train.learning_rate * (1 - min(fraction, 1.0))
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
@@ -68,6 +71,7 @@ class Trainer:
     optimizer: Any
     learner: Learner
     loader: ShardLoader
+    held_out: HeldOut | None = None
     _clock: _Clock = field(default_factory=_Clock)
     _last_loss: float | None = None
 
@@ -94,7 +98,7 @@ class Trainer:
         batches = iter(self.loader)
         self._clock = _Clock()
         with (
-            RunLog(self.plan.run, state.step) if main else nullcontext() as log,
+            RunLog(self.plan.run, state.step, self.plan.config) if main else nullcontext() as log,
             Progress(total, "train", "step", initial=state.step) if main else nullcontext() as progress,
         ):
             saved = state.step
@@ -104,6 +108,10 @@ class Trainer:
                     log.write(state.step, facts)
                 if progress is not None:
                     progress.update(1, **({"loss": f"{facts['loss']:.4g}"} if facts else {}))
+                if self.held_out is not None and self.held_out.is_due(state.step):
+                    measured = self._measure(self.held_out)
+                    if log is not None:
+                        log.write(state.step, measured)
                 stopping = self._agree(stop.stop_requested)
                 if stopping or state.step == total or state.step % self.plan.config.train.checkpoint_every == 0:
                     before = time.perf_counter()
@@ -114,6 +122,13 @@ class Trainer:
                     stop.stop_requested = True  # also on ranks that got no signal
                     stop.raise_if_requested(f"step {saved} of {total} is in a checkpoint")
         return self._last_loss
+
+    def _measure(self, held_out: HeldOut) -> dict[str, float]:
+        """Measure the loss on records that are not trained on; it is not the steps' time."""
+        before = time.perf_counter()
+        measured = held_out.measure(self.losses, self.learner.ema, self.accelerator)
+        self._clock.started += time.perf_counter() - before
+        return measured
 
     def save(self) -> None:
         """Write a checkpoint from the main process; the others wait."""
@@ -128,7 +143,8 @@ class Trainer:
                 self.progression.step,
                 lambda folder: write_state(folder, self.learner, self.progression, card, self.plan.identity),
             )
-            prune(root, self.plan.config.train.keep_checkpoints)
+            train = self.plan.config.train
+            prune(root, train.keep_checkpoints, strip=RESUME_FILES if train.keep_adapters else ())
         self.accelerator.wait_for_everyone()
 
     def optimizer_step(self, batches: Iterator[Batch]) -> dict[str, float] | None:

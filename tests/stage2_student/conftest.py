@@ -183,6 +183,10 @@ Configure = Callable[..., Config]
 
 @pytest.fixture
 def configure(base_folder: Path) -> Configure:
+    return configure_for(base_folder)
+
+
+def configure_for(base_folder: Path) -> Configure:
     """Make a configuration of the small base; keywords go to [train], `lora` and `model` to theirs."""
 
     def make(*, lora: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **train: Any) -> Config:

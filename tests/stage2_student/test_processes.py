@@ -191,10 +191,14 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_bit_identical_to_an_uninterrup
 def test_two_processes_train_like_one_with_their_batches_together(
     configure: Configure, base_folder: Path, shards: Path, tmp_path: Path
 ) -> None:
+    """Both start from another adapter and measure five held-out records, three of them in the first process."""
     settings = {**SETTINGS, "max_steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "gradient_accumulation": 2}
+    held_out = write_shards(tmp_path / "held-out", base_folder / "base.safetensors", samples=5)
+    ancestor = train(configure(max_steps=1), shards=shards, run=tmp_path / "ancestor").run
     (tmp_path / "small.toml").write_text(toml_of(base_folder, **settings))
     command = [sys.executable, "pipeline.py", "train", "--config", str(tmp_path / "small.toml")]
     command += ["--shards", str(shards), "--out", str(tmp_path / "two")]
+    command += ["--from", str(ancestor), "--held-out", str(held_out)]
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
     two = [start(command, **step, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")]  # as srun does
@@ -202,7 +206,7 @@ def test_two_processes_train_like_one_with_their_batches_together(
     assert [process.returncode for process in two] == [0, 0], said
     assert sum(out.count("trainable parameters") for out, _ in said) == 1  # only one of them speaks
     alone = configure(**{**settings, "batch_size": 4})
-    one = train(alone, shards=shards, run=tmp_path / "one")
+    one = train(alone, shards=shards, run=tmp_path / "one", ancestor=ancestor, held_out=held_out)
     halfway = tmp_path / "two/checkpoints/step-00000003"  # of two processes, taken up by one
     mixed = train(alone, shards=shards, run=tmp_path / "mixed", resume=str(halfway))
     assert one.checkpoint is not None and mixed.resumed_from == 3
@@ -212,8 +216,9 @@ def test_two_processes_train_like_one_with_their_batches_together(
             found = load_tensors(tmp_path / run / "checkpoints" / one.checkpoint.name / kind)
             for name, tensor in expected.items():
                 assert float((found[name] - tensor).norm()) <= 2e-3 * float(tensor.norm()), (run, name)
-    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for key in ("loss", "held_out_loss", "held_out_loss_ema"):
+        one_, two_ = ([line[key] for line in read_log(tmp_path / name) if key in line] for name in ("one", "two"))
+        assert one_ and one_ == pytest.approx(two_, rel=1e-4)
 
 
 def test_torchrun_goes_on_after_a_killed_rank_and_stops_with_a_checkpoint(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import DataError, UsageError
+from common.config import Config, TrainConfig
+from common.errors import DataError, Stopped, UsageError
 from shards.reading.reader import ShardSet
-from stage2_student.student.adapter import Card, load_tensors, read_card
+from stage2_student.student.adapter import Card, find_adapter, load_tensors, read_card
 from stage2_student.train import TrainResult, hold_run, make_accelerator, train
 from stage2_student.training.runlog import read_log
+from stage2_student.training.trainer import learning_rate
 from tests.shards.builders import flip_bit
 from tests.stage2_student.conftest import Configure, write_shards
 
@@ -52,6 +55,54 @@ def test_a_run_trains_logs_and_leaves_an_adapter_with_its_card(
     assert (card.num_steps, card.timesteps, card.step, card.sampler) == (2, (999, 499), 6, "ddim")
     assert json.loads((result.run / "config.json").read_text())["train"]["max_steps"] == 6
     assert not same(weights(result), weights(result, "ema"))
+
+
+def test_older_checkpoints_keep_their_adapters_and_lose_what_only_a_resumed_run_needs(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 2, "ema_decay": 0.9}
+    run = train(configure(**settings, max_steps=4), shards=shards, run=tmp_path / "run").run
+    old = run / "checkpoints/step-00000001"
+    assert sorted(path.name for path in old.iterdir()) == ["checkpoint.json", "ema", "lora"]
+    assert [len(list(c.glob("optimizer*"))) for c in sorted((run / "checkpoints").iterdir())] == [0, 0, 1, 1]
+    assert find_adapter(old) == old / "ema" and read_card(old / "lora").step == 1
+    with pytest.raises(DataError, match="only its adapter is left"):
+        train(configure(**settings, max_steps=5), shards=shards, run=tmp_path / "other", resume=str(old))
+    for name in ("step-00000003", "step-00000004"):
+        injure(run / "checkpoints" / name)
+    with pytest.raises(DataError, match="none of its 2 checkpoints is complete"):
+        train(configure(**settings, max_steps=5), shards=shards, run=run, resume="auto")
+    assert find_adapter(run) == run / "checkpoints/step-00000002/ema"
+
+    none = configure(**settings, keep_adapters=False, max_steps=4)
+    few = train(none, shards=shards, run=tmp_path / "few")
+    assert len(list((few.run / "checkpoints").iterdir())) == 2
+    assert same(weights(few), load_tensors(run / "checkpoints/step-00000004/lora"))
+
+
+def test_a_run_stops_when_its_time_is_up_and_goes_on_to_the_same_bits(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    whole = train(configure(max_steps=3), shards=shards, run=tmp_path / "whole")
+    for done in (1, 2):  # a limit that is over before the first step still makes one
+        with pytest.raises(Stopped, match=rf"because its time is up; step {done} of 3 is in a checkpoint"):
+            train(configure(max_steps=3), shards=shards, run=tmp_path / "run", resume="auto", max_minutes=1e-6)
+    last = train(configure(max_steps=3), shards=shards, run=tmp_path / "run", resume="auto", max_minutes=60)
+    assert (last.resumed_from, last.steps) == (2, 3)
+    assert same(weights(last), weights(whole))
+
+
+def test_learning_rates_rise_to_their_peak_and_fall_to_zero_as_their_schedule_says() -> None:
+    def rates(schedule: str) -> list[float]:
+        train = TrainConfig(schedule=schedule, learning_rate=1.0, warmup_steps=2, max_steps=10)  # type: ignore[arg-type]
+        return [learning_rate(step, Config(train=train)) for step in range(12)]
+
+    assert rates("constant") == [0.5] + [1.0] * 11
+    falling = [1 - step / 8 for step in range(9)]
+    assert rates("linear") == pytest.approx([0.5, 1.0, *falling, 0.0])
+    assert rates("cosine") == pytest.approx(
+        [0.5, 1.0, *(0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(9)), 0.0]
+    )
 
 
 def test_the_loss_goes_down(configure: Configure, shards: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from common.errors import DataError, UsageError
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.measuring.ablations import ABLATIONS, split_parts
 from stage1_teacher.measuring.held_out import HeldOut, image_stem, read_undrawn
-from stage1_teacher.measuring.teacher_sampler import teacher_samplers
+from stage1_teacher.measuring.teacher_sampler import TeacherSampler, teacher_samplers
 from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_scene
@@ -197,3 +197,20 @@ def test_undrawn_layouts_follow_the_benchmarks_cut_and_names(tmp_path: Path) -> 
     assert [place for place, line in enumerate(layout.lines) if not line.in_glyph_map] == [2]
     assert layout.lines[0].text == "line 1 xxxxxxxxxxxxx"
     assert layout.size == (512, 512)
+
+
+def test_a_grid_may_name_its_own_guidance(config_path: Path, tmp_path: Path) -> None:
+    held_out = held_out_of(config_path, write_annotations(tmp_path / "a.json", annotation(0)))
+    config, teacher = load(config_path, "precompute.guidance_scale=3"), Teacher.load(load(config_path))
+
+    def samplers(*grids: str) -> list[TeacherSampler]:
+        return teacher_samplers(config, held_out, lambda: (teacher, teacher.unconditional()), grids, [])
+
+    usual, none, other = samplers("trailing:2", "trailing:2@1", "trailing:2@3", "trailing:40@2.5")
+    assert [one.guidance_scale for one in (usual, none, other)] == [3, 1, 2.5]
+    assert [one.settings["guidance_scale"] for one in (usual, none, other)] == [3, 1, 2.5]
+    assert none.label == "teacher, 2 steps (trailing grid, no guidance)"
+    assert other.label == "teacher, 40 steps (trailing grid, guidance 2.5)"
+    for wrong in ("trailing:2@", "trailing:2@0.5", "trailing:2@nan", "trailing:2@x"):
+        with pytest.raises(UsageError, match="guidance"):
+            samplers(wrong)

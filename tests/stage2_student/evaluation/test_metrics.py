@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -109,6 +110,17 @@ def test_pairing_finds_a_small_difference_that_the_two_intervals_hide() -> None:
     assert whole_b.high > whole_a.low  # the intervals overlap
     assert difference.low > 0
     assert difference.value == pytest.approx(whole_a.value - whole_b.value)
+
+
+def test_the_root_of_a_mean_square_is_taken_after_the_mean_also_in_a_difference() -> None:
+    a = Grouped.of(["x", "y", "y"], [1.0, 4.0, 4.0], root=True)
+    b = Grouped.of(["x", "y", "y"], [1.0, 0.0, 0.0], root=True)
+    found, difference = estimate(a, seed=0), paired_difference(a, b, seed=0)
+    assert found is not None and difference is not None
+    assert found.value == pytest.approx(math.sqrt(3)) and found.count == 3
+    assert (found.low, found.high) == (1, 2)  # only the one layout, only the other
+    assert difference.value == pytest.approx(math.sqrt(3) - math.sqrt(1 / 3))
+    assert (difference.low, difference.high) == (0, 2)
 
 
 def test_runs_on_different_layouts_are_not_compared() -> None:

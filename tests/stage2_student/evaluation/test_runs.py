@@ -19,7 +19,8 @@ from stage2_student.evaluation.image_folder import count_samples, folder_run
 from stage2_student.evaluation.judges import Judge
 from stage2_student.evaluation.results import load_layouts, load_results, save_layouts, slug
 from stage2_student.evaluation.runs import Job, Plan, Run, Sampled, evaluate_run, run_folder
-from stage2_student.evaluation.summary import format_table, summarise
+from stage2_student.evaluation.summary import summarise
+from stage2_student.evaluation.text_table import format_table
 from tests.stage2_student.evaluation.drawn_text import draw_layouts
 from tests.stage2_student.evaluation.test_judges import make_parrot
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.layouts import Layout, Line
 from shards.files.frozen import FrozenSet, write_frozen
+from stage2_student.evaluation.endpoint import Distance, SquareErrors, StateError
 from stage2_student.evaluation.invocation import note_invocation
 from stage2_student.evaluation.reading import LineResult
 from stage2_student.evaluation.results import RESULTS_FILE, RUN_FILE, ImageResult, open_results, save_layouts
@@ -126,12 +127,20 @@ def _write_run(
                 writenet_evaluations=float(steps > 0),
                 image="0.png" if number < 6 else "",
                 ground=None if number % 4 == 3 else 12 * (1 - right) * random_.uniform(0.5, 1.5),
+                distance=_distance(random_, steps, right) if steps else None,
             )
         )
     with open_results(place / RESULTS_FILE) as writer:
         writer.append(*results)
     quality = {"clip_score": 31.24} | ({} if kind == "truth" else {"fid": 123.45})
     (place / QUALITY_FILE).write_text(json.dumps(quality))
+
+
+def _distance(random_: random.Random, steps: int, right: float) -> Distance:
+    far = 0.0 if steps == 40 else 4 * (1.01 - right) * random_.uniform(0.5, 1.5)
+    way = tuple(StateError(timestep=at, square=far) for at in (899, 499, 24, -1)) if far else ()
+    errors = SquareErrors(whole=far, inside=1234 * far, outside=far / 1234)
+    return Distance(latents=errors, psnr=random_.uniform(10, 50) if far else None, way=way)
 
 
 def make_trainings(folder: Path) -> list[Path]:

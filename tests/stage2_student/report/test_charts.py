@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from stage2_student.evaluation.metrics import Estimate
-from stage2_student.evaluation.table import RunRow
+from stage2_student.evaluation.table import RunRow, WayRow
 from stage2_student.report.charts import Axis, Point, Series, legend, line_chart
 from stage2_student.report.data import Training
+from stage2_student.report.distance_plots import error_plot, way_plot
 from stage2_student.report.markup import Markup, join, tag
 from stage2_student.report.plots import MAX_CURVE_POINTS, accuracy_plot, loss_plot, nice_step
 from stage2_student.report.words import percent, points, seconds
@@ -72,6 +73,48 @@ def test_the_accuracy_plot_has_one_series_per_grid_and_objective_and_no_ablation
     assert len(list(root.iter(f"{SVG}circle"))) == 3 * 5
     # The teacher's two points on the trailing grid are joined, nothing else is.
     assert len(list(root.iter(f"{SVG}polyline"))) == 3
+
+
+def far(label: str, calls: float, error: float, kind: str = "teacher", **more: object) -> RunRow:
+    found = Estimate(value=error, low=error * 0.9, high=error * 1.1, count=9)
+    settings = {"objective": "phased"} if kind == "student" else {"grid": "trailing:4"}
+    costs = {"unet_evaluations": calls, "steps": 1, "settings": settings}
+    return run_row(label, kind, endpoint_error=found, **costs, **more)
+
+
+def test_the_error_plot_has_the_teacher_and_the_students_as_curves_and_not_the_solve_itself() -> None:
+    assert error_plot(summary_of(run("t4", 4, 0.3))) is None
+    runs = [far("t40", 80, 0.0), far("t4", 8, 0.1), far("t1", 2, 10.0), far("s4", 4, 0.1, "student")]
+    plot = error_plot(summary_of(*runs, far("s1", 1, 1.0, "student"), run_row("true images", "truth")))
+    assert plot is not None
+    root = parse(plot)
+    labels = ["".join(item.itertext()) for item in root.iter("li")]
+    assert labels == ["teacher, trailing grid", "students, phased"]
+    wide = next(root.iter(f"{SVG}svg"), None)
+    charts = [svg for svg in root.iter(f"{SVG}svg") if svg.get("class") == "chart"]
+    assert wide is not None and len(charts) == 3
+    places = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in charts[0].iter(f"{SVG}circle")]
+    assert len(places) == 4
+    one_call, two_calls, four_calls, eight_calls = sorted(places)
+    steps = [b[0] - a[0] for a, b in ((one_call, two_calls), (two_calls, four_calls), (four_calls, eight_calls))]
+    assert steps == pytest.approx([steps[0]] * 3, abs=0.2)  # a doubling is as wide anywhere
+    # From 0.1 to 1 it is as high as from 1 to 10.
+    assert four_calls[1] - one_call[1] == pytest.approx(one_call[1] - two_calls[1], abs=0.2)
+    assert len(list(charts[0].iter(f"{SVG}polyline"))) == 2
+
+
+def test_the_way_is_plotted_from_the_noise_at_the_left_to_the_image_at_the_right() -> None:
+    assert way_plot(summary_of(far("s1", 1, 1.0, "student"))) is None
+    way = tuple(
+        WayRow(timestep=at, error=Estimate(value=error, low=error, high=error, count=9))
+        for at, error in ((749, 0.1), (499, 0.2), (249, 0.3), (-1, 0.4))
+    )
+    plot = way_plot(summary_of(far("s4", 4, 0.4, "student", way=way)))
+    assert plot is not None
+    chart = next(svg for svg in parse(plot).iter(f"{SVG}svg") if svg.get("class") == "chart")
+    columns = [float(c.get("cx", 0)) for c in chart.iter(f"{SVG}circle")]
+    assert columns == sorted(columns) and len(columns) == 4
+    assert chart.findall(f".//{SVG}text")[-2].text == "0"  # the last mark of the axis, before its label
 
 
 def test_runs_of_equal_steps_stand_side_by_side_and_are_not_joined() -> None:

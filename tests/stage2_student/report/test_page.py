@@ -32,9 +32,11 @@ def test_the_page_needs_nothing_else(page: str) -> None:
 def test_every_section_is_there(page: str) -> None:
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
+        "Distance to the teacher's own solve",
         "Accuracy against steps",
         "All runs",
         "The same noise, sampled by each run",
+        "Distance along the way",
         "By height of the text",
         "Paired differences",
         "Training",
@@ -42,7 +44,7 @@ def test_every_section_is_there(page: str) -> None:
         "How to make it again",
     ]
     assert page.count("<img ") == 5 * len(RUNS)
-    assert page.count('class="chart"') == 6  # two charts, each for a wide, a middling and a narrow screen
+    assert page.count('class="chart"') == 12  # four charts, each for a wide, a middling and a narrow screen
 
 
 def test_lines_out_of_the_glyph_map_have_a_section_where_there_are_any(page: str, crowded: Path) -> None:
@@ -69,8 +71,9 @@ def test_the_figures_are_those_of_the_evaluation(page: str, evaluation: Path) ->
     runs = {run.label: run.sen_acc for run in gather(evaluation).summary.runs}
     best = runs["run-a, 4 steps"].value
     assert f"<strong>{100 * best:.1f}\u00a0%</strong><span>run-a, 4 steps</span>" in page
-    assert "10.0 × faster" in page
-    assert "4 UNet calls instead of 40" in page
+    assert "<strong>10.0 ×</strong><span>faster: 4 UNet calls instead of 40</span>" in page
+    # As many UNet calls as steps; run-a's squares are of the same size as the teacher's in as many steps.
+    assert "<strong>1.0 ×</strong><span>nearer to the teacher's own solve: run-a, 4 steps" in page
     assert "teacher, 40 steps (as recorded): what it learnt from" in page
     assert "ceiling" not in page
     worst = runs["teacher, 4 steps (trailing grid)"].value

@@ -9,7 +9,7 @@ import pytest
 from stage2_student.evaluation.metrics import Estimate
 from stage2_student.evaluation.table import Difference, MapRow, RunRow
 from stage2_student.report.data import gather
-from stage2_student.report.tables import differences_table, map_table, runs_table
+from stage2_student.report.tables import differences_table, distances_table, map_table, runs_table
 from stage2_student.report.words import verdict
 from tests.stage2_student.report.rows import run_row
 
@@ -36,6 +36,25 @@ def test_colour_and_ground_are_shown_with_their_intervals() -> None:
     shown = cells(runs_table([run(color_acc=estimate(0.7, 0.6, 0.8), ground=estimate(3.25, 2.5, 4))]))
     assert shown["colour"] == "70.0\u00a0% 60.0 to 80.0"
     assert shown["ground ΔE"] == "3.25 2.50 to 4.00"
+
+
+def test_distances_are_shown_with_their_intervals_and_an_empty_cell_where_there_is_none() -> None:
+    assert distances_table([run()]) is None
+    far = {
+        "endpoint_error": estimate(0.1874, 0.17, 0.2),
+        "endpoint_error_inside": estimate(0.4, 0.3, 0.5),
+        "endpoint_error_outside": estimate(0.05, 0.04, 0.06),
+        "psnr": estimate(28.94, 28, 30),
+    }
+    assert cells(str(distances_table([run(**far)]))) == {
+        "endpoint error": "0.187 0.170 to 0.200",
+        "inside boxes": "0.400 0.300 to 0.500",
+        "outside": "0.050 0.040 to 0.060",
+        "PSNR, dB": "28.9 28.0 to 30.0",
+        "UNet calls": "4",
+    }
+    both = str(distances_table([run_row("true images", "truth", unet_evaluations=0), run(**far)]))
+    assert both.count(">–</td>") == 5
 
 
 def test_what_no_run_has_is_no_column() -> None:
@@ -92,5 +111,6 @@ def test_an_evaluation_with_colours_and_grounds_has_all_columns(crowded: Path) -
     heads = re.findall(r'<th scope="col">(.*?)</th>', runs_table(summary.runs))
     assert heads[4:8] == ["colour", "ground ΔE", "FID", "CLIP score"]
     heads = re.findall(r'<th scope="col">(.*?)</th>', differences_table(summary.differences))
-    assert heads == ["", "Sen. Acc, points", "NED, points", "colour, points", "ground ΔE"]
+    measures = ["Sen. Acc, points", "NED, points", "colour, points", "ground ΔE", "endpoint error", "PSNR, dB"]
+    assert heads == ["", *measures]
     assert any(row.sen_acc is not None and row.sen_acc.high < -0.1 for row in summary.differences)

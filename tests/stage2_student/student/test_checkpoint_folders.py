@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from common.errors import DataError
 from stage2_student.student.checkpoint_folders import (
     damage,
+    is_pruned,
     list_checkpoints,
     newest_checkpoint,
     prune,
@@ -90,6 +92,88 @@ def test_pruning_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
     prune(tmp_path, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+STRIP = ("state.json",)
+
+
+def test_pruning_may_leave_older_checkpoints_their_adapters_to_read_but_not_to_resume_from(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, fill())
+    prune(tmp_path, keep=1, strip=STRIP)
+    one, two, three = list_checkpoints(tmp_path)
+    for older in (one, two):
+        assert is_pruned(older) and damage(older) == ""
+        assert (older / "lora/unet/weights").read_bytes() == b"abc" and not (older / "state.json").exists()
+        assert require_complete(older) == older
+        with pytest.raises(DataError, match=r"only its adapter is left .* start a new run with --from"):
+            require_complete(older, to_resume=True)
+    assert not is_pruned(three) and (three / "state.json").exists()
+    assert newest_checkpoint(tmp_path, to_resume=True) == three
+    (two / "lora/unet/weights").write_bytes(b"abd")
+    assert "weights does not match" in damage(two)
+
+    (three / "state.json").unlink()  # damaged: the newest adapter that is whole is one to sample with
+    assert newest_checkpoint(tmp_path) == one
+    with pytest.raises(DataError, match=r"none of its 1 checkpoints is complete \(step-00000003"):
+        newest_checkpoint(tmp_path, to_resume=True)
+    shutil.rmtree(three)
+    with pytest.raises(DataError, match=r"of its 2 checkpoints only the adapters are left"):
+        newest_checkpoint(tmp_path, to_resume=True)
+
+
+def test_stripped_checkpoints_do_not_count_and_are_removed_when_no_adapters_are_to_be_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, fill())
+        prune(tmp_path, keep=2, strip=STRIP)
+    assert [is_pruned(checkpoint) for checkpoint in list_checkpoints(tmp_path)] == [True, True, False, False]
+    save_checkpoint(tmp_path, 2, fill())  # a run that came by there again
+    assert not is_pruned(list_checkpoints(tmp_path)[1])
+    prune(tmp_path, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_a_damaged_older_checkpoint_is_not_kept_for_its_adapter(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, fill())
+    (tmp_path / "step-00000001/lora/unet/weights").write_bytes(b"abd")
+    prune(tmp_path, keep=1, strip=STRIP)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_a_process_killed_while_it_strips_leaves_nothing_that_could_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, fill())
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, keep=1, strip=STRIP)
+    older = tmp_path / "step-00000001"
+    assert (older / "state.json").exists() and is_pruned(older) and damage(older) == ""
+    prune(tmp_path, keep=1, strip=STRIP)
+    assert not (older / "state.json").exists()
+
+
+def test_a_reader_whom_pruning_overtakes_sees_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, fill())
+    older, read = tmp_path / "step-00000001", Path.read_bytes
+
+    def read_and_be_overtaken(path: Path) -> bytes:
+        content = read(path)
+        monkeypatch.undo()
+        prune(tmp_path, keep=1, strip=STRIP)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_be_overtaken)
+    assert damage(older) == ""
+    assert is_pruned(older)
 
 
 def test_no_checkpoint_is_found_where_none_is(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,12 +33,13 @@ from stage2_student.training.objectives import (
     Rollouts,
     interpolated_loss,
     lcm_loss,
+    loss_of,
     pcm_loss,
     phased_loss,
     select_rollout,
     x0_loss,
 )
-from stage2_student.training.phases import Draws, Phases, draw, require_distance
+from stage2_student.training.phases import Draws, draw, even_phases, require_distance, upstream_phases
 
 ALPHAS = make_alphas_cumprod()
 STATES = 8
@@ -63,7 +66,7 @@ def solves_for(batch: int = 3, *, predictions: bool = False) -> Rollouts:
 def settings_for(num_phases: int = 4, **train: object) -> LossSettings:
     return LossSettings(
         train=TrainConfig(num_phases=num_phases, **train),  # type: ignore[arg-type]
-        phases=Phases(num_states=STATES, num_phases=num_phases),
+        phases=even_phases(STATES, num_phases),
         alphas_cumprod=ALPHAS,
     )
 
@@ -131,16 +134,82 @@ def test_region_weights_move_attention_and_keep_the_scale_of_the_loss() -> None:
 
 
 def test_phases_start_and_end_at_stored_states() -> None:
-    phases = Phases(num_states=8, num_phases=4)
+    phases = even_phases(8, 4)
     assert [phases.start(m) for m in range(4)] == [0, 2, 4, 6]
     assert phases.end(torch.arange(8)).tolist() == [2, 2, 4, 4, 6, 6, 8, 8]
-    assert phases.student_timesteps(trailing_timesteps(8)).tolist() == trailing_timesteps(4).tolist()
+    assert (phases.num_states, phases.num_phases, phases.shortest) == (8, 4, 2)
 
 
 @pytest.mark.parametrize("num_phases", [0, 3, 5, 16])
 def test_a_number_of_phases_that_does_not_divide_the_states_is_refused(num_phases: int) -> None:
     with pytest.raises(UsageError, match=r"train\.num_phases.*expected 1, 2, 4, 8"):
-        Phases(num_states=8, num_phases=num_phases)
+        even_phases(8, num_phases)
+
+
+@pytest.mark.parametrize(
+    ("num_phases", "boundaries", "labels"),
+    [
+        (2, (0, 8), (501, 1)),
+        (4, (0, 4, 6, 8), (751, 501, 251, 1)),
+        (8, (0, 2, 3, 4, 5, 6, 7, 8), (876, 751, 626, 501, 376, 251, 126, 1)),
+    ],
+)
+def test_phases_of_upstreams_grid_start_at_noise_and_end_at_x0_with_its_labels(
+    num_phases: int, boundaries: tuple[int, ...], labels: tuple[int, ...]
+) -> None:
+    phases = upstream_phases(num_phases, trailing_timesteps(8).tolist())
+    assert (phases.boundaries, phases.labels) == (boundaries, labels)
+    assert phases.num_phases == num_phases - 1
+    assert phases.end(torch.tensor(boundaries[:-1])).tolist() == list(boundaries[1:])
+
+
+@pytest.mark.parametrize(("num_phases", "num_states"), [(8, 4), (4, 2), (2, 5)])
+def test_upstreams_grid_needs_stored_states_near_its_labels(num_phases: int, num_states: int) -> None:
+    recorded = trailing_timesteps(num_states).tolist()
+    if num_phases == 2:  # noise and x0 are all that it needs
+        assert upstream_phases(2, recorded).boundaries == (0, num_states)
+        return
+    with pytest.raises(UsageError, match=r'grid "upstream" .* within 5 of t = .*the shards hold t = 999'):
+        upstream_phases(num_phases, recorded)
+
+
+@pytest.mark.parametrize("states", ["starts", "interpolated"])
+def test_a_student_of_upstreams_grid_crosses_to_the_stored_states_from_its_own_labels(states: str) -> None:
+    """Its last crossing lands on x0 with one more call to come, at t = 1."""
+    rollouts, settings = solves_for(), settings_for(states=states, grid="upstream")
+    settings = replace(settings, phases=upstream_phases(4, trailing_timesteps(STATES).tolist()))
+    starts, ends, t_end = [0, 4, 6], torch.tensor([4, 6, 8]), torch.tensor([501, 251, 1])
+    draws = draws_at(starts, position=0.0)
+    a_end = alphas_at(ALPHAS, t_end)
+
+    def perfect(z: Tensor, t: Tensor) -> Tensor:
+        assert t.tolist() == [751, 501, 251]
+        torch.testing.assert_close(z, rollouts.at(draws.state), rtol=1e-4, atol=1e-4)
+        eps = phase_target_eps(z, rollouts.at(ends), alphas_at(ALPHAS, t), a_end)
+        landed = ddim_step(z, eps, alphas_at(ALPHAS, t), a_end)
+        torch.testing.assert_close(landed, rollouts.at(ends), rtol=1e-3, atol=1e-3)
+        return eps
+
+    loss = loss_of(settings.train)
+    assert loss(rollouts, draws, perfect, perfect, settings).abs().max() < 1e-4
+    off = loss(rollouts, draws, lambda z, t: perfect(z, t) + 1, perfect, settings)
+    torch.testing.assert_close(off, torch.full_like(off, (1 + 1e-6) ** 0.5 - 1e-3), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_phases": 1}, r"num_phases: received 1, expected 2, 4 or 8 .* calls t = 1 on pure noise"),
+        ({"num_phases": 3}, r"num_phases: received 3, expected 2, 4 or 8 .* of 3 is out of range"),
+        ({"objective": "pcm"}, r"objective: received 'pcm, states = starts', expected phased at"),
+        ({"states": "all"}, r"objective: received 'phased, states = all', expected phased at"),
+    ],
+)
+def test_what_upstreams_grid_cannot_do_is_refused_with_the_reason(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(grid="upstream", **settings)  # type: ignore[arg-type]
 
 
 def test_targets_between_adjacent_solver_steps_are_refused() -> None:
@@ -151,7 +220,7 @@ def test_targets_between_adjacent_solver_steps_are_refused() -> None:
 
 def test_draws_depend_on_seed_epoch_and_sample_and_on_nothing_else() -> None:
     def drawn(indices: list[int], *, seed: int = 0, epoch: int = 0, starts_only: bool = True) -> Draws:
-        phases = Phases(num_states=8, num_phases=4)
+        phases = even_phases(8, 4)
         samples = [(epoch, index) for index in indices]
         return draw(samples, seed=seed, num_rollouts=3, phases=phases, starts_only=starts_only)
 
@@ -215,9 +284,9 @@ def test_pcm_takes_the_stored_state_at_a_phase_end_and_the_students_value_inside
 
 def test_no_gradient_flows_through_the_targets_of_pcm_and_lcm() -> None:
     rollouts = solves_for(3, predictions=True)
-    for loss_of, objective in ((pcm_loss, "pcm"), (lcm_loss, "lcm")):
+    for objective_loss, objective in ((pcm_loss, "pcm"), (lcm_loss, "lcm")):
         scale, target_scale = torch.ones((), requires_grad=True), torch.ones((), requires_grad=True)
-        loss_of(
+        objective_loss(
             rollouts,
             draws_at([0, 3, 7]),
             lambda z, t, s=scale: s * z,

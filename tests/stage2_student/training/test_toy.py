@@ -19,7 +19,7 @@ from stage2_student.training.objectives import (
     phased_loss,
     x0_loss,
 )
-from stage2_student.training.phases import Draws, Phases
+from stage2_student.training.phases import Draws, even_phases
 
 ALPHAS = make_alphas_cumprod()
 NUM_PHASES, STEPS, KEEP = 4, 40, 5
@@ -78,7 +78,7 @@ def endpoint_error(loss_of, **train: object) -> float:  # type: ignore[no-untype
         ],
         dim=1,
     )
-    phases = Phases(num_states=STEPS // KEEP, num_phases=NUM_PHASES)
+    phases = even_phases(STEPS // KEEP, NUM_PHASES)
     settings = LossSettings(train=TrainConfig(**train), phases=phases, alphas_cumprod=ALPHAS)  # type: ignore[arg-type]
     torch.manual_seed(0)
     student = ToyStudent()
@@ -86,7 +86,7 @@ def endpoint_error(loss_of, **train: object) -> float:  # type: ignore[no-untype
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
     for _ in range(800):
         rows = torch.randint(0, 5000, (256,), generator=generator)
-        starts = torch.randint(0, NUM_PHASES, (256,), generator=generator) * phases.states_per_phase
+        starts = torch.randint(0, NUM_PHASES, (256,), generator=generator) * phases.shortest
         anywhere = torch.randint(0, phases.num_states, (256,), generator=generator)
         draws = Draws(
             rollout=torch.zeros(256, dtype=torch.long),
