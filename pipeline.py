@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before all other imports, which take seconds
     end_at_once()
 
 import functools
+import json
 import os
 import sys
 import time
@@ -40,6 +41,9 @@ from common.cli import (
 from common.config import PROJECT_ROOT, Config
 from common.errors import DataError, MachineError, UsageError
 from common.faults import naming
+from common.job import meet_by_slurm, number_tasks, rank
+from common.logs import name_task, quieten
+from common.signals import interrupted_quietly
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 PACKAGES = ("both_stages", "common", "shards", "stage1_teacher", "stage2_student")
@@ -58,7 +62,9 @@ def cli() -> None:
 @input_options
 @out_option("Folder of the shards.", FOLDER)
 @click.option("--task-index", type=click.IntRange(min=0), help="Which task this is. Default: from the job system.")
-@click.option("--num-tasks", type=click.IntRange(min=1), help="Tasks that share the work. Default: likewise.")
+@click.option(
+    "--num-tasks", type=click.IntRange(min=1), help="Elements of the array, or tasks, that share the work."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first N inputs.")
 @click.option("--trajectories", type=FOLDER, help="Keep whole rollouts too, in this folder (zarr).")
 @click.option("--upload", metavar="URL", help="Copy each shard there after its commit; any fsspec URL.")
@@ -76,18 +82,18 @@ def precompute(
     """Stage one: run the teacher on inputs and record what it does, as shards.
 
     Run it again to go on after a stop; start it in several tasks to share the work. The task's number and count
-    come from SLURM_ARRAY_TASK_ID, JOB_COMPLETION_INDEX or RANK where the flags are not given.
+    come from a Slurm array and its steps (srun), from a Kubernetes indexed job or from torchrun; with --num-tasks
+    an array's element, or a pod, is the task of its own number, so that a part of an array can be run again.
 
     Example: pipeline.py precompute --config configs/tiny.toml --annotations demo/data.json --out demo/shards
     """
-    import torch
-
+    from shards.looking.status import read_status
+    from shards.looking.status_text import summarise
     from stage1_teacher.precompute import precompute as run
-    from stage1_teacher.recording.share import number_tasks
 
     index, count = number_tasks(os.environ, task_index, num_tasks)
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if count > 1:
+        name_task(f"task {index}/{count}")
     done = run(
         config,
         out,
@@ -105,6 +111,7 @@ def precompute(
         + (f" ({done.lacking} of them: no font has their characters)" if done.lacking else "")
         + f"; task {index} of {count}, {done.shards_planned} shards planned in all"
         + (f"; {done.uploaded} shards uploaded to {upload}" if upload else "")
+        + f"; the set: {summarise(read_status(out))}"
     )
 
 
@@ -131,15 +138,50 @@ def finalize(shards: Path, quick: bool) -> None:
 
 @cli.command()
 @shards_folder_option
-def status(shards: Path) -> None:
-    """Show how far a running set is: shards done, in work, failed inputs, rate, time left.
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON, with the missing shards' numbers.")
+@click.option(
+    "--watch",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="Look again every so often until it is done.",
+)
+def status(shards: Path, as_json: bool, watch: float | None) -> None:
+    """Show how far a running set is: shards done, in work and missing, tasks, failed inputs, rate, time left.
 
-    Example: pipeline.py status --shards demo/shards
+    What is missing comes with the command that makes it.
+
+    Example: pipeline.py status --shards demo/shards --watch 10
     """
-    from shards.looking.status import format_status, read_status
+    from shards.looking.status import read_status
+    from shards.looking.status_text import format_status, status_values
 
-    for line in format_status(read_status(shards)):
-        click.echo(line)
+    with interrupted_quietly():
+        while True:
+            found = read_status(shards)
+            lines = [json.dumps(status_values(found), ensure_ascii=False)] if as_json else format_status(found)
+            click.echo("\n".join(lines))
+            if watch is None or found.is_complete:
+                break
+            time.sleep(watch)
+            if not as_json:
+                click.clear() if sys.stdout.isatty() else click.echo()
+
+
+@cli.command()
+@shards_folder_option
+def clean(shards: Path) -> None:
+    """Remove what dead tasks left in a set: temporary files, claims, notes. Living tasks and all shards stay.
+
+    Tasks of other machines are watched for as long as it takes to be sure, at most a minute and a half.
+
+    Example: pipeline.py clean --shards demo/shards
+    """
+    from shards.looking.clean import clean as run
+
+    removed = run(shards)
+    for name in removed:
+        click.echo(f"removed {name}")
+    click.echo(f"{shards}: {len(removed)} leftovers of dead tasks removed")
 
 
 @cli.command()
@@ -275,12 +317,17 @@ def train(
 ) -> None:
     """Train a student from shards alone; no part of the teacher is loaded.
 
-    On many GPUs and nodes start it by accelerate launch or torchrun. --from takes a run, a checkpoint or an
-    adapter's folder, of the same base and [lora]; of a run that keeps an average of its weights
+    On many GPUs and nodes start it by srun alone, torchrun or accelerate launch. --from takes a run, a checkpoint
+    or an adapter's folder, of the same base and [lora]; of a run that keeps an average of its weights
     (train.ema_decay), the average. With --resume auto it counts until the run has a checkpoint.
 
     Example: pipeline.py train --config configs/tiny.toml --shards demo/shards --out demo/run --resume auto
     """
+    meet_by_slurm(os.environ)
+    if (own := rank(os.environ)) or "RANK" in os.environ:
+        name_task(f"rank {own}")
+    if own:
+        quieten()
     from stage2_student.train import train as run_training
 
     result = run_training(
@@ -295,7 +342,7 @@ def train(
         exclude_damaged=exclude_damaged,
         announce=click.echo,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if rank(os.environ) == 0:
         loss = "" if result.loss is None else f", loss {result.loss:.4g}"
         click.echo(f"{result.steps} steps done{loss}; checkpoint {result.checkpoint}")
 

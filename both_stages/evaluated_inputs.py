@@ -36,7 +36,7 @@ from stage1_teacher.measuring.teacher_sampler import (
     teacher_samplers,
 )
 from stage1_teacher.rendering.first_inputs import require_fonts
-from stage1_teacher.rendering.rendered_input import RenderSettings
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.evaluation.run_quality import TRUE_IMAGES
 from stage2_student.evaluation.runs import Job, Run, Sampled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -13,11 +15,16 @@ import pytest
 import torch
 
 from common.errors import DataError
+from common.files import canonical_json
 from common.schedule import ddim_step, make_alphas_cumprod
 from shards.files.failures import count_by_reason, read_failures
+from shards.files.how_made import HowMade
+from shards.files.names import COMMAND
+from shards.files.tasks import Task, note_path
 from shards.looking.contact_sheet import Picture, implied_x0, make_contact_sheet
 from shards.looking.inspect import describe_set
-from shards.looking.status import format_seconds, format_status, read_status
+from shards.looking.status import read_status
+from shards.looking.status_text import format_numbers, format_seconds, format_status, status_values, summarise
 from shards.looking.verify import audit
 from shards.reading.reader import ShardSet
 from shards.writing.writer import ShardWriter
@@ -51,12 +58,13 @@ def test_status_counts_what_is_done_in_work_dead_and_failed(folder: Path) -> Non
         writer.add(14, make_record("new0004"))
         status = read_status(folder, now=1240)
     assert (status.shards_planned, status.shards_done, status.inputs_planned, status.inputs_done) == (5, 4, 18, 14)
-    assert status.shards_in_work == ("shard-000004.tar", "shard-000004.tar") and status.leftovers == 0
+    assert status.shards_in_work == ("shard-000004.tar",) and status.missing == ()
+    assert status.leftovers == 1  # another machine's, without a task that lives
     assert status.failures == {"image missing": 1} and status.problems == ()
     assert status.inputs_per_second == pytest.approx(10 / 180) and status.seconds_since_commit == 60
     assert status.seconds_left == pytest.approx(4 * 18)
     text = "\n".join(format_status(status))
-    assert "4 of 5 done, 2 in work" in text and "left     1 min 12 s" in text and "1 image missing" in text
+    assert "4 of 5 done, 1 in work\n" in text and "left     1 min 12 s" in text and "1 image missing" in text
 
 
 def test_status_names_what_does_not_count_as_done(folder: Path) -> None:
@@ -70,6 +78,55 @@ def test_status_names_what_does_not_count_as_done(folder: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(DataError, match="no such folder"):
         read_status(folder / "none")
+
+
+def test_status_names_tasks_and_what_is_missing_with_the_command_that_makes_it(folder: Path) -> None:
+    write_set(folder, [*input_ids(9), "bad1", *input_ids(30, "new")])
+    for number in (2, 3, 5, 8):
+        (folder / f"shard-{number:06d}.json").unlink()
+    made = HowMade(
+        arguments=["pipeline.py", "precompute", "--num-tasks", "4", "--out", "a b"], folder="/x", num_tasks=4
+    )
+    with Task(folder, 3, 4) as task:
+        task.say(shard="shard-000003.tar", committed=2)
+        (folder / COMMAND).write_bytes(canonical_json(dataclasses.asdict(made)))
+        status = read_status(folder)
+        gone = dataclasses.replace(
+            task.note, token="0123456789ab-1", machine="other", host="node7", shard="shard-000005.tar"
+        )
+        path = note_path(folder, gone.token)
+        path.write_bytes(canonical_json(dataclasses.asdict(gone)))
+        os.utime(path, (1000, 1000))
+        later = read_status(folder)
+    assert (status.shards_done, status.shards_in_work, status.missing) == (7, ("shard-000003.tar",), (2, 5, 8))
+    assert later.missing == (2, 5, 8)  # a dead node's shard is in nobody's work
+    assert [(seen.note.host, seen.alive) for seen in later.tasks if not seen.alive] == [("node7", False)]
+    values = json.loads(json.dumps(status_values(later)))
+    assert (values["missing"], values["missing_tasks"], values["num_tasks"]) == ([2, 5, 8], [0, 1, 2], 4)
+    assert [task["shard"] for task in values["tasks"]] == [3, 5] and not values["complete"]
+    text = "\n".join(format_status(later))
+    for said in (
+        "7 of 11 done, 1 in work, 3 missing",
+        "task     3 of 4 on node7: dead",
+        "missing  2,5,8",
+        "cd /x && python pipeline.py precompute --out 'a b'",
+        "--array=0-2 with --num-tasks 4",
+    ):
+        assert said in text, text
+    assert summarise(later) == "7 of 11 shards done, 1 in work by other tasks, 3 missing (2,5,8)"
+    assert read_status(folder).tasks[0].note.host == "node7"
+
+
+def test_a_finished_shards_leftover_is_in_nobodys_work(folder: Path) -> None:
+    (folder / ".shard-000001.tar.other-machine.0123456789ab-3.tmp").write_bytes(b"x")
+    status = read_status(folder)
+    assert status.shards_in_work == () and status.leftovers == 1 and status.is_complete
+    assert summarise(status) == "3 of 3 shards done"
+
+
+@pytest.mark.parametrize(("numbers", "text"), [((), ""), ((3,), "3"), ((0, 1, 2, 5, 7, 8), "0-2,5,7-8")])
+def test_numbers_are_shown_as_slurm_writes_an_array(numbers: tuple[int, ...], text: str) -> None:
+    assert format_numbers(numbers) == text
 
 
 def test_seconds_are_shown_for_people() -> None:
