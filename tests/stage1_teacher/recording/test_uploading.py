@@ -36,12 +36,12 @@ def test_a_set_is_uploaded_as_it_is_made_and_reads_there(
 ) -> None:
     monkeypatch.setenv("SHARD_CACHE_DIR", str(tmp_path / "cache"))
     out, there = tmp_path / "out", tmp_path / "there"
-    for index in (0, 1):
+    for index, sent in ((0, 2), (1, 0)):  # the first finds the other's shard missing, and makes it too
         result = run(folder, out, "--upload", f"file://{there}", "--task-index", index, "--num-tasks", 2,
                      "--trajectories", tmp_path / "t")  # fmt: skip
         assert result.exit_code == 0, result.output
-        assert f"1 shards uploaded to file://{there}" in result.output
-        assert len(names(there)) == 2 * (index + 1)
+        assert f"{sent} shards uploaded to file://{there}" in result.output
+        assert len(names(there)) == 4
     assert all((there / name).read_bytes() == (out / name).read_bytes() for name in names(out))
     assert torch.equal(ShardSet.open(f"file://{there}")[4].rollout_latents, ShardSet.open(out)[4].rollout_latents)
     assert torch.equal(TrajectoryStore(tmp_path / "t").read(4, 2), ShardSet.open(out)[4].rollout_latents[0, 1])
