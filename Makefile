@@ -26,7 +26,7 @@ $(STAMP): $(INPUTS)
 	touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(PIP) -c constraints.txt '.[teacher,evaluate,s3,dev]'
+	$(PIP) -c constraints.txt '.[teacher,evaluate,page,s3,dev]'
 	touch $@
 
 .PHONY: setup

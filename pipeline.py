@@ -372,6 +372,40 @@ def sample(
 
 
 @cli.command()
+@config_options
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]RUN", help="A student, or its export; again for more."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 is everywhere.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any free one.")
+@click.option("--max-seconds", type=click.FloatRange(min=1), default=300, show_default=True, help="Of a request.")
+@click.option("--max-waiting", type=click.IntRange(min=1), default=8, show_default=True, help="Requests at once.")
+def serve(
+    config: Config, adapters: tuple[str, ...], host: str, port: int, max_seconds: float, max_waiting: int
+) -> None:
+    """Sample in a browser: drag boxes for texts on a picture, generate or edit, two models side by side.
+
+    The teacher is always there, students are those of --adapter. The page is for this machine alone unless --host
+    says otherwise; it has no passwords. It needs the extra [page] and loads nothing from elsewhere.
+
+    Example: pipeline.py serve --config configs/tiny.toml --adapter demo/run
+    """
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UsageError("the page needs the extra [page]: pip install '.[page]'") from None
+    from both_stages.evaluating import named_path
+    from both_stages.page.asked import Limits
+    from both_stages.page.server import serve as run
+
+    students = dict(map(named_path, adapters))
+    if len(students) < len(adapters):
+        raise UsageError("--adapter: two students have one name; give NAME=RUN")
+    limits = Limits(max_seconds=max_seconds, max_waiting=max_waiting)
+    run(config, students, host=host, port=port, limits=limits, announce=click.echo)
+
+
+@cli.command()
 @shards_option("A set of rollouts.")
 @adapter_option("A student's run, checkpoint or adapter, or its export; again for more.", multiple=True)
 @click.option("--records", default="0,1,2,3", show_default=True, metavar="I,J,...", help="Which records to show.")

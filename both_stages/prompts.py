@@ -38,8 +38,8 @@ class Prompt:
 
     text: str
     """The caption; the texts to show stand in it in quotation marks, unless `lines` or `texts` has them."""
-    lines: Sequence[TextLine] = ()
-    """The texts, each with its place, colour and font; the four fields below are then left empty."""
+    lines: Sequence[TextLine] | None = None
+    """The texts, each with its place, colour and font, () for none; the four fields below are then left empty."""
     texts: Sequence[str] = ()
     """To show, as they are; no quotation mark in the sentence then means anything."""
     boxes: Sequence[str | Sequence[float]] = ()
@@ -97,7 +97,7 @@ def read_prompt(config: Config, prompt: Prompt, size: tuple[int, int] | None = N
     """
     from stage1_teacher.teacher.sample import prompt_input, prompt_of_lines
 
-    if prompt.lines:
+    if prompt.lines is not None:
         if prompt.texts or prompt.boxes or prompt.colors or prompt.font:
             raise UsageError(
                 "a prompt has lines, or texts, boxes, colors and font: received both; give one of them"

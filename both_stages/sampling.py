@@ -161,6 +161,10 @@ class ImageSampler:
             doubts += found
         return self._draw(asked, doubts, compare, time.perf_counter() - begun, before_call)
 
+    def load(self) -> None:
+        """Load now what sampling from a prompt needs, so that no image waits for it."""
+        _ = self._teacher, self._decoder, self.model
+
     def encode(self, what: What, *, size: tuple[int, int] | None = None) -> Conditioning:
         """Return what the networks take of a prompt or a record: contexts and hints, float32.
 
