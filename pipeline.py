@@ -582,24 +582,29 @@ def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, t
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["diffusers", "kohya", "merged"]),
+    type=click.Choice(["diffusers", "kohya", "merged", "adapter", "diffusers-pipeline"]),
     required=True,
-    help="LoRA for diffusers, for kohya's tools, or a whole AnyText2 checkpoint.",
+    help="LoRA for diffusers, for kohya's tools; a whole AnyText2 checkpoint; the adapter's folder; a folder that"
+    " diffusers loads without this program.",
 )
-@out_option("A .safetensors file; merged: or .ckpt.", FILE)
-def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
-    """Hand a student on to other tools.
+@out_option("A .safetensors file; merged: or .ckpt; adapter, diffusers-pipeline: a folder.", PATH)
+@click.option("--evaluation", type=FOLDER, help="That evaluate wrote: its table goes into the model card.")
+@click.option("--base-model", metavar="NAME", help="Of the base on a hub, for the model card.")
+def export(
+    config: Config, adapter: Path, kind: str, out: Path, evaluation: Path | None, base_model: str | None
+) -> None:
+    """Hand a student on to other tools, with a model card (README.md) beside it.
 
     `merged` adds the adapter to the checkpoint that --config names and keeps its keys. `kohya` puts WriteNet's
     adapters into a file of their own beside --out. Sample any of them without guidance at the printed timesteps,
-    which each file's metadata has too: diffusers' DDIMScheduler with timestep_spacing="trailing" and
-    set_alpha_to_one=True has them. A merged student of train.grid = "upstream" runs in AnyText2's own program.
+    which each file's metadata has too; a merged student of train.grid = "upstream" runs in AnyText2's own program.
+    docs/exports.md says which tool takes which.
 
-    Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
+    Example: pipeline.py export --adapter demo/run --format diffusers --out student/student.safetensors
     """
-    from stage2_student.student.export import export as run
+    from both_stages.exporting import hand_on
 
-    done = run(config, adapter, kind, out)
+    done = hand_on(config, adapter, kind, out, evaluation=evaluation, base=base_model)
     card = done.card
     steps = f"steps = {card.num_steps}, cfg_scale = 1"
     own = f"; in AnyText2's own program: {steps}" if card.grid == "upstream" and kind == "merged" else ""

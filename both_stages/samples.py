@@ -80,6 +80,7 @@ def describe_model(config: Config, steps: int | None, student: Card | None, adap
             "guidance_scale": 1.0,
             "adapter": hashlib.sha256(canonical_json(files)).hexdigest(),
             "base_fingerprint": student.base_fingerprint,
+            **({"ancestors": student.to_json()["ancestors"]} if student.ancestors else {}),
         }
     return canonical_json(who).decode().strip()
 

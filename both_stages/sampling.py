@@ -163,7 +163,7 @@ class ImageSampler:
 
     def load(self) -> None:
         """Load now what sampling from a prompt needs, so that no image waits for it."""
-        _ = self._teacher, self._decoder, self.model
+        _ = self.teacher, self._decoder, self.model
 
     def encode(self, what: What, *, size: tuple[int, int] | None = None) -> Conditioning:
         """Return what the networks take of a prompt or a record: contexts and hints, float32.
@@ -184,9 +184,15 @@ class ImageSampler:
         return tuple(trailing_timesteps(self._steps or self._config.precompute.solver_steps).tolist())
 
     @property
-    def is_student(self) -> bool:
-        """Whether a student samples, and not the teacher."""
-        return self._student is not None
+    def student(self) -> LoadedStudent:
+        """The student that samples.
+
+        Raises:
+            UsageError: the teacher does.
+        """
+        if self._student is None:
+            raise UsageError("no student samples here; give an adapter")
+        return self._student
 
     def _require_student(self, compare: bool) -> None:
         if compare and self._student is None:
@@ -267,7 +273,7 @@ class ImageSampler:
         content = read_prompt(self._config, what, size) if isinstance(what, Prompt) else what
         seed = seed if content.seed is None else content.seed
         self._warn_of(size)
-        encoded, rendered, doubts = encode_input(self._config, self._teacher, content, size)
+        encoded, rendered, doubts = encode_input(self._config, self.teacher, content, size)
         for doubt in doubts:
             logger.warning("%s: %s", content.where, doubt)
         lines = lines_of(rendered.texts, rendered.polygons, rendered.colors.tolist()) if content.lines else "[]"
@@ -292,9 +298,10 @@ class ImageSampler:
         return describe_model(self._config, self._steps, card, self._adapter)
 
     @cached_property
-    def _teacher(self) -> Teacher:
+    def teacher(self) -> Teacher:
+        """The teacher, whose encoders a student uses too; loaded when it is first needed."""
         if self._shared is not None:
-            return self._shared._teacher
+            return self._shared.teacher
         from stage1_teacher.teacher.teacher import Teacher
 
         return Teacher.load(self._config)
@@ -303,12 +310,12 @@ class ImageSampler:
     def _decoder(self) -> VAE:
         if self._shared is not None:
             return self._shared._decoder
-        return self._teacher.vae if "_teacher" in self.__dict__ else load_decoder(self._config)
+        return self.teacher.vae if "teacher" in self.__dict__ else load_decoder(self._config)
 
     @contextmanager
     def _watch(self, before_call: Callable[[], None] | None) -> Iterator[dict[str, int]]:
         """Count the calls of the UNet that samples, and announce each."""
-        networks: Denoiser = self._teacher.denoiser if self._student is None else self._student.student
+        networks: Denoiser = self.teacher.denoiser if self._student is None else self._student.student
         if networks.device.type == "cuda":
             torch.cuda.synchronize(networks.device)  # encoding must not be timed as sampling
         with count_evaluations(unet=networks.unet) as counts:
@@ -322,7 +329,7 @@ class ImageSampler:
     def _solve(self, conditionings: Sequence[Conditioning], noise: Tensor, steps: int | None) -> Tensor:
         from stage1_teacher.teacher.sample import sample_latents
 
-        return sample_latents(self._config, self._teacher, conditionings, noise, steps)
+        return sample_latents(self._config, self.teacher, conditionings, noise, steps)
 
 
 def _announce(before_call: Callable[[], None]) -> Callable[[nn.Module, Any], None]:

@@ -226,7 +226,7 @@ async function sample() {
       body: JSON.stringify(request()),
       signal: running.signal,
     });
-    const content = await response.json();
+    const content = await response.json().catch(() => ({}));
     if (!response.ok) throw new Error(content.error || `the server answered ${response.status}`);
     show(content);
     byId("status").textContent = `Done in ${((performance.now() - began) / 1000).toFixed(1)} s, encoding and waiting included.`;

@@ -20,8 +20,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from both_stages.examples import examples
 from both_stages.page.asked import Limits, read_asked
-from both_stages.page.examples import examples
 from both_stages.page.models import Gone, Made, Models, TooLong, stopping
 from common.config import Config
 from common.errors import UsageError, reason

@@ -150,7 +150,7 @@ def test_editing_depends_on_the_image_outside_the_boxes(student: ImageSampler, t
 def test_samplers_share_the_encoders(config: Config, folder: Path, teacher: ImageSampler) -> None:
     beside = ImageSampler(config, adapter=folder / "demo" / "run", encoders_of=teacher)
     assert torch.equal(beside.encode(PROMPT).text_context, teacher.encode(PROMPT).text_context)
-    assert beside._teacher is teacher._teacher
+    assert beside.teacher is teacher.teacher
 
 
 def test_sampling_is_timed_and_can_be_stopped_between_calls(student: ImageSampler) -> None:

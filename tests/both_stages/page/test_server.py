@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from both_stages.page.asked import Limits
-from both_stages.page.models import Models
+from both_stages.page.asked import Asked, Limits
+from both_stages.page.models import Gone, Models
 from both_stages.sampling import Prompt
 from common.config import PROJECT_ROOT, Config
 from pipeline import cli
@@ -108,19 +108,32 @@ def test_what_is_no_request_of_this_page_is_refused(port: int) -> None:
     assert status == 413 and "choose a smaller image" in answer["error"]
 
 
-def test_too_many_too_long_and_too_slow_requests_are_ended(config: Config, models: Models) -> None:
-    long = ASKED | {"models": ["teacher"], "steps": 100, "num_images": 4}
-    limits = Limits(max_waiting=1, max_seconds=0.3, read_seconds=0.3)
-    with serving(config, models, limits) as port:
+def test_too_many_and_too_long_requests_are_ended(
+    config: Config, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, goes_on, sample = threading.Event(), threading.Event(), models.sample
+
+    def held(asked: Asked, check: Callable[[], None]) -> Any:
+        begun.set()
+        assert goes_on.wait(60)
+        return sample(asked, check)
+
+    monkeypatch.setattr(models, "sample", held)
+    with serving(config, models, Limits(max_waiting=1, max_seconds=0.01)) as port:
         first: list[Any] = []
-        thread = threading.Thread(target=lambda: first.append(ask(port, long)))
+        thread = threading.Thread(target=lambda: first.append(ask(port, ASKED)))
         thread.start()
-        time.sleep(0.15)
+        assert begun.wait(60)
         status, answer = ask(port, ASKED)
         assert status == 503 and "1 requests are waiting already" in answer["error"]
+        goes_on.set()
         thread.join()
-        assert first[0][0] == 503 and "stopped after 0.3 seconds" in first[0][1]["error"]
-        slow = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        assert first[0][0] == 503 and "stopped after 0.01 seconds" in first[0][1]["error"]
+
+
+def test_a_request_that_does_not_arrive_is_ended(config: Config, models: Models) -> None:
+    with serving(config, models, Limits(read_seconds=0.2)) as port:
+        slow = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         slow.putrequest("POST", "/sample")
         slow.putheader("Content-Type", "application/json")
         slow.putheader("Content-Length", "100")
@@ -128,16 +141,29 @@ def test_too_many_too_long_and_too_slow_requests_are_ended(config: Config, model
         assert slow.getresponse().status == 408
 
 
-def test_what_nobody_waits_for_is_not_sampled_to_its_end(config: Config, models: Models) -> None:
+def test_what_nobody_waits_for_is_not_sampled_to_its_end(
+    config: Config, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[str] = []
+    begun, sample = threading.Event(), models.sample
+
+    def watched(asked: Asked, check: Callable[[], None]) -> Any:
+        begun.set()
+        try:
+            return sample(asked, check)
+        except Gone:
+            ends.append("gone")
+            raise
+
+    monkeypatch.setattr(models, "sample", watched)
     long = json.dumps(ASKED | {"models": ["teacher"], "steps": 100, "num_images": 4})
     with serving(config, models, Limits()) as port:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("POST", "/sample", long, {"Content-Type": "application/json"})
-        time.sleep(0.1)
+        assert begun.wait(30)
         connection.close()
-        begun = time.perf_counter()
         assert ask(port, ASKED)[0] == 200  # its turn comes once the other has stopped
-        assert time.perf_counter() - begun < 8
+    assert ends == ["gone"]
 
 
 def test_a_bug_ends_the_request_and_not_the_server(

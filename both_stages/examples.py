@@ -1,4 +1,4 @@
-"""Requests that the page offers to begin with."""
+"""Requests to begin with, for the page and for exports."""
 
 from __future__ import annotations
 
