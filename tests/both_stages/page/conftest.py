@@ -55,7 +55,7 @@ def serving(config: Config, models: Models, limits: Limits) -> Iterator[int]:
 def ask(port: int, content: Any, **headers: str) -> Answer:
     """Send a request as the page does; bytes go as they are."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=200)
     kind = {"Content-Type": "application/json"}
     connection.request(
         "POST", "/sample", body, kind | {name.replace("_", "-"): value for name, value in headers.items()}

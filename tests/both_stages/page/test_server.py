@@ -186,7 +186,7 @@ def test_the_command_serves_until_a_signal_ends_it(config: Config) -> None:
         assert said.startswith("http://127.0.0.1:")
         assert ask(port, ASKED | {"lines": [], "models": ["teacher"]})[0] == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 75
+        assert process.wait(timeout=120) == 75
 
 
 def test_an_address_that_is_taken_is_a_usage_error(config: Config) -> None:
