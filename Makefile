@@ -26,7 +26,7 @@ $(STAMP): $(INPUTS)
 	touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(PIP) -c constraints.txt '.[teacher,evaluate,s3,dev]'
+	$(PIP) -c constraints.txt '.[teacher,evaluate,page,s3,dev]'
 	touch $@
 
 .PHONY: setup
@@ -40,7 +40,7 @@ demo: $(STAMP)  ## generate data, precompute, train, sample, measure: minutes on
 figures: demo  ## run the demo, and put its picture and figures into README and docs
 	$(BIN)/python bench/demo_figures.py --demo $(DEMO_DIR)
 
-# The report's tests drive a real browser, and kerned text needs fribidi. Who may not install them sees the browser's
+# The tests of the report and of the page drive a real browser, and kerned text needs fribidi. Who may not install them sees the browser's
 # tests skipped, by name; CI requires them.
 .PHONY: system
 system:

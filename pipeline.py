@@ -419,6 +419,40 @@ def sample(
 
 
 @cli.command()
+@config_options
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]RUN", help="A student, or its export; again for more."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 is everywhere.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any free one.")
+@click.option("--max-seconds", type=click.FloatRange(min=1), default=300, show_default=True, help="Of a request.")
+@click.option("--max-waiting", type=click.IntRange(min=1), default=8, show_default=True, help="Requests at once.")
+def serve(
+    config: Config, adapters: tuple[str, ...], host: str, port: int, max_seconds: float, max_waiting: int
+) -> None:
+    """Sample in a browser: drag boxes for texts on a picture, generate or edit, two models side by side.
+
+    The teacher is always there, students are those of --adapter. The page is for this machine alone unless --host
+    says otherwise; it has no passwords. It needs the extra [page] and loads nothing from elsewhere.
+
+    Example: pipeline.py serve --config configs/tiny.toml --adapter demo/run
+    """
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UsageError("the page needs the extra [page]: pip install '.[page]'") from None
+    from both_stages.evaluating import named_path
+    from both_stages.page.asked import Limits
+    from both_stages.page.server import serve as run
+
+    students = dict(map(named_path, adapters))
+    if len(students) < len(adapters):
+        raise UsageError("--adapter: two students have one name; give NAME=RUN")
+    limits = Limits(max_seconds=max_seconds, max_waiting=max_waiting)
+    run(config, students, host=host, port=port, limits=limits, announce=click.echo)
+
+
+@cli.command()
 @shards_option("A set of rollouts.")
 @adapter_option("A student's run, checkpoint or adapter, or its export; again for more.", multiple=True)
 @click.option("--records", default="0,1,2,3", show_default=True, metavar="I,J,...", help="Which records to show.")
@@ -595,24 +629,29 @@ def report(evaluation: Path, runs: tuple[Path, ...], out: Path, examples: int, t
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["diffusers", "kohya", "merged"]),
+    type=click.Choice(["diffusers", "kohya", "merged", "adapter", "diffusers-pipeline"]),
     required=True,
-    help="LoRA for diffusers, for kohya's tools, or a whole AnyText2 checkpoint.",
+    help="LoRA for diffusers, for kohya's tools; a whole AnyText2 checkpoint; the adapter's folder; a folder that"
+    " diffusers loads without this program.",
 )
-@out_option("A .safetensors file; merged: or .ckpt.", FILE)
-def export(config: Config, adapter: Path, kind: str, out: Path) -> None:
-    """Hand a student on to other tools.
+@out_option("A .safetensors file; merged: or .ckpt; adapter, diffusers-pipeline: a folder.", PATH)
+@click.option("--evaluation", type=FOLDER, help="That evaluate wrote: its table goes into the model card.")
+@click.option("--base-model", metavar="NAME", help="Of the base on a hub, for the model card.")
+def export(
+    config: Config, adapter: Path, kind: str, out: Path, evaluation: Path | None, base_model: str | None
+) -> None:
+    """Hand a student on to other tools, with a model card (README.md) beside it.
 
     `merged` adds the adapter to the checkpoint that --config names and keeps its keys. `kohya` puts WriteNet's
     adapters into a file of their own beside --out. Sample any of them without guidance at the printed timesteps,
-    which each file's metadata has too: diffusers' DDIMScheduler with timestep_spacing="trailing" and
-    set_alpha_to_one=True has them. A merged student of train.grid = "upstream" runs in AnyText2's own program.
+    which each file's metadata has too; a merged student of train.grid = "upstream" runs in AnyText2's own program.
+    docs/exports.md says which tool takes which.
 
-    Example: pipeline.py export --adapter demo/run --format diffusers --out student.safetensors
+    Example: pipeline.py export --adapter demo/run --format diffusers --out student/student.safetensors
     """
-    from stage2_student.student.export import export as run
+    from both_stages.exporting import hand_on
 
-    done = run(config, adapter, kind, out)
+    done = hand_on(config, adapter, kind, out, evaluation=evaluation, base=base_model)
     card = done.card
     steps = f"steps = {card.num_steps}, cfg_scale = 1"
     own = f"; in AnyText2's own program: {steps}" if card.grid == "upstream" and kind == "merged" else ""

@@ -1,79 +1,45 @@
-"""Images from Python: a teacher or a student samples a prompt with boxes, or a record of a set."""
+"""Images from Python: a teacher or a student samples prompts with boxes, or records of a set."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from both_stages.prompts import Prompt, RecordOf, TextLine, What, read_prompt, read_prompts, require_size
+from both_stages.samples import Asked, Samples, describe_model, lines_of, seed_of
 from common.anytext2.conditioning import Conditioning, ConditioningBatch
-from common.anytext2.fingerprint import fingerprint
+from common.anytext2.denoiser import Denoiser
 from common.anytext2.vae import VAE
 from common.config import Config
 from common.errors import UsageError
-from common.files import canonical_json, sha256_file
-from common.pictures import Picture
-from stage2_student.student.adapter import adapter_files, find_adapter
+from stage2_student.evaluation.counting import count_evaluations
+from stage2_student.student.adapter import find_adapter
 from stage2_student.student.sample import LoadedStudent, Start, decode, draw_noise, load_decoder, read_start
 
 if TYPE_CHECKING:
-    from stage1_teacher.inputs.input import Input
     from stage1_teacher.teacher.teacher import Teacher
 
+__all__ = [
+    "ImageSampler",
+    "Prompt",
+    "RecordOf",
+    "Samples",
+    "TextLine",
+    "What",
+    "read_prompt",
+    "read_prompts",
+    "require_size",
+]
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A sentence, and where its texts go."""
-
-    text: str
-    """The caption; the texts to show stand in it in quotation marks, unless `texts` has them."""
-    texts: Sequence[str] = ()
-    """To show, as they are; no quotation mark in the sentence then means anything."""
-    boxes: Sequence[str | Sequence[float]] = ()
-    """Of each text x0, y0, x1, y1 in pixels of the image, as numbers or as "x0,y0,x1,y1"."""
-    colors: Sequence[str] = ()
-    """"#rrggbb" of each text, none at all, or one for all."""
-    font: str | None = None
-    """A configured font's name, or a font file."""
-    image: Path | None = None
-    """The image to edit; None generates."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordOf:
-    """A record of a set of shards, for its conditioning."""
-
-    shards: str
-    """The set's folder or URL."""
-    index: int
-    """Of the record."""
-
-
-What = Union[Prompt, RecordOf, "Input"]
-"""That images are sampled from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Samples:
-    """B sampled images."""
-
-    latents: Tensor
-    """(B, C, h, w) float32."""
-    pictures: list[Picture]
-    """Each (H, W, 3) uint8 RGB."""
-    teacher: list[Picture] | None
-    """With `compare`, the teacher's pictures of the same noise."""
-    texts: list[dict[str, str]]
-    """What each picture's file is to say of itself: prompt, lines, seed, model; `write_png` takes it."""
 
 
 class ImageSampler:
@@ -81,7 +47,7 @@ class ImageSampler:
 
     Example:
         >>> from pathlib import Path
-        >>> from both_stages.sampling import ImageSampler, Prompt, RecordOf
+        >>> from both_stages.sampling import ImageSampler, Prompt, RecordOf, TextLine
         >>> from common.config import load_config
         >>> student = ImageSampler(load_config(Path("configs/tiny.toml")), adapter=Path("demo/run"))
         >>> prompt = Prompt(text='a sign that says "OPEN"', boxes=[(8, 16, 56, 40)], colors=["#d01818"])
@@ -90,24 +56,37 @@ class ImageSampler:
         [(3, 'uint8'), (3, 'uint8')]
         >>> [(texts["prompt"], texts["seed"], texts["image"]) for texts in samples.texts]
         [('a sign that says "OPEN"', '7', '0'), ('a sign that says "OPEN"', '7', '1')]
+        >>> other = Prompt(text="a shop", lines=[TextLine(text="24H", box=(8, 8, 60, 40), color="#1818d0")])
+        >>> batch = student.sample_batch([prompt, other], seeds=[7, 8])  # side by side, one image of each
+        >>> len(batch.pictures), batch.unet_calls == len(student.timesteps)
+        (2, True)
         >>> recorded = student.sample(RecordOf(shards="demo/shards", index=0), compare=True)
         >>> len(recorded.pictures), len(recorded.teacher)  # of the same noise
         (1, 1)
     """
 
-    def __init__(self, config: Config, *, adapter: Path | None = None, steps: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        adapter: Path | None = None,
+        steps: int | None = None,
+        encoders_of: ImageSampler | None = None,
+    ) -> None:
         """Load a student; the teacher is loaded when it is first needed.
 
         Args:
             config: model, teacher, inputs and precompute are used.
             adapter: a run's folder, a checkpoint, an adapter's folder, or what `export` wrote; None: the teacher.
             steps: of the teacher, None for precompute.solver_steps; a student has its own number.
+            encoders_of: another sampler of the same configuration, whose teacher is used instead of a second one
+                in memory.
 
         Raises:
             UsageError: the student was trained for another number of steps.
             DataError: no adapter there, or it belongs to another base.
         """
-        self._config, self._steps = config, steps
+        self._config, self._steps, self._shared = config, steps, encoders_of
         self._warned_of: set[tuple[int, int]] = set()
         self._adapter = None if adapter is None else find_adapter(adapter)
         self._student = None if self._adapter is None else LoadedStudent.load(config, self._adapter, steps)
@@ -120,8 +99,9 @@ class ImageSampler:
         num_images: int = 1,
         compare: bool = False,
         size: tuple[int, int] | None = None,
+        before_call: Callable[[], None] | None = None,
     ) -> Samples:
-        """Sample images, side by side in one batch.
+        """Sample images of one prompt or record, side by side in one batch.
 
         From a record a student needs no part of the teacher, not even its code.
 
@@ -132,55 +112,172 @@ class ImageSampler:
             num_images: B, each of other noise.
             compare: of a student: also the teacher's pictures of the same noise; of a record, as recorded.
             size: (W, H) of the images in pixels, None for `inputs.size`; a record has its own.
+            before_call: called before each call of the UNet; what it raises ends the sampling.
 
         Raises:
             UsageError: the prompt or the record is wrong, or there is nothing to compare.
             DataError: the set cannot be read, or belongs to another base.
         """
+        self._require_student(compare)
+        begun = time.perf_counter()
+        start, says, seed, doubts = self._start(what, seed, num_images, size)
+        asked = [Asked(start=start, says=says, seed=seed, number=number) for number in range(num_images)]
+        return self._draw(asked, doubts, compare, time.perf_counter() - begun, before_call)
+
+    def sample_batch(
+        self,
+        whats: Sequence[What],
+        *,
+        seeds: Sequence[int | None] | int | None = None,
+        compare: bool = False,
+        size: tuple[int, int] | None = None,
+        before_call: Callable[[], None] | None = None,
+    ) -> Samples:
+        """Sample different prompts or records side by side, one image of each, in one batch.
+
+        Each image is the one that `sample` makes of the same prompt and seed, to rounding.
+
+        Args:
+            whats: B of them, of one image size.
+            seeds: of each, or one for all; see `sample`.
+            compare: see `sample`, as for the others.
+            size: (W, H) of the images.
+            before_call: see `sample`.
+
+        Raises:
+            UsageError: there is nothing to sample, seeds are missing, sizes differ; and as `sample`.
+            DataError: a set cannot be read, or belongs to another base.
+        """
+        each = [seeds] * len(whats) if seeds is None or isinstance(seeds, int) else list(seeds)
+        if not whats or len(each) != len(whats):
+            raise UsageError(
+                f"received {len(whats)} prompts and {len(each)} seeds; expected a seed for each prompt"
+            )
+        self._require_student(compare)
+        begun, asked, doubts = time.perf_counter(), [], []
+        for what, seed in zip(whats, each, strict=True):
+            start, says, meant, found = self._start(what, seed, 1, size)
+            asked.append(Asked(start=start, says=says, seed=meant, number=0))
+            doubts += found
+        return self._draw(asked, doubts, compare, time.perf_counter() - begun, before_call)
+
+    def load(self) -> None:
+        """Load now what sampling from a prompt needs, so that no image waits for it."""
+        _ = self.teacher, self._decoder, self.model
+
+    def encode(self, what: What, *, size: tuple[int, int] | None = None) -> Conditioning:
+        """Return what the networks take of a prompt or a record: contexts and hints, float32.
+
+        Args:
+            what: see `sample`, as for the errors.
+            size: (W, H) of the image in pixels.
+        """
+        return self._start(what, None, 1, size)[0].conditioning
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Where the network is called, descending."""
+        if self._student is not None:
+            return self._student.card.timesteps
+        from common.schedule import trailing_timesteps
+
+        return tuple(trailing_timesteps(self._steps or self._config.precompute.solver_steps).tolist())
+
+    @property
+    def student(self) -> LoadedStudent:
+        """The student that samples.
+
+        Raises:
+            UsageError: the teacher does.
+        """
+        if self._student is None:
+            raise UsageError("no student samples here; give an adapter")
+        return self._student
+
+    def _require_student(self, compare: bool) -> None:
         if compare and self._student is None:
             raise UsageError("--compare goes with --adapter: it adds the teacher's picture")
-        start, said, seed = self._start(what, seed, num_images, size)
-        if compare and isinstance(what, RecordOf) and start.x0 is None:
+
+    def _draw(
+        self,
+        asked: Sequence[Asked],
+        doubts: list[str],
+        compare: bool,
+        encode_seconds: float,
+        before_call: Callable[[], None] | None,
+    ) -> Samples:
+        """Sample images of one size in one batch."""
+        if compare and any(one.start.meta is not None and one.start.x0 is None for one in asked):
             raise UsageError(
                 "--compare with --record shows what was recorded: leave --seed out, or sample with --teacher"
             )
-        shape = tuple(start.conditioning.masked_latents.shape)
+        conditionings = [one.start.conditioning for one in asked]
+        shape = tuple(conditionings[0].masked_latents.shape)
+        if any(tuple(conditioning.masked_latents.shape) != shape for conditioning in conditionings):
+            raise UsageError("images of different sizes cannot be sampled in one batch; sample them one by one")
+        decoder = self._decoder  # loaded before the clock runs, as the networks
+        with self._watch(before_call) as counts:
+            begun = time.perf_counter()
+            noise = self._noise(asked, shape)
+            if self._student is None:
+                latents = self._solve(conditionings, noise[:, 0], self._steps)
+            else:
+                latents = self._student.latents(ConditioningBatch.stack(conditionings), noise)
+            pictures = decode(decoder, latents)
+            seconds = time.perf_counter() - begun
+        teacher = decode(decoder, self._compared(asked, noise[:, 0])) if compare else None
+        return Samples(
+            latents=latents,
+            pictures=pictures,
+            teacher=teacher,
+            texts=[one.says | seed_of(one) | {"model": self.model} for one in asked],
+            doubts=doubts,
+            seconds=seconds,
+            encode_seconds=encode_seconds,
+            unet_calls=counts["unet"] // len(asked),
+        )
+
+    def _noise(self, asked: Sequence[Asked], shape: tuple[int, ...]) -> Tensor:
+        """Return the noise of each image, (B, K, C, h, w): the recorded one where it is meant."""
         needed = 1 if self._student is None else self._student.card.num_noises
-        noise = torch.stack([draw_noise(seed or 0, number, shape, needed) for number in range(num_images)])
-        if start.noise is not None:
-            noise[:, 0] = start.noise
-        if self._student is None:
-            latents = self._solve(start.conditioning, noise[:, 0], self._steps)
-        else:
-            latents = self._student.latents(ConditioningBatch.stack([start.conditioning] * num_images), noise)
-        teacher = None
-        if compare:
-            solved = self._solve(start.conditioning, noise[:, 0], None) if start.x0 is None else start.x0
-            teacher = decode(self._decoder, solved)
-        texts = [said | _seed_of(start, seed, number) | {"model": self.model} for number in range(num_images)]
-        return Samples(latents=latents, pictures=decode(self._decoder, latents), teacher=teacher, texts=texts)
+        noise = torch.stack([draw_noise(one.seed or 0, one.number, shape, needed) for one in asked])
+        for row, one in enumerate(asked):
+            if one.start.noise is not None:
+                noise[row, 0] = one.start.noise[one.number]
+        return noise
+
+    def _compared(self, asked: Sequence[Asked], noise: Tensor) -> Tensor:
+        """Return the teacher's latents of the same noise, (B, C, h, w): as recorded, or solved now."""
+        known = {row: one.start.x0[one.number] for row, one in enumerate(asked) if one.start.x0 is not None}
+        rows = [row for row in range(len(asked)) if row not in known]
+        if rows:
+            solved = self._solve([asked[row].start.conditioning for row in rows], noise[rows], None)
+            known |= dict(zip(rows, solved.cpu(), strict=True))
+        return torch.stack([known[row] for row in range(len(asked))])
 
     def _start(
         self, what: What, seed: int | None, num_images: int, size: tuple[int, int] | None
-    ) -> tuple[Start, dict[str, str], int | None]:
-        """Return what is sampled from, what it says, and the seed that is meant."""
+    ) -> tuple[Start, dict[str, str], int | None, list[str]]:
+        """Return what is sampled from, what it says, the seed that is meant, and doubts."""
         if isinstance(what, RecordOf):
             if size is not None:
                 raise UsageError("--size: a record has its own; leave --size out")
             start = read_start(self._config, what.shards, what.index, seed, num_images)
             meta = start.meta
             assert meta is not None
-            lines = _lines(meta.texts, meta.polygons, [()] * len(meta.texts))
-            return start, {"prompt": meta.caption, "lines": lines, "record": meta.input_id}, seed
+            lines = lines_of(meta.texts, meta.polygons, [()] * len(meta.texts))
+            return start, {"prompt": meta.caption, "lines": lines, "record": meta.input_id}, seed, []
         from stage1_teacher.teacher.sample import encode_input
 
         require_size(self._config, size)
         content = read_prompt(self._config, what, size) if isinstance(what, Prompt) else what
         seed = seed if content.seed is None else content.seed
         self._warn_of(size)
-        encoded, rendered = encode_input(self._config, self._teacher, content, size)
-        lines = _lines(rendered.texts, rendered.polygons, rendered.colors.tolist()) if content.lines else "[]"
-        return Start(conditioning=encoded), {"prompt": content.caption, "lines": lines}, seed
+        encoded, rendered, doubts = encode_input(self._config, self.teacher, content, size)
+        for doubt in doubts:
+            logger.warning("%s: %s", content.where, doubt)
+        lines = lines_of(rendered.texts, rendered.polygons, rendered.colors.tolist()) if content.lines else "[]"
+        return Start(conditioning=encoded), {"prompt": content.caption, "lines": lines}, seed, doubts
 
     def _warn_of(self, size: tuple[int, int] | None) -> None:
         usual = self._config.inputs.size
@@ -196,118 +293,47 @@ class ImageSampler:
 
     @cached_property
     def model(self) -> str:
-        """Say who samples and how, as JSON: steps, guidance, and the fingerprints of the weights."""
-        checkpoint = self._config.find_checkpoint()
-        if self._student is None or self._adapter is None:
-            who: dict[str, Any] = {
-                "who": "teacher",
-                "steps": self._steps or self._config.precompute.solver_steps,
-                "guidance_scale": self._config.precompute.guidance_scale,
-                "fingerprint": fingerprint(checkpoint, "teacher"),
-            }
-        else:
-            card = self._student.card
-            files = {name: sha256_file(path) for name, path in adapter_files(self._adapter).items()}
-            who = {
-                "who": "student",
-                "steps": card.num_steps,
-                "timesteps": list(card.timesteps),
-                "sampler": card.sampler,
-                "guidance_scale": 1.0,
-                "adapter": hashlib.sha256(canonical_json(files)).hexdigest(),
-                "base_fingerprint": card.base_fingerprint,
-                **({"ancestors": card.to_json()["ancestors"]} if card.ancestors else {}),
-            }
-        return canonical_json(who).decode().strip()
+        """Say who samples and how, as JSON; see `describe_model`."""
+        card = None if self._student is None else self._student.card
+        return describe_model(self._config, self._steps, card, self._adapter)
 
     @cached_property
-    def _teacher(self) -> Teacher:
+    def teacher(self) -> Teacher:
+        """The teacher, whose encoders a student uses too; loaded when it is first needed."""
+        if self._shared is not None:
+            return self._shared.teacher
         from stage1_teacher.teacher.teacher import Teacher
 
         return Teacher.load(self._config)
 
     @cached_property
     def _decoder(self) -> VAE:
-        return self._teacher.vae if "_teacher" in self.__dict__ else load_decoder(self._config)
+        if self._shared is not None:
+            return self._shared._decoder
+        return self.teacher.vae if "teacher" in self.__dict__ else load_decoder(self._config)
 
-    def _solve(self, conditioning: Conditioning, noise: Tensor, steps: int | None) -> Tensor:
+    @contextmanager
+    def _watch(self, before_call: Callable[[], None] | None) -> Iterator[dict[str, int]]:
+        """Count the calls of the UNet that samples, and announce each."""
+        networks: Denoiser = self.teacher.denoiser if self._student is None else self._student.student
+        if networks.device.type == "cuda":
+            torch.cuda.synchronize(networks.device)  # encoding must not be timed as sampling
+        with count_evaluations(unet=networks.unet) as counts:
+            hook = networks.unet.register_forward_pre_hook(_announce(before_call)) if before_call else None
+            try:
+                yield counts
+            finally:
+                if hook is not None:
+                    hook.remove()
+
+    def _solve(self, conditionings: Sequence[Conditioning], noise: Tensor, steps: int | None) -> Tensor:
         from stage1_teacher.teacher.sample import sample_latents
 
-        return sample_latents(self._config, self._teacher, conditioning, noise, steps)
+        return sample_latents(self._config, self.teacher, conditionings, noise, steps)
 
 
-def require_size(config: Config, size: tuple[int, int] | None) -> None:
-    """Refuse a size of images that the network cannot have.
+def _announce(before_call: Callable[[], None]) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, arguments: Any) -> None:
+        before_call()
 
-    Args:
-        config: model and inputs are used.
-        size: (W, H) in pixels; None for `inputs.size`.
-
-    Raises:
-        UsageError: a side is no multiple of the network's size_multiple.
-    """
-    multiple, usual = config.load_network().size_multiple, config.inputs.size
-    if size is not None and any(side < multiple or side % multiple for side in size):
-        raise UsageError(
-            f"--size {size[0]}x{size[1]}: expected WIDTHxHEIGHT in multiples of {multiple}, e.g."
-            f" {usual + multiple}x{usual}"
-        )
-
-
-def read_prompt(config: Config, prompt: Prompt, size: tuple[int, int] | None = None) -> Input:
-    """Read a prompt as a person types it, before any network is loaded.
-
-    Args:
-        config: inputs is used.
-        prompt: the prompt.
-        size: (W, H) of the image to be, in pixels, to which its boxes refer; None for `inputs.size`.
-
-    Raises:
-        UsageError: its parts do not match, or a value is wrong.
-    """
-    from stage1_teacher.teacher.sample import prompt_input
-
-    return prompt_input(
-        config,
-        prompt.text,
-        prompt.boxes,
-        texts=prompt.texts,
-        colors=prompt.colors,
-        font=prompt.font,
-        image=prompt.image,
-        size=size,
-    )
-
-
-def read_prompts(config: Config, path: Path, size: tuple[int, int] | None = None) -> list[Input]:
-    """Read a prompts file, JSON lines as precompute takes them, and see that each can be rendered.
-
-    Args:
-        config: inputs, teacher and precompute are used.
-        path: the file.
-        size: (W, H) of the images to be, in pixels; None for `inputs.size`.
-
-    Raises:
-        DataError: the file or one of its prompts is wrong.
-    """
-    from stage1_teacher.teacher.sample import read_prompts as read
-
-    return read(config, path, size)
-
-
-def _seed_of(start: Start, seed: int | None, number: int) -> dict[str, str]:
-    """Say which noise an image was sampled from."""
-    if start.noise is not None and start.meta is not None:
-        return {"seed": str(start.meta.seeds[number]), "noise": "of the record"}
-    return {"seed": str(seed or 0), "image": str(number)}
-
-
-def _lines(
-    texts: Sequence[str], polygons: Sequence[Sequence[Sequence[float]]], colors: Sequence[Sequence[float]]
-) -> str:
-    """Say in JSON which texts are where, in pixels of the image, and in which colours if these are known."""
-    lines = []
-    for text, polygon, color in zip(texts, polygons, colors, strict=True):
-        known = {"color": list(color)} if color and max(color) <= 255 else {}
-        lines.append({"text": text, "polygon": [list(corner) for corner in polygon], **known})
-    return canonical_json(lines).decode().strip()
+    return hook

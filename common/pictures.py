@@ -168,9 +168,20 @@ def write_png(path: Path, picture: Picture, texts: Mapping[str, str] | None = No
         UsageError: the name says another format.
     """
     require_suffix(path, ".png")
+    data = png_bytes(picture, texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(path, data)
+
+
+def png_bytes(picture: Picture, texts: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of a PNG file.
+
+    Args:
+        picture: RGB.
+        texts: see `write_png`.
+    """
     chunks, buffer = PngInfo(), io.BytesIO()
     for keyword, text in (texts or {}).items():
         chunks.add_text(keyword, text)  # an international one where Latin-1 does not do
     Image.fromarray(picture).save(buffer, format="PNG", pnginfo=chunks)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -7,7 +7,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from common.anytext2.unet import AttnXBlock, UNet
+from common.anytext2.modules import AttnXBlock
+from common.anytext2.unet import UNet
 from common.anytext2.writenet import WriteNet
 
 

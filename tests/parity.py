@@ -1,10 +1,11 @@
 """Compare our network with golden values from upstream's own code.
 
-    python -m tests.parity tests/golden/tiny.safetensors [FILE...] [--tolerance 1e-4]
+    python -m tests.parity tests/golden/tiny.safetensors [FILE...] [--tolerance 1e-4] [--checkpoint FILE]
 
 Takes any file of the layout that golden/README.md describes, of a network of any size: its metadata says which.
-The network is filled through its checkpoint keys by the golden rule, part by part, so that a full-size one needs
-little more memory than its UNet. Each part gets upstream's own inputs, so that an error shows where it arises.
+The network is filled through its checkpoint keys by the golden rule, or from --checkpoint where the file was made
+with real weights (`make_golden.py`), part by part, so that a full-size one needs little more memory
+than its UNet. Each part gets upstream's own inputs, so that an error shows where it arises.
 One line per tensor: its name and relative error. Exit code 1 if one is above the tolerance.
 """
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.anytext2.checkpoint import load_unet, load_vae, load_writenet
+from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.conditioning import Hints
 from common.anytext2.config import NetworkConfig
 from common.anytext2.unet import Control, UNet
@@ -55,7 +57,10 @@ class Golden:
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
     config: NetworkConfig
-    weights: RuleCheckpoint
+    weights: CheckpointFile
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -72,11 +77,11 @@ class Golden:
         return Hints(
             glyphs=(self["in.glyphs"].sum(dim=(1, 2)) != 0).float()[:, None],  # (B, 1, H, W)
             positions=self["in.positions"].sum(dim=1),  # (B, 1, H, W)
-            masked_latents=self["vae.masked_latents"],
+            masked_latents=self["in.masked_latents" if "in.masked_latents" in self else "vae.masked_latents"],
         )
 
 
-def read_golden(path: Path) -> Golden:
+def read_golden(path: Path, checkpoint: Path | None = None) -> Golden:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})["meta"])
@@ -84,18 +89,24 @@ def read_golden(path: Path) -> Golden:
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"golden file {path}: {error}; expected the layout of golden/README.md") from None
     config = network_config_from_upstream(meta["network"])
-    return Golden(
-        path=path, tensors=tensors, meta=meta, config=config, weights=RuleCheckpoint(teacher_shapes(config))
-    )
+    if (meta.get("weights") == "checkpoint") != (checkpoint is not None):
+        made = "real weights" if checkpoint is None else "the golden rule"
+        remedy = "give --checkpoint FILE" if checkpoint is None else "leave --checkpoint out"
+        raise DataError(f"golden file {path}: it was made with {made}; {remedy}")
+    weights = RuleCheckpoint(teacher_shapes(config)) if checkpoint is None else CheckpointFile(checkpoint)
+    return Golden(path=path, tensors=tensors, meta=meta, config=config, weights=weights)
 
 
 def vae(golden: Golden) -> Results:
     network = load_vae(golden.config, golden.weights)
-    yield "vae.mean", network.moments(golden["in.image"])[0]
-    yield "vae.logvar", network.moments(golden["in.image"])[1]
-    yield "vae.latents", network.encode(golden["in.image"])
+    if "in.image" in golden:
+        yield "vae.mean", network.moments(golden["in.image"])[0]
+        yield "vae.logvar", network.moments(golden["in.image"])[1]
+        yield "vae.latents", network.encode(golden["in.image"])
+        yield "vae.decoded", network.decode(golden["vae.latents"])
+    yield "vae.masked_mean", network.moments(golden["in.masked_image"])[0]
+    yield "vae.masked_logvar", network.moments(golden["in.masked_image"])[1]
     yield "vae.masked_latents", network.encode(golden["in.masked_image"])
-    yield "vae.decoded", network.decode(golden["vae.latents"])
     for name in golden.tensors:
         if match := re.fullmatch(r"(ddim\d+)\.decoded", name):
             yield name, network.decode(golden[f"{match[1]}.samples"])
@@ -103,14 +114,22 @@ def vae(golden: Golden) -> Results:
 
 def recognizer(golden: Golden) -> Results:
     network = load_recognizer(golden.config, golden.weights)
-    drawn = torch.stack([golden["in.gly_line"][i, j] for i, j in golden.lines])  # (N, 1, 80, 512)
-    reading = network(glyph_lines(drawn))
+    if "in.ocr_lines" in golden:
+        lines = golden["in.ocr_lines"]  # as the recognizer saw them, (N, 3, 48, 320)
+    else:
+        drawn = torch.stack([golden["in.gly_line"][i, j] for i, j in golden.lines])  # (N, 1, 80, 512)
+        lines = glyph_lines(drawn)
+    reading = network(lines)
     yield "ocr.logits", reading.logits
     yield "ocr.neck", reading.neck
 
 
 def line_embeddings(golden: Golden) -> Results:
     network = load_glyph_embedding(golden.config, golden.weights)
+    if "in.font_lines" in golden:
+        given = (golden[f"in.{name}"] for name in ("line_masks", "font_lines", "line_colors"))
+        yield "emb.lines", network(golden["ocr.neck"], *given)
+        return
     positions, colors = (
         torch.stack([golden[k][i, j] for i, j in golden.lines]) for k in ("in.positions", "in.colors")
     )
@@ -203,12 +222,12 @@ def relative_error(ours: Tensor, golden: Tensor) -> float:
 
 
 @torch.no_grad()
-def compare(path: Path) -> Iterator[tuple[str, float]]:
+def compare(path: Path, checkpoint: Path | None = None) -> Iterator[tuple[str, float]]:
     """Yield the relative error of every tensor of a golden file that is not an input.
 
     A tensor that nothing computes counts as infinitely wrong.
     """
-    golden = read_golden(path)
+    golden = read_golden(path, checkpoint)
     seen = set()
     for stage in STAGES:
         for name, ours in stage(golden):
@@ -224,10 +243,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument("--checkpoint", type=Path, help="That a file of real weights was made with.")
     parsed = parser.parse_args(arguments)
     above = 0
     for path in parsed.files:
-        for name, error in compare(path):
+        for name, error in compare(path, parsed.checkpoint):
             bad = not error <= parsed.tolerance  # NaN is bad too
             above += bad
             print(f"{name:40s} {error:.2e}{'  above tolerance' if bad else ''}", flush=True)

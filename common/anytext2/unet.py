@@ -1,66 +1,20 @@
-"""SD1.5's UNet from diffusers, with AnyText2's AttnX in some of its transformer blocks."""
+"""SD1.5's UNet from diffusers, with AnyText2's AttnX in some of its transformer blocks, of a configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.anytext2.config import NetworkConfig
+from common.anytext2.modules import AnyText2UNet
 
 Control = tuple[Tensor, ...]
 """WriteNet's residuals, shallow to deep, the middle block's last."""
 ATTNX_ALIASES = {"attnx1": "attn1x", "attnx2": "attn2x"}
 """AttnX's names in kohya's LoRA files: diffusers' converter of these files takes `attn1` for its own wherever it
 stands, and makes `attn1.processorx` of `attn1x`."""
-
-
-class AttnXBlock(BasicTransformerBlock):
-    """A transformer block with a second pair of attentions, `attn1x` and `attn2x`, whose weight is an argument.
-
-    diffusers builds these blocks; ours takes the place of one, parameters and names unchanged. All blocks of a
-    UNet are replaced, with or without AttnX, because diffusers hands `attnx_scale` to every one of them.
-    """
-
-    def __init__(self, stock: BasicTransformerBlock, *, attnx: bool) -> None:
-        """Take over a stock block's sizes; its parameters are not kept."""
-        sizes: dict[str, Any] = {
-            "dim": stock.dim,
-            "num_attention_heads": stock.num_attention_heads,
-            "attention_head_dim": stock.attention_head_dim,
-        }
-        super().__init__(**sizes, cross_attention_dim=stock.cross_attention_dim)
-        self.attn1x: Attention | None = None
-        self.attn2x: Attention | None = None
-        if attnx:
-            heads: dict[str, Any] = {"heads": stock.num_attention_heads, "dim_head": stock.attention_head_dim}
-            self.attn1x = Attention(query_dim=stock.dim, **heads)
-            self.attn2x = Attention(query_dim=stock.dim, cross_attention_dim=stock.cross_attention_dim, **heads)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        class_labels: Tensor | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Run the block on (B, h w, C) with a context of (B, L, c) and its bias of (B, 1, L)."""
-        x, context = hidden_states, encoder_hidden_states
-        x = x + self.attn1(self.norm1(x))  # (B, h w, C)
-        x = x + self.attn2(self.norm2(x), context, encoder_attention_mask)
-        if self.attn1x is not None and self.attn2x is not None:
-            scale = (cross_attention_kwargs or {}).get("attnx_scale", 1.0)
-            x = x + scale * self.attn1x(self.norm1(x))
-            x = x + scale * self.attn2x(self.norm2(x), context, encoder_attention_mask)
-        return x + self.ff(self.norm3(x))
 
 
 def trunk_sizes(config: NetworkConfig) -> dict[str, Any]:
@@ -77,19 +31,27 @@ def trunk_sizes(config: NetworkConfig) -> dict[str, Any]:
     }
 
 
-class UNet(UNet2DConditionModel):
+def unet_sizes(config: NetworkConfig) -> dict[str, Any]:
+    """Return the arguments of `AnyText2UNet`."""
+    sizes = config.unet
+    return {
+        **trunk_sizes(config),
+        "out_channels": config.latent_channels,
+        "up_block_types": tuple(
+            "CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(sizes.has_attention)
+        ),
+        "attnx_mid": sizes.attnx_mid,
+        "attnx_down": sizes.attnx_down,
+        "attnx_levels": sizes.attnx_levels,
+    }
+
+
+class UNet(AnyText2UNet):
     """Predicts noise; a pure function of its arguments. Module names are diffusers' own."""
 
     def __init__(self, config: NetworkConfig) -> None:
         """Build the UNet with PyTorch's initial weights."""
-        sizes = config.unet
-        up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(sizes.has_attention)]
-        super().__init__(**trunk_sizes(config), out_channels=config.latent_channels, up_block_types=tuple(up))
-        _replace_blocks(self.mid_block, attnx=sizes.attnx_mid)
-        for level, block in enumerate(self.down_blocks):
-            _replace_blocks(block, attnx=sizes.attnx_down and sizes.has_attention[level])
-        for level, block in zip(reversed(range(len(up))), self.up_blocks, strict=True):
-            _replace_blocks(block, attnx=level in sizes.attnx_levels)
+        super().__init__(**unet_sizes(config))
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
         """Load a LoRA as diffusers does, which calls this of its pipelines too; AttnX may go by its aliases."""
@@ -135,13 +97,6 @@ class UNet(UNet2DConditionModel):
         )
         eps: Tensor = output[0]
         return eps
-
-
-def _replace_blocks(module: nn.Module | None, *, attnx: bool) -> None:
-    for attention in getattr(module, "attentions", ()):
-        blocks = attention.transformer_blocks
-        for index, block in enumerate(blocks):
-            blocks[index] = AttnXBlock(block, attnx=attnx)
 
 
 def _without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:

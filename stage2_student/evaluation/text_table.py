@@ -14,13 +14,18 @@ _Column = tuple[str, Callable[[RunRow], str]]
 
 def format_table(summary: Summary) -> str:
     """Lay the runs out, intervals in brackets; distances from the teacher's own solve where any run has one."""
-    columns = [("run", lambda run: run.label), *_columns(summary.runs)]
-    rows = [tuple(name for name, _ in columns)]
-    rows += [tuple(cell(run) for _, cell in columns) for run in summary.runs]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    rows = table_cells(summary)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines += [f"not complete, left out: {label}" for label in summary.incomplete]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def table_cells(summary: Summary) -> list[tuple[str, ...]]:
+    """Return the table's cells, its head first, for whoever lays them out otherwise."""
+    columns: list[_Column] = [("run", lambda run: run.label), *_columns(summary.runs)]
+    rows = [tuple(name for name, _ in columns)]
+    return rows + [tuple(cell(run) for _, cell in columns) for run in summary.runs]
 
 
 def _columns(runs: Sequence[RunRow]) -> list[_Column]:

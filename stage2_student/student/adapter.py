@@ -20,6 +20,7 @@ from stage2_student.student import exported
 from stage2_student.student.ancestors import Ancestor
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, LIST_FILE, newest_checkpoint
 from stage2_student.student.lora import attach, load_lora, save_lora
+from stage2_student.student.model_card import CARD_NAME, SAMPLES_DIR, base_name, render_card
 from stage2_student.student.student import Student, split_parts
 
 CARD_FILE = "student.json"
@@ -177,7 +178,7 @@ class Card:
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
-    """Write an adapter: a PEFT folder for each adapted network, then the card.
+    """Write an adapter: a PEFT folder for each adapted network, the model card, then the card.
 
     Args:
         folder: made if missing.
@@ -187,6 +188,9 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], card: Card) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for part, of_part in split_parts(dict(tensors)).items():
         save_lora(folder / part, of_part, rank=card.rank, alpha=card.alpha)
+    base = base_name(card.config.get("model", {}))
+    said = render_card(card, "adapter", files=sorted(adapter_files(folder)), base=base)
+    write_bytes_atomic(folder / CARD_NAME, said.encode())
     write_bytes_atomic(folder / CARD_FILE, canonical_json(card.to_json()))
 
 
@@ -251,7 +255,7 @@ def attach_adapter(student: Student, folder: Path, base_fingerprint: str) -> Car
 
 
 def adapter_files(path: Path) -> dict[str, Path]:
-    """Return the files that an adapter consists of, by name; those of an export by part.
+    """Return the files that an adapter consists of, by name, without its model card; those of an export by part.
 
     Args:
         path: an adapter's folder, or an exported file.
@@ -260,7 +264,11 @@ def adapter_files(path: Path) -> dict[str, Path]:
         DataError: an exported file is unreadable.
     """
     if not path.is_file():
-        return {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+        parts = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        names = {file.relative_to(path).as_posix(): file for file in parts}
+        return {
+            name: file for name, file in names.items() if name != CARD_NAME and not name.startswith(SAMPLES_DIR)
+        }
     other = exported.read_metadata(path).get("writenet_file")
     return {"exported": path, **({"writenet": path.with_name(other)} if other else {})}
 

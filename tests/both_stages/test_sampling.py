@@ -13,9 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from both_stages.sampling import ImageSampler, Prompt, RecordOf
+from both_stages.sampling import ImageSampler, Prompt, RecordOf, TextLine
 from common.config import PROJECT_ROOT, Config
 from common.errors import DataError, UsageError
+from common.pictures import write_png
 from pipeline import cli
 from tests.fresh_student import write_fresh_student
 from tests.stage1_teacher.small_teacher import load, write_prompts, write_teacher
@@ -72,18 +73,99 @@ def test_the_documented_example_runs(in_folder: Path) -> None:
     assert results.attempted > 5 and results.failed == 0
 
 
-def test_the_readmes_example_runs(in_folder: Path) -> None:
-    blocks = re.findall(
-        r"```python\n(.*?)```", (PROJECT_ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_an_example_of_the_documentation_runs(
+    in_folder: Path, page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (PROJECT_ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     (example,) = (block for block in blocks if "both_stages" in block)
+    (in_folder / "open.png").unlink(missing_ok=True)
     exec(example, {})
     assert (in_folder / "open.png").stat().st_size > 100
+    if page == "docs/python.md":
+        assert "2 UNet calls an image at t = (999, 499)" in capsys.readouterr().out
 
 
 def test_boxes_may_be_numbers_or_as_typed(student: ImageSampler) -> None:
     typed = Prompt(text=PROMPT.text, boxes=["8,16,56,40"], colors=PROMPT.colors)
     assert torch.equal(student.sample(PROMPT).latents, student.sample(typed).latents)
+
+
+def test_lines_say_what_a_sentence_says(student: ImageSampler) -> None:
+    line = TextLine(text="OPEN", box=(8, 16, 56, 40), color="#d01818")
+    lines = Prompt(text=PROMPT.text, lines=[line])
+    assert torch.equal(student.sample(PROMPT).latents, student.sample(lines).latents)
+    corners = Prompt(
+        text=PROMPT.text, lines=[TextLine(text="OPEN", polygon=[(8, 16), (56, 16), (56, 40), (8, 40)])]
+    )
+    assert torch.equal(student.encode(corners).positions, student.encode(PROMPT).positions)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (Prompt(text="a", lines=[TextLine(text="A", box=(0, 0, 9, 9))], boxes=["1,1,5,5"]), "received both"),
+        (Prompt(text="a", lines=[TextLine(text="A")]), "either a box or a polygon"),
+        (Prompt(text="a", lines=[TextLine(text=" ", box=(0, 0, 9, 9))]), "text is empty"),
+        (Prompt(text="a", lines=[TextLine(text="A", box=(9, 0, 0, 9))]), "is empty; expected x0 < x1"),
+        (Prompt(text="a", lines=[TextLine(text="A", box=(0, 0, 9, 9), color="red")]), "expected .* or"),
+        (
+            Prompt(text="a", lines=[TextLine(text="A", box=(0, 0, 9, 9), font="none.ttf")]),
+            "is no file and no font",
+        ),
+        (Prompt(text="a", lines=[TextLine(text="A", box=(0, 0, 9, 9))], image=Path("none.png")), "none.png"),
+    ],
+)
+def test_lines_that_are_wrong_are_refused(student: ImageSampler, prompt: Prompt, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        student.sample(prompt)
+
+
+def test_a_batch_holds_what_each_prompt_gives_alone(student: ImageSampler, teacher: ImageSampler) -> None:
+    long = Prompt(text="a wall " * 60, lines=[TextLine(text="24H", box=(4, 4, 60, 30))])  # two chunks of 77
+    for sampler, calls in ((student, 2), (teacher, 8)):
+        batch = sampler.sample_batch([PROMPT, long], seeds=[3, 4])
+        assert batch.unet_calls == calls  # the teacher's 4 steps have two branches
+        assert [texts["seed"] for texts in batch.texts] == ["3", "4"]
+        for row, (prompt, seed) in enumerate(((PROMPT, 3), (long, 4))):
+            alone = sampler.sample(prompt, seed=seed).latents[0]
+            torch.testing.assert_close(batch.latents[row], alone, atol=1e-4, rtol=1e-4)
+    compared = student.sample_batch([PROMPT, long], seeds=3, compare=True)
+    assert compared.teacher is not None
+    apart = np.abs(compared.teacher[0].astype(int) - teacher.sample(PROMPT, seed=3).pictures[0])
+    assert apart.max() <= 2  # rounding of a batch of another size
+    with pytest.raises(UsageError, match="a seed for each prompt"):
+        student.sample_batch([PROMPT], seeds=[1, 2])
+
+
+def test_editing_depends_on_the_image_outside_the_boxes(student: ImageSampler, tmp_path: Path) -> None:
+    encoded = []
+    for shade in (20, 200):
+        write_png(tmp_path / f"{shade}.png", np.full((64, 64, 3), shade, np.uint8))
+        prompt = Prompt(text="a", lines=[TextLine(text="A", box=(8, 8, 40, 30))], image=tmp_path / f"{shade}.png")
+        encoded.append(student.encode(prompt).masked_latents)
+    assert float((encoded[0] - encoded[1]).abs().max()) > 1e-3
+
+
+def test_samplers_share_the_encoders(config: Config, folder: Path, teacher: ImageSampler) -> None:
+    beside = ImageSampler(config, adapter=folder / "demo" / "run", encoders_of=teacher)
+    assert torch.equal(beside.encode(PROMPT).text_context, teacher.encode(PROMPT).text_context)
+    assert beside.teacher is teacher.teacher
+
+
+def test_sampling_is_timed_and_can_be_stopped_between_calls(student: ImageSampler) -> None:
+    calls: list[int] = []
+
+    def stop() -> None:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        student.sample(PROMPT, before_call=stop)
+    samples = student.sample(PROMPT)  # nothing is left of it
+    assert len(calls) == 2
+    assert 0 < samples.seconds < 60 and 0 < samples.encode_seconds < 60
 
 
 def test_an_image_depends_on_its_seed_and_number_alone(student: ImageSampler) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from common.anytext2.checkpoint import load_unet, load_vae, load_writenet
 from common.anytext2.conditioning import Hints, pad_contexts
 from common.anytext2.config import NetworkConfig, VaeConfig
-from common.anytext2.unet import AttnXBlock, UNet
+from common.anytext2.modules import AttnXBlock
+from common.anytext2.unet import UNet
 from common.anytext2.writenet import WriteNet
 from tests.initialise import zero_output_layers
 from tests.small_network import SMALL, base_checkpoint

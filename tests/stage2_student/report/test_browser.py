@@ -1,51 +1,29 @@
-"""The report in a real browser. Needs Debian's packages chromium and chromium-driver; CI installs them."""
+"""The report in a real browser."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver import Chrome
 
 from stage2_student.report.data import gather
 from stage2_student.report.page import write_report
+from tests.browser import open_at, open_chromium
 from tests.stage2_student.report import crowded as crowded_page
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",  # for root, as in containers
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
 WIDTHS = {"desktop": 1280, "smallest table": 961, "tablet": 768, "phone": 390}
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        if os.environ.get("REQUIRE_CHROMIUM"):
-            pytest.fail("REQUIRE_CHROMIUM is set and chromium or chromedriver is not installed")
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium chromium-driver)")
-    options = ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with Chrome(options=options, service=ChromeService(driver)) as chrome:
+    with open_chromium(tmp_path_factory.mktemp("chromium")) as chrome:
         yield chrome
 
 
@@ -66,13 +44,6 @@ def addresses(
 @pytest.fixture(params=["usual", "crowded"])
 def address(request: pytest.FixtureRequest, addresses: dict[str, str]) -> str:
     return addresses[request.param]
-
-
-def open_at(browser: Chrome, address: str, width: int) -> None:
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get_log("browser")
-    browser.get(address)
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS.keys())

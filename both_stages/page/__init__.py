@@ -1,0 +1,1 @@
+"""The page: sampling in a browser, from a server of this machine."""
