@@ -1,0 +1,190 @@
+"""Manifests for kubectl: an Indexed Job of `precompute`, and one pod each for `finalize` and `train`.
+
+They need Kubernetes 1.33 or later (backoffLimitPerIndex). Values are written as JSON, which YAML is a superset of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cluster.job import Job, Tasks, pinned
+from common.cluster_settings import ClusterConfig
+from common.errors import DataError, UsageError
+
+CONFIG_MOUNT = "/etc/anytext2-distill"
+"""Where pods find the configuration file."""
+FS_GROUP = 1000
+"""Of the image's user, so that it can write to the claims."""
+_SCRATCH = "scratch"
+
+
+def render_precompute(settings: ClusterConfig, job: Job, tasks: Tasks, config: str | None) -> str:
+    """Return the manifest of an Indexed Job whose indices are tasks of `precompute`.
+
+    Args:
+        settings: of the section [cluster].
+        job: its folder is the pods'.
+        tasks: how many; an Indexed Job cannot leave any out.
+        config: text of the configuration file, which becomes a ConfigMap; None without one.
+
+    Raises:
+        UsageError: the set would lie in a folder that goes with its pod, and is not uploaded either.
+    """
+    words = ["python", "pipeline.py", job.command, *job.options, "--num-tasks", str(tasks.num_tasks)]
+    parallelism = min(tasks.throttle or tasks.num_tasks, tasks.num_tasks)
+    scratch = find_scratch(settings, job)
+    return _manifest(settings, job, words, config, tasks.num_tasks, parallelism, settings.gpus, scratch)
+
+
+def render_finalize(settings: ClusterConfig, job: Job) -> str:
+    """Return the manifest of the one pod that checks a set."""
+    return _manifest(settings, job, ["python", "pipeline.py", job.command, *job.options], None, 1, 1, 0, None)
+
+
+def render_train(settings: ClusterConfig, job: Job, config: str | None) -> str:
+    """Return the manifest of a training in one pod, with as many ranks as `train_processes`.
+
+    Raises:
+        UsageError: the run would lie in a folder that goes with its pod.
+    """
+    ranks = settings.train_processes
+    if _volume_of(settings, job.folder) is None:
+        raise UsageError(_lost("--out", job))
+    launcher = ["torchrun", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else ["python"]
+    words = [*launcher, "pipeline.py", job.command, *job.options]
+    return _manifest(settings, job, words, config, 1, 1, settings.gpus * ranks, None, processes=ranks)
+
+
+def find_scratch(settings: ClusterConfig, job: Job) -> str | None:
+    """Return where an empty folder must be mounted for the set: nowhere if a claim holds it.
+
+    Raises:
+        UsageError: then it would be lost.
+    """
+    if _volume_of(settings, job.folder) is not None:
+        return None
+    if "--upload" not in job.options:
+        raise UsageError(_lost("--out", job))
+    return str(job.folder)
+
+
+def _manifest(
+    settings: ClusterConfig,
+    job: Job,
+    words: Sequence[str],
+    config: str | None,
+    completions: int,
+    parallelism: int,
+    gpus: int,
+    scratch: str | None,
+    *,
+    processes: int = 1,
+) -> str:
+    grace = settings.warning_seconds
+    memory = f"{int(settings.memory[:-1]) * processes}{settings.memory[-1]}i"
+    resources: dict[str, Any] = {"cpu": str(settings.cpus * processes), "memory": memory}
+    if gpus:
+        resources[settings.gpu_resource] = gpus
+    mounts = [{"name": _volume_name(claim), "mountPath": folder} for folder, claim in settings.volumes.items()]
+    volumes: list[dict[str, Any]] = [
+        {"name": _volume_name(claim), "persistentVolumeClaim": {"claimName": claim}}
+        for claim in dict.fromkeys(settings.volumes.values())
+    ]
+    if scratch is not None:
+        mounts.append({"name": _SCRATCH, "mountPath": scratch})
+        volumes.append({"name": _SCRATCH, "emptyDir": {}})
+    if config is not None:
+        mounts.append({"name": "config", "mountPath": CONFIG_MOUNT})
+        volumes.append({"name": "config", "configMap": {"name": job.name}})
+    environment = [{"name": name, "value": value} for name, value in pinned(settings).items()]
+    pod: list[str] = [
+        *_optional("serviceAccountName", settings.service_account),
+        *_optional("nodeSelector", settings.node_selector),
+        f"securityContext: {{fsGroup: {FS_GROUP}}}  # lets the image's user write to the claims",
+        "restartPolicy: Never  # so that every end of a pod is judged by the rules above",
+        f"terminationGracePeriodSeconds: {grace}  # one batch and 60 s",
+        "containers:",
+        "- name: main",
+        f"  image: {json.dumps(settings.image)}",
+        "  command:",
+        *(f"  - {json.dumps(word, ensure_ascii=False)}" for word in words),
+        "  env:  # the number of threads decides the last bits of results",
+        *(f"  - {json.dumps(entry)}" for entry in environment),
+        *([f"  envFrom: [{{secretRef: {{name: {json.dumps(settings.secret)}}}}}]"] if settings.secret else []),
+        f"  resources: {json.dumps({'requests': resources, 'limits': resources})}",
+        *_list("  volumeMounts", mounts),
+        *_list("volumes", volumes),
+    ]
+    return "\n".join(
+        [
+            f"# {job.command} of {job.folder}.",
+            "# Made by `pipeline.py submit`. What is committed is skipped: submit again, as often as you like.",
+            *([] if config is None else _config_map(job, config)),
+            "apiVersion: batch/v1",
+            "kind: Job",
+            f"metadata: {{name: {job.name}}}",
+            "spec:",
+            "  completionMode: Indexed  # each index is tried again by itself",
+            f"  completions: {completions}",
+            f"  parallelism: {parallelism}",
+            f"  backoffLimitPerIndex: {settings.retries}",
+            "  podFailurePolicy:  # in order; the first rule that fits counts",
+            "    rules:",
+            "    # Eviction, preemption, a node that is drained: not the work's fault, tried again without being counted.",
+            "    - action: Ignore",
+            "      onPodConditions: [{type: DisruptionTarget, status: \"True\"}]",
+            "    # A wrong option or setting is the same for every index.",
+            "    - action: FailJob",
+            f"      onExitCodes: {{containerName: main, operator: In, values: [{UsageError.exit_code}]}}",
+            "    # Bad data does not pass by trying again.",
+            "    - action: FailIndex",
+            f"      onExitCodes: {{containerName: main, operator: In, values: [{DataError.exit_code}]}}",
+            "    # All else is counted per index: 75 too, for a probe or a sidecar may send signals for ever.",
+            "  template:",
+            "    spec:",
+            *(f"      {line}" for line in pod),
+            "",
+        ]
+    )
+
+
+def _config_map(job: Job, text: str) -> list[str]:
+    return [
+        "apiVersion: v1",
+        "kind: ConfigMap",
+        f"metadata: {{name: {job.name}}}",
+        "data:",
+        "  config.toml: |",
+        *(f"    {line}".rstrip() for line in text.splitlines()),
+        "---",
+    ]
+
+
+def _optional(key: str, value: str | Mapping[str, str]) -> list[str]:
+    return [f"{key}: {json.dumps(value)}"] if value else []
+
+
+def _list(key: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    indent = " " * (len(key) - len(key.lstrip()))
+    return [f"{key}:", *(f"{indent}- {json.dumps(entry)}" for entry in entries)] if entries else []
+
+
+def _volume_name(claim: str) -> str:
+    return f"claim-{claim.replace('.', '-')}"[:63]
+
+
+def _volume_of(settings: ClusterConfig, folder: Path) -> str | None:
+    """Return the mounted folder that a folder of the pods lies in."""
+    here = PurePosixPath(folder)
+    return next((mount for mount in settings.volumes if here.is_relative_to(mount)), None)
+
+
+def _lost(option: str, job: Job) -> str:
+    remedy = ", or give --upload URL" if job.command == "precompute" else ""
+    return (
+        f"{option} {job.folder} lies in no folder of cluster.volumes, so it would be lost with its pod; put it in one"
+        f"{remedy}"
+    )
