@@ -40,6 +40,7 @@ from common.cli import (
 from common.config import PROJECT_ROOT, Config, load_config
 from common.errors import DataError, MachineError, UsageError
 from common.faults import naming
+from common.job import local_rank, meet_by_slurm, number_tasks, rank
 from common.passing_on import spell_given, take_options
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -59,7 +60,9 @@ def cli() -> None:
 @input_options
 @out_option("Folder of the shards.", FOLDER)
 @click.option("--task-index", type=click.IntRange(min=0), help="Which task this is. Default: from the job system.")
-@click.option("--num-tasks", type=click.IntRange(min=1), help="Tasks that share the work. Default: likewise.")
+@click.option(
+    "--num-tasks", type=click.IntRange(min=1), help="Elements of the array, or tasks, that share the work."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first N inputs.")
 @click.option("--trajectories", type=FOLDER, help="Keep whole rollouts too, in this folder (zarr).")
 @click.option("--upload", metavar="URL", help="Copy each shard there after its commit; any fsspec URL.")
@@ -77,18 +80,18 @@ def precompute(
     """Stage one: run the teacher on inputs and record what it does, as shards.
 
     Run it again to go on after a stop; start it in several tasks to share the work. The task's number and count
-    come from SLURM_ARRAY_TASK_ID, JOB_COMPLETION_INDEX or RANK where the flags are not given.
+    come from a Slurm array and its steps (srun), from a Kubernetes indexed job or from torchrun; with --num-tasks
+    an array's element, or a pod, is the task of its own number, so that a part of an array can be run again.
 
     Example: pipeline.py precompute --config configs/tiny.toml --annotations demo/data.json --out demo/shards
     """
     import torch
 
     from stage1_teacher.precompute import precompute as run
-    from stage1_teacher.recording.share import number_tasks
 
     index, count = number_tasks(os.environ, task_index, num_tasks)
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank(os.environ) % torch.cuda.device_count())
     done = run(
         config,
         out,
@@ -253,10 +256,11 @@ def train(
 ) -> None:
     """Train a student from shards alone; no part of the teacher is loaded.
 
-    On many GPUs and nodes start it by accelerate launch or torchrun.
+    On many GPUs and nodes start it by srun alone, by torchrun, or by accelerate launch.
 
     Example: pipeline.py train --config configs/tiny.toml --shards demo/shards --out demo/run --resume auto
     """
+    meet_by_slurm(os.environ)
     from stage2_student.train import train as run_training
 
     result = run_training(
@@ -268,7 +272,7 @@ def train(
         exclude_damaged=exclude_damaged,
         announce=click.echo,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if rank(os.environ) == 0:
         loss = "" if result.loss is None else f", loss {result.loss:.4g}"
         click.echo(f"{result.steps} steps done{loss}; checkpoint {result.checkpoint}")
 

@@ -1,13 +1,12 @@
-"""Which task this is, which shards of a set it makes, and how many of them it has."""
+"""Which shards of a set a task makes, and how many of them it has."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UsageError
 from shards.files.failures import read_failures_of
 from shards.files.names import shard_name
 from shards.files.plan import Plan, PlannedShard
@@ -65,34 +64,6 @@ class Share:
     def committed_so_far(self) -> str:
         """What is safe, in words."""
         return f"{len(self.found) + self.done.shards_written} of this task's {self.shards} shards are committed"
-
-
-def number_tasks(environ: Mapping[str, str], task_index: int | None, num_tasks: int | None) -> tuple[int, int]:
-    """Return this task's number and how many there are, from flags or else from the job system.
-
-    A Slurm array or an indexed Kubernetes job numbers tasks; torchrun's ranks inside each are numbered further.
-
-    Raises:
-        UsageError: one of the two is unknown.
-    """
-    index, count = None, 1
-    if "SLURM_ARRAY_TASK_ID" in environ:
-        first = int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
-        index = (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
-        count = int(environ.get("SLURM_ARRAY_TASK_COUNT", 0))  # 0: unknown
-    elif "JOB_COMPLETION_INDEX" in environ:
-        index, count = int(environ["JOB_COMPLETION_INDEX"]), 0  # Kubernetes does not say how many
-    if "RANK" in environ:
-        world = int(environ.get("WORLD_SIZE", 0))
-        index, count = (index or 0) * world + int(environ["RANK"]), count * world
-    if task_index is not None:
-        index, count = task_index, 0
-    count = num_tasks or count
-    if count == 0:
-        raise UsageError(f"task {index} of how many? Give --num-tasks")
-    if index is None and count > 1:
-        raise UsageError(f"which of {count} tasks is this? Give --task-index, 0 to {count - 1}")
-    return index or 0, count
 
 
 def choose_share(

@@ -193,13 +193,14 @@ def test_two_processes_train_like_one_with_their_batches_together(
 ) -> None:
     settings = {**SETTINGS, "max_steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "gradient_accumulation": 2}
     (tmp_path / "small.toml").write_text(toml_of(base_folder, **settings))
-    command = [*torchrun(), "--config", str(tmp_path / "small.toml")]
+    command = [sys.executable, "pipeline.py", "train", "--config", str(tmp_path / "small.toml")]
     command += ["--shards", str(shards), "--out", str(tmp_path / "two")]
-    two = subprocess.run(
-        command, cwd=PROJECT_ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=280
-    )
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("trainable parameters") == 1  # only one of them speaks
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    two = [start(command, **step, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")]  # as srun does
+    said = [process.communicate(timeout=280) for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
+    assert sum(out.count("trainable parameters") for out, _ in said) == 1  # only one of them speaks
     alone = configure(**{**settings, "batch_size": 4})
     one = train(alone, shards=shards, run=tmp_path / "one")
     halfway = tmp_path / "two/checkpoints/step-00000003"  # of two processes, taken up by one
