@@ -281,8 +281,8 @@ def train(
 def submit() -> None:
     """Have precompute or train run as jobs of Slurm or Kubernetes.
 
-    They take the options of the command itself. What each job gets stands in the configuration's section [cluster].
-    Scripts or manifests, and the jobs' logs, lie in the folder jobs of the set or run.
+    They take the options of the command itself. What each job gets stands in the section [cluster] of the
+    configuration. Scripts or manifests, and the jobs' logs, lie in the folder jobs of the set or run.
 
     Example: pipeline.py submit precompute --num-tasks 16 --config configs/sd15.toml --annotations data.json
     --out shards/laion --train runs/phased4
@@ -352,9 +352,7 @@ def submit_precompute(
 @click.option("--after", default="", metavar="JOB", help="Slurm: wait until this job ended well.")
 @JOBS_OPTION
 @SHOW_OPTION
-def submit_train(
-    out: Path, after: str, jobs: Path | None, dry_run: bool, **options: Any
-) -> None:
+def submit_train(out: Path, after: str, jobs: Path | None, dry_run: bool, **options: Any) -> None:
     """Submit train as one job, that goes on after each interruption (--resume auto).
 
     Example: pipeline.py submit train --config configs/sd15.toml --shards shards/laion --out runs/phased4 --dry-run

@@ -133,9 +133,9 @@ def _manifest(
             f"  backoffLimitPerIndex: {settings.retries}",
             "  podFailurePolicy:  # in order; the first rule that fits counts",
             "    rules:",
-            "    # Eviction, preemption, a node that is drained: not the work's fault, tried again without being counted.",
+            "    # Eviction, preemption, a drained node: not the work's fault, tried again without being counted.",
             "    - action: Ignore",
-            "      onPodConditions: [{type: DisruptionTarget, status: \"True\"}]",
+            '      onPodConditions: [{type: DisruptionTarget, status: "True"}]',
             "    # A wrong option or setting is the same for every index.",
             "    - action: FailJob",
             f"      onExitCodes: {{containerName: main, operator: In, values: [{UsageError.exit_code}]}}",
@@ -185,6 +185,6 @@ def _volume_of(settings: ClusterConfig, folder: Path) -> str | None:
 def _lost(option: str, job: Job) -> str:
     remedy = ", or give --upload URL" if job.command == "precompute" else ""
     return (
-        f"{option} {job.folder} lies in no folder of cluster.volumes, so it would be lost with its pod; put it in one"
-        f"{remedy}"
+        f"{option} {job.folder} lies in no folder of cluster.volumes, so it would be lost with its pod;"
+        f" put it in one{remedy}"
     )

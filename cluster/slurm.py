@@ -37,6 +37,7 @@ def render_precompute(settings: ClusterConfig, job: Job, tasks: Tasks, array: ra
             f"committed() {{ find {_quote(job.folder)} -maxdepth 1 -name 'shard-*.json' | wc -l; }}",
             "",
             *_run(settings, job, ["--ntasks=1", f"--cpus-per-task={settings.cpus}"]),
+            "",
         ]
     )
 
@@ -61,6 +62,7 @@ def render_train(settings: ClusterConfig, job: Job) -> str:
             " 2>/dev/null | sort | tail -n 1 | grep . || echo none; }",
             "",
             *_run(settings, job, step),
+            "",
         ]
     )
 
@@ -91,8 +93,8 @@ def _head(settings: ClusterConfig, job: Job, directives: list[str], about: str) 
     return [
         shell,
         *(f"#SBATCH {directive}" for directive in directives),
-        f"# {job.command} of {job.folder}: {about}. Made by `pipeline.py submit`. What is committed is skipped: submit",
-        "# this file by sbatch again, as often as you like.",
+        f"# {job.command} of {job.folder}: {about}. Made by `pipeline.py submit`.",
+        "# What is committed is skipped: give this file to sbatch again, as often as you like.",
         "",
         "# The number of threads decides the last bits of results.",
         "export " + " ".join(f"{name}={value}" for name, value in pinned(settings).items()),
@@ -127,7 +129,9 @@ def _command(settings: ClusterConfig, job: Job, lines: list[str]) -> list[str]:
     if settings.container and settings.container_runtime == "apptainer":
         gpu = " --nv" if settings.gpus else ""
         binds = "".join(f" --bind {shlex.quote(mount)}" for mount in _mounts(settings, job))
-        first = f"apptainer exec{gpu}{binds} --pwd {_quote(PROJECT_ROOT)} {shlex.quote(settings.container)} {first}"
+        first = (
+            f"apptainer exec{gpu}{binds} --pwd {_quote(PROJECT_ROOT)} {shlex.quote(settings.container)} {first}"
+        )
     return ["command=(", *(f"  {line}" for line in [first, *lines]), ")"]
 
 
@@ -145,15 +149,14 @@ def _launch(settings: ClusterConfig, job: Job, step: list[str]) -> str:
 
 def _run(settings: ClusterConfig, job: Job, step: list[str]) -> list[str]:
     """Return the lines that run the command as a step, and have the job go on in a new slice after 75."""
-    kept = f"{job.jobs}/{job.command}"
     remedy = "raise cluster.time; for a new set, or a new run, make samples_per_shard or checkpoint_every smaller"
     return f"""\
-# As a step: that is what Slurm's signals reach. One that comes to this script is handed on, as USR1: srun takes TERM
-# for an order to kill.
+# As a step: that is what Slurm's signals reach. One that comes to this script is handed on, as USR1, for srun
+# takes TERM for an order to kill.
 {_launch(settings, job, step)} &
 step=$!
 trap 'kill -USR1 "$step" 2>/dev/null' TERM INT HUP USR1
-stops={shlex.quote(kept)}-$me.stops
+stops={shlex.quote(f"{job.jobs}/{job.command}")}-$me.stops
 [ -e "$stops" ] || committed > "$stops"
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
@@ -163,16 +166,17 @@ if [ "$code" != {Stopped.exit_code} ]; then
   exit "$code"
 fi
 
-# Stopped by a signal, with everything committed: go on in a new slice. Not if that leads nowhere, nor if Slurm itself
-# is ending this job, by scancel say.
+# Stopped by a signal, with everything committed: go on in a new slice. Not if that leads nowhere, nor if Slurm
+# itself is ending this job, by scancel say.
 committed >> "$stops"
-stopped=$(($(wc -l < "$stops") - 1))
-if [ "$stopped" -ge {WITHOUT_COMMIT} ] && [ "$(tail -n {WITHOUT_COMMIT + 1} "$stops" | sort -u | wc -l)" = 1 ]; then
+slices=$(($(wc -l < "$stops") - 1))
+kinds=$(tail -n {WITHOUT_COMMIT + 1} "$stops" | sort -u | wc -l)
+if [ "$slices" -ge {WITHOUT_COMMIT} ] && [ "$kinds" = 1 ]; then
   echo "given up: {WITHOUT_COMMIT} slices without a new commit; {remedy}" >&2
   exit {MachineError.exit_code}
 fi
-if [ "$stopped" -ge {settings.max_requeues} ]; then
-  echo "given up: stopped $stopped times (cluster.max_requeues); submit it again to go on" >&2
+if [ "$slices" -ge {settings.max_requeues} ]; then
+  echo "given up after $slices slices (cluster.max_requeues); submit it again to go on" >&2
   exit {MachineError.exit_code}
 fi
 state=$(squeue --noheader --job="$me" --format=%T)
@@ -180,7 +184,7 @@ if [ "$state" = RUNNING ] && scontrol requeue "$me"; then
   sleep 300  # until Slurm ends this script
 fi
 exit {Stopped.exit_code}
-""".splitlines() + [""]
+""".splitlines()
 
 
 def _log(job: Job, number: str) -> str:

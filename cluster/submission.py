@@ -43,7 +43,13 @@ def find_jobs_folder(jobs: Path | None, folder: Path, *, elsewhere: bool) -> Pat
 
 
 def make_chain(
-    options: Sequence[str], settings_options: Sequence[str], *, out: Path, jobs: Path, run: Path | None, run_jobs: Path
+    options: Sequence[str],
+    settings_options: Sequence[str],
+    *,
+    out: Path,
+    jobs: Path,
+    run: Path | None,
+    run_jobs: Path,
 ) -> list[Job]:
     """Return `precompute`, `finalize`, and `train` on the set where a run's folder is given.
 
@@ -144,7 +150,9 @@ def plan_kubernetes(
             raise UsageError("--train: the set is only at its URL; when it is complete, submit train --shards URL")
         chain = [first]  # nothing could finalize it: each pod has its own part
     if not settings.image:
-        raise UsageError("cluster.image is empty; build it from the Dockerfile and name it as the cluster pulls it")
+        raise UsageError(
+            "cluster.image is empty; build it from the Dockerfile and name it as the cluster pulls it"
+        )
     text = None if config is None else _read(config)
     parts = []
     for given in chain:

@@ -1,4 +1,4 @@
-"""The configuration's section [cluster]: what `submit` asks Slurm or Kubernetes for. None of it decides a result."""
+"""The section [cluster]: what `submit` asks Slurm or Kubernetes for. Threads aside, none of it decides a result."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class ClusterConfig(Section):
     memory: str = "32G"
     """Memory of each process, a number with K, M, G or T."""
     batch_seconds: PositiveFloat = 60.0
-    """Longest batch of `precompute`, or longest step of `train` with its checkpoint. A job is asked to stop this long,
-    and 60 s, ahead of its limit."""
+    """Longest batch of `precompute`, or longest step of `train` with its checkpoint. A job is asked to stop this
+    long, and 60 s, ahead of its limit."""
     train_nodes: Count = 1
     """Slurm: nodes that `train` runs on. Kubernetes trains in one pod."""
     train_processes: Count = 1

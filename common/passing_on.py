@@ -63,7 +63,7 @@ def _place(path: Path, parameter: click.Parameter, elsewhere: bool) -> Path:
             raise UsageError(f"{option} {path}: received a relative path, expected an absolute one, of the pods")
         return path
     kind = parameter.type
-    if option == "--config" or (isinstance(kind, click.Path) and not kind.dir_okay and option != "--out"):
-        if not path.exists():
-            raise DataError(f"{option} {path}: no such file")
+    is_read = option == "--config" or (isinstance(kind, click.Path) and not kind.dir_okay and option != "--out")
+    if is_read and not path.exists():
+        raise DataError(f"{option} {path}: no such file")
     return path.absolute()

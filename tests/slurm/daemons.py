@@ -1,6 +1,7 @@
 """A real Slurm of this machine alone, for as long as a context lasts: munged, slurmctld and slurmd on loopback.
 
-It needs root, for slurmd starts jobs as their users, and Debian's packages slurmctld, slurmd, slurm-client and munge.
+It needs root, for slurmd starts jobs as their users, and Debian's packages slurmctld, slurmd, slurm-client and
+munge.
 Partition `main` preempts `low`. The node has more cores than the machine, and GPUs in name only.
 """
 
@@ -115,7 +116,9 @@ def _write_files(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     for number in range(GPUS):
         (folder / f"gpu{number}").touch()
-    (folder / "gres.conf").write_text(f"AutoDetect=off\nNodeName={NODE} Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
+    (folder / "gres.conf").write_text(
+        f"AutoDetect=off\nNodeName={NODE} Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n"
+    )
     control, node = _free_ports(2)
     values = {"control": control, "node": node, "name": NODE, "cpus": CPUS, "gpus": GPUS, "grace": GRACE_SECONDS}
     text = CONFIG.format(folder=folder, max_array_size=MAX_ARRAY_SIZE, **values)
