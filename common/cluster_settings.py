@@ -1,4 +1,4 @@
-"""The section [cluster]: what `submit` asks Slurm or Kubernetes for. Threads aside, none of it decides a result."""
+"""The section [cluster]: what `submit` asks a cluster for. Threads aside, none of it decides a result."""
 
 from __future__ import annotations
 

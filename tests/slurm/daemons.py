@@ -2,7 +2,7 @@
 
 It needs root, for slurmd starts jobs as their users, and Debian's packages slurmctld, slurmd, slurm-client and
 munge.
-Partition `main` preempts `low`. The node has more cores than the machine, and GPUs in name only.
+Partition `main` preempts `low`. The node has more cores than the machine, and one GPU, in name only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-NODE, CPUS, GPUS, MAX_ARRAY_SIZE = "localhost", 8, 2, 3
+NODE, CPUS, MAX_ARRAY_SIZE = "localhost", 12, 4
 GRACE_SECONDS = 30
 START_SECONDS = 30.0
 
@@ -55,7 +55,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName={name} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName={name} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=64000 Gres=gpu:1 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes={name} Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
@@ -74,6 +74,9 @@ def missing() -> str:
 @contextmanager
 def running(folder: Path) -> Iterator[dict[str, str]]:
     """Start a Slurm whose state and logs lie in a folder, and stop it with all of its jobs.
+
+    Args:
+        folder: empty, and one that any user may enter: munged is not root.
 
     Yields:
         What must be in the environment of sbatch and others.
@@ -120,7 +123,7 @@ def _write_files(folder: Path) -> None:
         f"AutoDetect=off\nNodeName={NODE} Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n"
     )
     control, node = _free_ports(2)
-    values = {"control": control, "node": node, "name": NODE, "cpus": CPUS, "gpus": GPUS, "grace": GRACE_SECONDS}
+    values = {"control": control, "node": node, "name": NODE, "cpus": CPUS, "grace": GRACE_SECONDS}
     text = CONFIG.format(folder=folder, max_array_size=MAX_ARRAY_SIZE, **values)
     (folder / "slurm.conf").write_text(text)
     munge, user = folder / "munge", pwd.getpwnam("munge")
@@ -129,9 +132,6 @@ def _write_files(folder: Path) -> None:
         os.chown(path, user.pw_uid, user.pw_gid)
     munge.chmod(0o711)
     (munge / "key").chmod(0o400)
-    for parent in folder.parents:  # munged runs as its own user and must come through
-        if parent.stat().st_mode & 0o001 == 0:
-            parent.chmod(parent.stat().st_mode | 0o011)
 
 
 def _path() -> str:
