@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before all other imports, which take seconds
     end_at_once()
 
 import functools
+import json
 import os
 import sys
 import time
@@ -42,6 +43,7 @@ from common.errors import DataError, MachineError, UsageError
 from common.faults import naming
 from common.job import local_rank, meet_by_slurm, number_tasks, rank
 from common.passing_on import spell_given, take_options
+from common.signals import interrupted_quietly
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 PACKAGES = ("both_stages", "cluster", "common", "shards", "stage1_teacher", "stage2_student")
@@ -135,15 +137,33 @@ def finalize(shards: Path, quick: bool) -> None:
 
 @cli.command()
 @shards_folder_option
-def status(shards: Path) -> None:
-    """Show how far a running set is: shards done, in work, failed inputs, rate, time left.
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON, with the missing shards' numbers.")
+@click.option(
+    "--watch",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="Look again every so often until it is done.",
+)
+def status(shards: Path, as_json: bool, watch: float | None) -> None:
+    """Show how far a running set is: shards done, in work and missing, tasks, failed inputs, rate, time left.
 
-    Example: pipeline.py status --shards demo/shards
+    What is missing comes with the command that makes it.
+
+    Example: pipeline.py status --shards demo/shards --watch 10
     """
-    from shards.looking.status import format_status, read_status
+    from shards.looking.status import read_status
+    from shards.looking.status_text import format_status, status_values
 
-    for line in format_status(read_status(shards)):
-        click.echo(line)
+    with interrupted_quietly():
+        while True:
+            found = read_status(shards)
+            lines = [json.dumps(status_values(found), ensure_ascii=False)] if as_json else format_status(found)
+            click.echo("\n".join(lines))
+            if watch is None or found.is_complete:
+                break
+            time.sleep(watch)
+            if not as_json:
+                click.clear() if sys.stdout.isatty() else click.echo()
 
 
 @cli.command()
@@ -331,10 +351,13 @@ def submit_precompute(
     elsewhere = config.cluster.system == "kubernetes"
     spell = functools.partial(spell_given, click.get_current_context(), precompute, elsewhere=elsewhere)
     if missing:
-        num_tasks = min(num_tasks, num_tasks)
-        if not num_tasks:
+        from shards.looking.status import read_status
+
+        found = read_status(out)
+        if found.shards_planned and not found.missing:
             click.echo(f"{out}: no shard is missing, nothing is submitted")
             return
+        num_tasks = min(num_tasks, len(found.missing) or num_tasks)
     chain = make_chain(
         spell(),
         spell(only=SETTINGS),

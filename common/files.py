@@ -5,17 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
+import logging
 import os
 import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 from common.errors import UsageError
 from common.faults import naming
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
 """Files with this suffix are leftovers of dead writers unless one is running; they are never read."""
@@ -23,6 +28,9 @@ TEMPORARY_SUFFIX = ".tmp"
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 """What the system says of a lock on a file system without locks."""
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What the system says of a hard link on a file system without."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -90,14 +98,34 @@ def fsync_dir(path: Path) -> None:
 def temporary_path(path: Path) -> Path:
     """Return a fresh hidden name in the same folder (same file system, so a rename is atomic).
 
-    It says which machine made it, so that a leftover of a dead process can be told from a living one's file.
+    It says which machine and which process made it, so that a leftover of a dead process can be told from a living
+    one's file.
     """
-    return path.with_name(f".{path.name}.{machine_name()}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+    return path.with_name(f".{path.name}.{machine_name()}.{process_token()}-{next(_NUMBERS)}{TEMPORARY_SUFFIX}")
 
 
+def process_token() -> str:
+    """Return twelve hexadecimal digits that no other process has, forked ones included."""
+    return _TOKEN[0]
+
+
+_TOKEN = [uuid.uuid4().hex[:12]]
+_NUMBERS = itertools.count()
+
+
+@lru_cache(maxsize=1)
 def machine_name() -> str:
-    """Return this machine's name without characters that mean something in a file name."""
-    return "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname()) or "machine"
+    """Name this machine, since it was started, without characters that mean something in a file name.
+
+    Machines and containers may share a host's name: the start tells them apart. What two processes of equal name
+    lock, each sees of the other.
+    """
+    try:
+        started = _BOOT_ID.read_text().strip()[:8]
+    except OSError:
+        started = ""
+    name = "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname()) or "machine"
+    return f"{name}-{started}" if started else name
 
 
 def claim(descriptor: int) -> bool:
@@ -114,6 +142,29 @@ def claim(descriptor: int) -> bool:
         if error.errno not in NO_LOCKS:
             raise
     return True
+
+
+def is_locked(path: Path) -> bool | None:
+    """Tell whether a process holds a file's lock.
+
+    Returns:
+        None where the file system has no locks: nothing is known then.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager
@@ -147,7 +198,12 @@ def _let_go() -> None:
         _HELD.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+def _become_another() -> None:
+    _TOKEN[0] = uuid.uuid4().hex[:12]
+    _let_go()
+
+
+os.register_at_fork(after_in_child=_become_another)
 
 
 @contextmanager
@@ -195,11 +251,36 @@ def create_once(path: Path, data: bytes) -> bool:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
+            if not link_new(temporary, path):
                 return False
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
+    return True
+
+
+def link_new(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name, unless the name is taken; of racing processes one succeeds.
+
+    A file system without hard links gets a look and a rename, between which another process may come: it has then
+    replaced an equal file, or what readers check by its hash.
+
+    Args:
+        temporary: on disk as a whole, in the same folder; it keeps its own name too, where there are links.
+        path: the name.
+
+    Returns:
+        False if the name was taken.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        logger.debug("%s: no hard links here (%s)", path.parent, error)
+        if path.exists():
+            return False
+        temporary.rename(path)
     return True

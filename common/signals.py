@@ -66,6 +66,18 @@ def _handle_all(handler: Any) -> dict[int, Any]:
 
 
 @contextmanager
+def interrupted_quietly() -> Iterator[None]:
+    """Let Ctrl-C end what only looks, as something that is done."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def blocked() -> Iterator[None]:
     """Keep the signals of STOPS back for as long as processes are started, which inherit that; then they come."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)

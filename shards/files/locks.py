@@ -1,9 +1,9 @@
-"""Temporary files of writers: how they are named and locked, and how those of dead runs are told from living ones.
+"""The set's lock, and what writers leave: how temporary files, notes and claims of the dead are told from others.
 
 A writer holds an advisory lock on its temporary file for as long as it lives; the kernel lets go of it however
-the process ends. So a temporary file whose lock is free belongs to nobody. Locks may not reach across machines
-on every network file system, so a file that another machine made is only taken for dead after a day without a
-write.
+the process ends. So a temporary file of this machine whose lock is free belongs to nobody. Of another machine's,
+or where the file system has no locks, the note of its task says whether it lives (`tasks`); without a note,
+whether the file itself changes while it is watched.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.files import NO_LOCKS, TEMPORARY_SUFFIX, claim, machine_name
-from shards.files.names import FAILURES_DIR, PLAN_DIR
+from common.files import NO_LOCKS, TEMPORARY_SUFFIX, is_locked, machine_name, read_bytes
+from shards.files.names import CLAIMS_DIR, FAILURES_DIR, INDEX_DIR, PLAN_DIR, PLANNED_DIR, STOPS_DIR, TASKS_DIR
+from shards.files.tasks import State, Watch, claimed_by, decode_note, note_path, set_aside
 
 logger = logging.getLogger(__name__)
-
-FOREIGN_SECONDS = 24 * 3600.0
-"""After this long without a write another machine's temporary file counts as dead."""
 
 LOCK_SECONDS = 5.0
 """A writer locks its file before it writes to it, this soon after making it."""
 
+_FOLDERS = ("", PLAN_DIR, FAILURES_DIR, TASKS_DIR, CLAIMS_DIR, STOPS_DIR, INDEX_DIR, PLANNED_DIR)
+
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock, wait for it if need be; the file is made if missing."""
+    """Hold a file's lock, wait for it if need be; the file is made if missing.
+
+    A file system without locks lets everybody in: what is guarded must be right without, and checked.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -38,7 +41,7 @@ def hold_lock(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            logger.warning("%s: this file system has no locks; do not give one shard to two tasks", path.parent)
+            logger.debug("%s: this file system has no locks", path.parent)
         yield
     finally:
         os.close(descriptor)
@@ -46,43 +49,103 @@ def hold_lock(path: Path) -> Iterator[None]:
 
 def temporaries(folder: Path) -> list[Path]:
     """List all temporary files of a set, of the living and the dead."""
-    folders = [folder, folder / PLAN_DIR, folder / FAILURES_DIR]
-    return sorted(path for place in folders for path in place.glob(f".*{TEMPORARY_SUFFIX}"))
+    return sorted(path for place in _FOLDERS for path in (folder / place).glob(f".*{TEMPORARY_SUFFIX}"))
 
 
-def is_dead(path: Path) -> bool:
-    """Tell whether the writer of a temporary file is gone; a file that just vanished counts as alive."""
-    return _with_dead(path, lambda: None)
+def state_of(path: Path, watch: Watch, *, local: bool = False) -> State:
+    """Tell whether the writer of a temporary file lives; a file that just vanished counts as alive.
+
+    Args:
+        path: the file's.
+        watch: of the set's tasks.
+        local: the folder lies on a disk of this machine, so that its locks tell.
+    """
+    machine, process = _maker(path)
+    try:
+        if (local or machine == machine_name()) and (locked := is_locked(path)) is not None:
+            status = path.stat()
+            young = status.st_size == 0 and time.time() - status.st_mtime < LOCK_SECONDS
+            return State.ALIVE if locked or young else State.DEAD
+        found = watch.process(process, machine)
+        if found is not None:
+            return found
+        status = path.stat()
+        return watch.look(path.name, (status.st_size, status.st_mtime_ns))  # compared with itself alone
+    except FileNotFoundError:
+        return State.ALIVE
 
 
-def remove_leftovers(folder: Path) -> list[str]:
-    """Delete the temporary files of dead runs.
+def is_dead(path: Path, watch: Watch | None = None) -> bool:
+    """Tell whether the writer of a temporary file is gone for certain.
+
+    Args:
+        path: the file's.
+        watch: that saw the set's tasks before; without, only the dead of this machine are known.
+    """
+    return state_of(path, watch or Watch(path.parent)) is State.DEAD
+
+
+def remove_leftovers(folder: Path, watch: Watch | None = None, *, local: bool = False) -> list[str]:
+    """Delete what dead tasks left: their temporary files, claims and notes.
+
+    Args:
+        folder: the set's.
+        watch: that saw the set's tasks before; without, only what the dead of this machine left is removed.
+        local: the folder lies on a disk of this machine.
 
     Returns:
-        Their names.
+        The names of what was removed.
     """
-    removed = [path.name for path in temporaries(folder) if _with_dead(path, path.unlink)]
+    watch = watch or Watch(folder)
+    removed = [
+        path.name for path in temporaries(folder) if _if_dead(state_of(path, watch, local=local), path.unlink)
+    ]
+    for path in sorted((folder / CLAIMS_DIR).glob("[!.]*")):
+        with suppress(FileNotFoundError):
+            data = read_bytes(path)
+            if claimed_by(watch, data) is State.DEAD and set_aside(path, data):
+                removed.append(f"claim of {path.name}")
+    for path in sorted((folder / TASKS_DIR).glob("*.json")):
+        with suppress(FileNotFoundError):
+            note = decode_note(read_bytes(path))
+            state = State.DEAD if note is None else watch.task(note.token, note.machine)
+            if _if_dead(state, path.unlink):
+                removed.append(path.name if note is None else f"note of task {note.task_index} on {note.host}")
     if removed:
-        logger.info("%s: removed %d temporary files of dead runs", folder, len(removed))
+        logger.info("%s: removed what dead tasks left: %s", folder, shorten(removed))
     return removed
 
 
-def _with_dead(path: Path, action: Callable[[], None]) -> bool:
-    """Do something with a temporary file while holding its lock, if nobody else holds it."""
-    try:
-        status = path.stat()
-        age = time.time() - status.st_mtime
-        if f".{machine_name()}." not in path.name and age < FOREIGN_SECONDS:
-            return False
-        if status.st_size == 0 and age < LOCK_SECONDS:
-            return False
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+def unsure(folder: Path, watch: Watch) -> list[str]:
+    """Name what may be a dead task's, and needs to be watched for longer."""
+    found = [path.name for path in temporaries(folder) if state_of(path, watch) is State.UNSURE]
+    for path in sorted((folder / TASKS_DIR).glob("*.json")):
+        with suppress(FileNotFoundError):
+            note = decode_note(read_bytes(path))
+            if note is not None and watch.task(note.token, note.machine) is State.UNSURE:
+                found.append(note_path(folder, note.token).name)
+    for path in sorted((folder / CLAIMS_DIR).glob("[!.]*")):
+        with suppress(FileNotFoundError):
+            if claimed_by(watch, read_bytes(path)) is State.UNSURE:
+                found.append(path.name)
+    return found
+
+
+def shorten(names: list[str], most: int = 5) -> str:
+    """List names, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _if_dead(state: State, action: Callable[[], None]) -> bool:
+    if state is not State.DEAD:
         return False
-    try:
-        if not claim(descriptor):
-            return False
+    with suppress(FileNotFoundError):
         action()
-        return True
-    finally:
-        os.close(descriptor)
+    return True
+
+
+def _maker(path: Path) -> tuple[str, str]:
+    """Return the machine and the process in a temporary file's name, .NAME.MACHINE.PROCESS-NUMBER.tmp."""
+    _name, machine, process = ("", "", *path.name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 2))[-3:]
+    return machine, process.partition("-")[0]

@@ -7,7 +7,11 @@ shard-000012.tar         a shard: one webdataset sample per input
 shard-000012.json        its sidecar: written last, it makes the shard committed
 failures/shard-000012.jsonl  inputs of that shard that failed
 summary.json             written by `finalize`
+.work/                   what tasks tell each other; no part of the set, never read by who reads it
 .NAME.HOST.ID.tmp, .lock     a running writer's; never read
+
+In .work: tasks/ (a note of each running task), claims/ (what each works on), stops/ (shards on which tasks were
+stopped), index/ (where every input lies), planned/ (which inputs the plan has), command.json (how it is made).
 """
 
 from __future__ import annotations
@@ -23,6 +27,10 @@ SUMMARY = "summary.json"
 PLAN_DIR = "plan"
 FAILURES_DIR = "failures"
 LOCK = ".lock"
+WORK_DIR = ".work"
+TASKS_DIR, CLAIMS_DIR, STOPS_DIR = f"{WORK_DIR}/tasks", f"{WORK_DIR}/claims", f"{WORK_DIR}/stops"
+INDEX_DIR, PLANNED_DIR = f"{WORK_DIR}/index", f"{WORK_DIR}/planned"
+COMMAND = f"{WORK_DIR}/command.json"
 FROZEN = "shards.json"
 """In a run's folder: the set that the run trains on."""
 

@@ -20,8 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
+from common.faults import naming
 from common.files import canonical_json, create_once, read_bytes
 from shards.files.names import PLAN_DIR, SCHEMA
+
+_RESTORE = "restore it from a copy"
+_HEADER_BYTES = 4096
+"""More than the first line of a segment has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,31 @@ class Segment:
     def num_shards(self) -> int:
         """Shards of this segment; the last may be short."""
         return -(-len(self.input_ids) // self.samples_per_shard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """How much is planned, without the inputs' ids."""
+
+    segments: tuple[tuple[int, int, int], ...]
+    """Of each: first shard, samples per shard, inputs."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that the set will have."""
+        return sum(-(-count // size) for _first, size, count in self.segments)
+
+    @property
+    def num_inputs(self) -> int:
+        """Inputs that the set will have tried."""
+        return sum(count for _first, _size, count in self.segments)
+
+    def inputs_of(self, shard_index: int) -> int:
+        """Return how many inputs a shard has; 0 if it is not planned."""
+        for first, size, count in self.segments:
+            if first <= shard_index < first - (-count // size):
+                return min(size, count - (shard_index - first) * size)
+        return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,17 +146,40 @@ def read_plan(folder: Path) -> Plan:
         DataError: a segment is damaged or missing.
     """
     segments: list[Segment] = []
-    present = {path.name for path in (folder / PLAN_DIR).glob("[0-9]*.txt")}
-    for number in range(len(present)):
-        path = _segment_path(folder, number)
-        if path.name not in present:
-            raise DataError(f"{path} is missing, later segments are there; restore it from a copy")
+    for path in _segment_paths(folder):
         segment = _decode(read_bytes(path), path)
         expected = sum(s.num_shards for s in segments), sum(len(s.input_ids) for s in segments)
         if (segment.first_shard, segment.first_index) != expected:
             raise DataError(f"{path}: does not continue the segments before it; is it from another set?")
         segments.append(segment)
     return Plan(segments=tuple(segments))
+
+
+def read_outline(folder: Path) -> Outline:
+    """Read how much is planned, from the first line of each segment; `read_plan` checks all of it.
+
+    Raises:
+        DataError: a segment's first line is damaged, or a segment is missing.
+    """
+    segments = []
+    for path in _segment_paths(folder):
+        with naming(path), path.open("rb") as file:
+            line = file.readline(_HEADER_BYTES)
+        try:
+            header = json.loads(line)
+            segments.append((int(header["first_shard"]), int(header["samples_per_shard"]), int(header["count"])))
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: the plan is {'damaged' if line else 'empty'}; {_RESTORE}") from None
+    return Outline(segments=tuple(segments))
+
+
+def _segment_paths(folder: Path) -> list[Path]:
+    present = {path.name for path in (folder / PLAN_DIR).glob("[0-9]*.txt")}
+    paths = [_segment_path(folder, number) for number in range(len(present))]
+    for path in paths:
+        if path.name not in present:
+            raise DataError(f"{path} is missing, later segments are there; {_RESTORE}")
+    return paths
 
 
 def _segment_path(folder: Path, number: int) -> Path:
@@ -156,7 +209,7 @@ def _decode(data: bytes, path: Path) -> Segment:
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact or header.get("schema") != SCHEMA or header["count"] != len(input_ids):
-        raise DataError(f"{path}: the plan is {'damaged' if data else 'empty'}; restore it from a copy")
+        raise DataError(f"{path}: the plan is {'damaged' if data else 'empty'}; {_RESTORE}")
     return Segment(
         first_shard=header["first_shard"],
         first_index=header["first_index"],

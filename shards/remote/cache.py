@@ -64,7 +64,7 @@ class FileCache:
         if not self._max_bytes:
             return
         with hold_lock(self._folder / ".evict.lock"):
-            remove_leftovers(self._folder)
+            remove_leftovers(self._folder, local=True)
             files = []
             for path in self._folder.iterdir():
                 try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -161,7 +160,3 @@ def adapter_of(run: Path) -> bytes:
 def remove_shard(folder: Path, index: int) -> None:
     for path in folder.glob(f"shard-{index:06d}.*"):
         path.unlink()
-
-
-def copy_set(folder: Path, out: Path) -> Path:
-    return Path(shutil.copytree(folder, out))

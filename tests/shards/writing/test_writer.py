@@ -18,6 +18,7 @@ from common.files import temporary_path
 from shards.files.failures import Failure, count_by_reason, read_failures
 from shards.files.locks import is_dead, remove_leftovers, temporaries
 from shards.files.plan import PlannedShard, extend_plan
+from shards.files.tasks import DEAD_SECONDS, Watch
 from shards.looking.finalize import finalize
 from shards.looking.verify import audit
 from shards.reading.reader import ShardSet
@@ -263,16 +264,20 @@ def test_added_inputs_extend_the_set_and_leave_committed_shards_alone(tmp_path: 
 def test_leftovers_of_dead_runs_are_removed_and_living_ones_are_not(tmp_path: Path) -> None:
     manifest = join_set(tmp_path)
     dead, foreign, old = (temporary_path(tmp_path / f"{n}.tar") for n in ("dead", "foreign", "old"))
-    foreign = foreign.with_name(".f.tar.another-machine.0123456789ab.tmp")
+    foreign = foreign.with_name(".f.tar.another-machine.0123456789ab-0.tmp")
     old = old.with_name(".o.tar.another-machine.0123456789ab.tmp")
     for path in (dead, foreign, old):
         path.write_bytes(b"x")
-    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    now = 0.0
+    watch = Watch(tmp_path, clock=lambda: now)
     with ShardWriter(tmp_path, 0, identity_sha256=manifest.identity_sha256, provenance={}) as writer:
         writer.add(0, make_record("in0000"))
         living = [path for path in temporaries(tmp_path) if path not in (dead, foreign, old)]
         assert len(living) == 1 and not is_dead(living[0])
-        assert sorted(remove_leftovers(tmp_path)) == sorted([dead.name, old.name])
+        assert remove_leftovers(tmp_path, watch) == [dead.name]  # of other machines nothing is known yet
+        now += DEAD_SECONDS
+        foreign.write_bytes(b"xy")
+        assert remove_leftovers(tmp_path, watch) == [old.name]
         writer.commit()
     assert is_committed(tmp_path, 0, manifest.identity_sha256)
     assert temporaries(tmp_path) == [foreign]
