@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,36 @@ def train(
     if rank(os.environ) == 0:
         loss = "" if result.loss is None else f", loss {result.loss:.4g}"
         click.echo(f"{result.steps} steps done{loss}; checkpoint {result.checkpoint}")
+
+
+@cli.command()
+@config_options
+@click.option("--shards", type=FOLDER, required=True, help="Folder of the set, there already or not.")
+@click.option("--inputs", type=click.IntRange(min=1), metavar="N", help="Of the set. Default: those of its plan.")
+@click.option(
+    "--upload", metavar="URL", help="Where shards are to be copied: write, read and remove a file there."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def doctor(config: Config, shards: Path, inputs: int | None, upload: str | None, as_json: bool) -> None:
+    """Look in seconds for what a machine or a cluster lacks; run it where the jobs will run.
+
+    Tries the set's folder (rename, hard links, flock, space), shared memory, threads, checkpoint, tokenizer,
+    fonts, a bucket's credentials and the GPU. Ends with 0 if nothing is in the way (warnings are not), else with the
+    code that a command would end with on the first fault: 2, 3 or 74.
+
+    Example: pipeline.py doctor --config configs/tiny.toml --shards demo/shards --inputs 96
+    """
+    from both_stages.doctor.examine import examine_all, worst
+
+    findings = []
+    for finding in examine_all(config, shards, inputs=inputs, url=upload):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.level:<8} {finding.check:<14} {finding.said}")
+    if as_json:
+        values = {"exit_code": worst(findings), "findings": [asdict(finding) for finding in findings]}
+        click.echo(json.dumps(values, ensure_ascii=False))
+    sys.exit(worst(findings))
 
 
 @cli.group()

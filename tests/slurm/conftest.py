@@ -36,8 +36,8 @@ checkpoint_every = 1
 rank = 2
 alpha = 2
 """
-SECONDS = 240.0
-"""The longest that anything is waited for; it takes a tenth of it on an idle machine."""
+SECONDS = 600.0
+"""The longest that anything is waited for; on an idle machine a twentieth of it is enough."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,8 +101,20 @@ class Cluster:
 
     def restarts(self, job: str) -> int:
         """Return how often Slurm has started the job again."""
-        said = self.call("scontrol", "show", "job", job)
-        return max(int(word.partition("=")[2]) for word in said.split() if word.startswith("Restarts="))
+        return int(self._shown(job, "Restarts"))
+
+    def minutes(self, job: str) -> int:
+        """Return the whole minutes that a job has run for."""
+        hours, minutes, _seconds = self._shown(job, "RunTime").split(":")
+        return int(hours) * 60 + int(minutes)
+
+    def limit(self, job: str, minutes: int) -> None:
+        """Give a running job another limit."""
+        self.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+    def _shown(self, job: str, key: str) -> str:
+        words = self.call("scontrol", "show", "job", job).split()
+        return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
 
     def wait(self, *jobs: str) -> None:
         """Wait until jobs have ended, whichever way."""
@@ -152,9 +164,12 @@ def shards_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
 
 
-def adapter_of(run: Path) -> bytes:
-    """Return the trained weights."""
-    return (run / "checkpoints" / "step-00000003" / "lora" / "adapter_model.safetensors").read_bytes()
+def adapter_of(run: Path) -> dict[str, bytes]:
+    """Return the trained weights, by file."""
+    folder = run / "checkpoints" / "step-00000003" / "lora"
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    assert found
+    return found
 
 
 def remove_shard(folder: Path, index: int) -> None:
