@@ -310,8 +310,8 @@ def doctor(config: Config, shards: Path, inputs: int | None, upload: str | None,
     """Look in seconds for what a machine or a cluster lacks; run it where the jobs will run.
 
     Tries the set's folder (rename, hard links, flock, space), shared memory, threads, checkpoint, tokenizer,
-    fonts, a bucket's credentials and the GPU. Ends with 0 if nothing is in the way (warnings are not), else with the
-    code that a command would end with on the first fault: 2, 3 or 74.
+    fonts, a bucket's credentials and the GPU. Ends with 0 if nothing is in the way (warnings are not), else with
+    the code that a command would end with on the first fault: 2, 3 or 74.
 
     Example: pipeline.py doctor --config configs/tiny.toml --shards demo/shards --inputs 96
     """

@@ -120,7 +120,9 @@ class Cluster:
         """Wait until jobs have ended, whichever way."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED"}
         for job in jobs:
-            wait_for(lambda job=job: set(self.state(job).split()) <= ended, f"the end of {job}")  # type: ignore[misc]
+            wait_for(
+                lambda job=job: bool(self.state(job)) and set(self.state(job).split()) <= ended, f"{job}'s end"
+            )
 
 
 PIPELINE = [sys.executable, "pipeline.py"]
