@@ -20,7 +20,8 @@ CONFIG = PROJECT_ROOT / "configs" / "sd15.toml"
 OUT, RUN = Path("/shards/laion"), Path("/runs/One run_1")
 SETTINGS: dict[str, Any] = {
     "system": "kubernetes", "image": "registry/anytext2-distill:1",
-    "volumes": {"/shards": "shards", "/runs": "my.runs"}, "cpus": 4, "threads": 2, "memory": "32G", "batch_seconds": 60, "retries": 5,
+    "volumes": {"/shards": "shards", "/runs": "my.runs"},
+    "cpus": 4, "threads": 2, "memory": "32G", "batch_seconds": 60, "retries": 5,
 }  # fmt: skip
 OLDEST, NEWEST = "1.33", kubernetes_validate.latest_version()
 

@@ -100,7 +100,7 @@ def test_the_chain_finalizes_whatever_becomes_of_the_array_and_trains_on_a_compl
     [
         (
             {"container": "/i.sif", "container_mounts": ["/data"]},
-            [f"apptainer exec --nv --bind {PROJECT_ROOT} --bind '/data/a set' --bind /data --pwd", "/i.sif python "],
+            [f"apptainer exec --nv --bind {PROJECT_ROOT} --bind '/data/a set' --bind /data ", "/i.sif python "],
         ),
         (
             {"container": "reg#i:1", "container_runtime": "pyxis", "container_mounts": ["/a:/b"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -109,22 +110,30 @@ class Cluster:
         return int(hours) * 60 + int(minutes)
 
     def limit(self, job: str, minutes: int) -> None:
-        """Give a running job another limit."""
-        self.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+        """Give a job another limit, as soon as Slurm has time for it: not while one of its slices is ending."""
+        command = ["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"]
+        wait_for(
+            lambda: (
+                subprocess.run(command, env=self.environment, capture_output=True, check=False).returncode == 0
+            ),
+            f"another limit of job {job}",
+        )
+
+    def wait(self, *jobs: str) -> None:
+        """Wait until jobs have ended, whichever way."""
+        for job in jobs:
+            wait_for(functools.partial(self._has_ended, job), f"the end of job {job}")
+
+    def _has_ended(self, job: str) -> bool:
+        states = set(self.state(job).split())
+        return bool(states) and states <= ENDED
 
     def _shown(self, job: str, key: str) -> str:
         words = self.call("scontrol", "show", "job", job).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
 
-    def wait(self, *jobs: str) -> None:
-        """Wait until jobs have ended, whichever way."""
-        ended = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED"}
-        for job in jobs:
-            wait_for(
-                lambda job=job: bool(self.state(job)) and set(self.state(job).split()) <= ended, f"{job}'s end"
-            )
 
-
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED"}
 PIPELINE = [sys.executable, "pipeline.py"]
 
 

@@ -34,13 +34,17 @@ class Held(threading.Thread):
         return self.process
 
     def go_on(self) -> None:
-        os.kill(self.process, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # it was asked to stop, and let go, by Slurm
+            os.kill(self.process, signal.SIGCONT)
 
     def was_asked_to_stop(self) -> bool:
-        """Tell whether SIGTERM waits for the process."""
-        lines = Path(f"/proc/{self.process}/status").read_text().splitlines()
+        """Tell whether SIGTERM waits for the process, or has ended it: with it Slurm sends SIGCONT."""
+        try:
+            lines = Path(f"/proc/{self.process}/status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
         pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
-        return any(mask & _TERM for mask in pending)
+        return any(mask & _TERM for mask in pending) or not any(line.startswith("State:\tT") for line in lines)
 
 
 def find_process(folder: Path) -> int:
