@@ -42,7 +42,8 @@ from common.cli import (
 from common.config import PROJECT_ROOT, Config, load_config
 from common.errors import DataError, MachineError, UsageError
 from common.faults import naming
-from common.job import local_rank, meet_by_slurm, number_tasks, rank
+from common.job import meet_by_slurm, number_tasks, rank
+from common.logs import name_task, quieten
 from common.passing_on import spell_given, take_options
 from common.signals import interrupted_quietly
 
@@ -88,13 +89,13 @@ def precompute(
 
     Example: pipeline.py precompute --config configs/tiny.toml --annotations demo/data.json --out demo/shards
     """
-    import torch
-
+    from shards.looking.status import read_status
+    from shards.looking.status_text import summarise
     from stage1_teacher.precompute import precompute as run
 
     index, count = number_tasks(os.environ, task_index, num_tasks)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank(os.environ) % torch.cuda.device_count())
+    if count > 1:
+        name_task(f"task {index}/{count}")
     done = run(
         config,
         out,
@@ -112,6 +113,7 @@ def precompute(
         + (f" ({done.lacking} of them: no font has their characters)" if done.lacking else "")
         + f"; task {index} of {count}, {done.shards_planned} shards planned in all"
         + (f"; {done.uploaded} shards uploaded to {upload}" if upload else "")
+        + f"; the set: {summarise(read_status(out))}"
     )
 
 
@@ -165,6 +167,23 @@ def status(shards: Path, as_json: bool, watch: float | None) -> None:
             time.sleep(watch)
             if not as_json:
                 click.clear() if sys.stdout.isatty() else click.echo()
+
+
+@cli.command()
+@shards_folder_option
+def clean(shards: Path) -> None:
+    """Remove what dead tasks left in a set: temporary files, claims, notes. Living tasks and all shards stay.
+
+    Tasks of other machines are watched for as long as it takes to be sure, at most a minute and a half.
+
+    Example: pipeline.py clean --shards demo/shards
+    """
+    from shards.looking.clean import clean as run
+
+    removed = run(shards)
+    for name in removed:
+        click.echo(f"removed {name}")
+    click.echo(f"{shards}: {len(removed)} leftovers of dead tasks removed")
 
 
 @cli.command()
@@ -282,6 +301,10 @@ def train(
     Example: pipeline.py train --config configs/tiny.toml --shards demo/shards --out demo/run --resume auto
     """
     meet_by_slurm(os.environ)
+    if (own := rank(os.environ)) or "RANK" in os.environ:
+        name_task(f"rank {own}")
+    if own:
+        quieten()
     from stage2_student.train import train as run_training
 
     result = run_training(

@@ -10,7 +10,8 @@ import torch
 from common.config import PROJECT_ROOT, Config, load_config
 from common.scripts import make_parser
 from stage1_teacher.inputs.files import open_inputs
-from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, render_input
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS
 
 

@@ -33,7 +33,7 @@ from common.scripts import run_script
 from common.seeding import generator
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.measuring.held_out import HeldOut
-from stage1_teacher.rendering.rendered_input import RenderSettings
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.evaluation.judges import load_judge
 from stage2_student.evaluation.reading import read_images

@@ -23,7 +23,7 @@ from stage1_teacher.inputs.fonts import configured_fonts
 from stage1_teacher.measuring.held_out import HeldOut, describe_settings, read_undrawn
 from stage1_teacher.measuring.teacher_sampler import default_grids, teacher_samplers
 from stage1_teacher.rendering.first_inputs import require_fonts
-from stage1_teacher.rendering.rendered_input import RenderSettings
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.evaluation.image_folder import count_samples, folder_run, name_layouts
 from stage2_student.evaluation.invocation import note_invocation

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import sys
 import threading
 import traceback
@@ -24,6 +23,7 @@ from common.config import load_config
 from common.errors import UsageError
 from common.faults import ending_with_its_pipe, explain, leave
 from common.files import require_suffix
+from common.logs import Format, print_error, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 class Cli(click.Group):
-    """A group that turns an `AppError` into one line and its exit code, and takes --debug anywhere."""
+    """A group that turns an `AppError` into one line and its exit code; --debug and --log-format stand anywhere."""
 
     def __init__(self, *args: Any, program: str, packages: Sequence[str], **kwargs: Any) -> None:
         """Make the group.
@@ -49,7 +49,9 @@ class Cli(click.Group):
             **kwargs: of `click.Group`.
         """
         context = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-        epilog = "--debug, anywhere, shows the traceback of an error."
+        epilog = (
+            "Anywhere: --debug shows the traceback of an error, --log-format json logs one JSON object a line."
+        )
         super().__init__(*args, **{"context_settings": context, "epilog": epilog, **kwargs})
         self.program, self.packages = program, packages
 
@@ -58,8 +60,8 @@ class Cli(click.Group):
         arguments = list(kwargs.pop("args", None) or (args[0] if args else sys.argv[1:]))
         debug = "--debug" in arguments
         arguments = [argument for argument in arguments if argument != "--debug"]
-        _set_up_logging(self.packages, debug)
         try:
+            set_up_logging(self.packages, debug=debug, log_format=_take_log_format(arguments))
             with _faults_of_threads_in_a_line():
                 return super().main(args=arguments, **{**kwargs, "prog_name": self.program})
         except Exception as error:
@@ -84,7 +86,7 @@ def _end(error: Exception, debug: bool) -> NoReturn:
     if debug or ending is None:
         raise error
     message, code = ending
-    click.echo(f"error: {message}", err=True)
+    print_error(message, code)
     leave(code)
 
 
@@ -112,18 +114,21 @@ def _was_printing(error: OSError) -> bool:
     return bool(frames) and Path(frames[-1].filename).parent.name == "click"
 
 
-def _set_up_logging(packages: Sequence[str], debug: bool) -> None:
-    """Log to stderr: only warnings of other libraries, and of a run's other processes than the first."""
-    rank = os.environ.get("RANK", "0")
-    level = logging.DEBUG if debug else logging.INFO if rank == "0" else logging.WARNING
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    for package in packages:
-        logging.getLogger(package).setLevel(level)
+def _take_log_format(arguments: list[str]) -> Format:
+    """Take --log-format out of the arguments; it may stand anywhere."""
+    name, chosen = "--log-format", "text"
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag != name:
+            continue
+        chosen = value if equals else "".join(arguments[place + 1 : place + 2])
+        del arguments[place : place + (1 if equals else 2)]
+        break
+    if chosen == "json":
+        return "json"
+    if chosen != "text":
+        raise UsageError(f"{name}: received {chosen!r}, expected text or json")
+    return "text"
 
 
 def config_options(command: Command) -> Command:

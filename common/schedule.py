@@ -5,34 +5,20 @@ Symbols: alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UsageError
-
-NUM_TRAIN_TIMESTEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.0120
-"""Of SD1.5's "scaled linear" schedule (beta linear in its square root)."""
+from common.grids import NUM_TRAIN_TIMESTEPS, alphas_cumprod_table, check_steps, trailing_steps
 
 
 def make_alphas_cumprod() -> Tensor:
     """Return alphas_cumprod, (1000,) float32, computed in float64 as the released checkpoints were."""
-    betas = np.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TRAIN_TIMESTEPS, dtype=np.float64) ** 2
-    return torch.from_numpy(np.cumprod(1.0 - betas)).float()
+    return torch.from_numpy(alphas_cumprod_table())
 
 
 def trailing_timesteps(num_steps: int) -> Tensor:
-    """Return the grid t_i = 999 - i 1000 / num_steps, (num_steps,) int64, descending.
-
-    The same as diffusers' DDIMScheduler(timestep_spacing="trailing"); the solve ends at alphas_cumprod = 1.
-
-    Raises:
-        UsageError: num_steps is not in 1..1000.
-    """
-    _check_steps(num_steps)
-    steps = np.round(np.arange(NUM_TRAIN_TIMESTEPS, 0, -NUM_TRAIN_TIMESTEPS / num_steps))[:num_steps] - 1
-    return torch.from_numpy(steps.astype(np.int64))
+    """Return the grid of `common.grids.trailing_steps`, (num_steps,) int64, descending."""
+    return torch.from_numpy(trailing_steps(num_steps))
 
 
 def upstream_timesteps(num_steps: int) -> Tensor:
@@ -43,14 +29,9 @@ def upstream_timesteps(num_steps: int) -> Tensor:
     Raises:
         UsageError: num_steps is not in 1..1000.
     """
-    _check_steps(num_steps)
+    check_steps(num_steps)
     stride = NUM_TRAIN_TIMESTEPS // num_steps
     return torch.arange(0, NUM_TRAIN_TIMESTEPS, stride)[:num_steps].flip(0) + 1
-
-
-def _check_steps(num_steps: int) -> None:
-    if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
-        raise UsageError(f"number of solver steps: received {num_steps}, expected 1 to {NUM_TRAIN_TIMESTEPS}")
 
 
 def predict_x0(noisy_latents: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:

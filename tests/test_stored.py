@@ -24,7 +24,7 @@ from shards.files.manifest import create_or_check, read_manifest
 from stage1_teacher.measuring.held_out import describe_settings
 from stage1_teacher.precompute import precompute
 from stage1_teacher.recording.identity import build_identity
-from stage1_teacher.rendering.rendered_input import RenderSettings
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.keys import teacher_shapes
 from stage2_student.report.commands import commands
 from stage2_student.report.data import ReportData, Training

@@ -23,7 +23,8 @@ from common.anytext2.writenet import WriteNet
 from common.errors import DataError
 from common.faults import naming
 from common.files import fsync_dir, require_suffix, temporary_path
-from common.schedule import NUM_TRAIN_TIMESTEPS, make_alphas_cumprod
+from common.grids import NUM_TRAIN_TIMESTEPS
+from common.schedule import make_alphas_cumprod
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 METADATA_KEY = "metadata"

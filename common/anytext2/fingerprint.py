@@ -6,13 +6,13 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.keys import POSITION_IDS_KEY, PREFIXES
 from common.files import canonical_json, write_bytes_atomic
+
+if TYPE_CHECKING:
+    from common.anytext2.checkpoint_file import CheckpointFile
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,16 @@ def fingerprint(checkpoint: Path, parts: Parts) -> str:
     Raises:
         DataError: the checkpoint is missing or unreadable.
     """
-    file = CheckpointFile(checkpoint)
-    stamp = _stamp(file)
+    files = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
     cache = checkpoint.with_name(checkpoint.name + ".fingerprint.json")
-    found = _read_cache(cache, stamp)
+    found = _read_cache(cache, _stamp(files)) if all(file.exists() for file in files) else None
     if found is None:
+        from common.anytext2.checkpoint_file import CheckpointFile  # brings torch, which the cache does without
+
+        file = CheckpointFile(checkpoint)
+        stamp = _stamp(file.files)
         found = _compute(file)
-        if _stamp(file) == stamp:
+        if _stamp(file.files) == stamp:
             try:
                 write_bytes_atomic(cache, canonical_json({"stamp": stamp, **found}))
             except OSError as error:
@@ -49,8 +52,8 @@ def fingerprint(checkpoint: Path, parts: Parts) -> str:
     return found[parts]
 
 
-def _stamp(file: CheckpointFile) -> list[list[Any]]:
-    stats = [(path.name, path.stat()) for path in file.files]
+def _stamp(files: list[Path]) -> list[list[Any]]:
+    stats = [(path.name, path.stat()) for path in files]
     return [["version", VERSION], *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
 
 
@@ -65,6 +68,8 @@ def _read_cache(cache: Path, stamp: list[list[Any]]) -> dict[str, str] | None:
 
 
 def _compute(file: CheckpointFile) -> dict[str, str]:
+    import torch
+
     teacher, base = hashlib.sha256(), hashlib.sha256()
     for key in file.sorted_keys():
         if key == POSITION_IDS_KEY:

@@ -29,12 +29,16 @@ _FOLDERS = ("", PLAN_DIR, FAILURES_DIR, TASKS_DIR, CLAIMS_DIR, STOPS_DIR, INDEX_
 
 
 @contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[bool]:
     """Hold a file's lock, wait for it if need be; the file is made if missing.
 
     A file system without locks lets everybody in: what is guarded must be right without, and checked.
+
+    Yields:
+        False where there are no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    locked = True
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -42,7 +46,8 @@ def hold_lock(path: Path) -> Iterator[None]:
             if error.errno not in NO_LOCKS:
                 raise
             logger.debug("%s: this file system has no locks", path.parent)
-        yield
+            locked = False
+        yield locked
     finally:
         os.close(descriptor)
 

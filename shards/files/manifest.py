@@ -63,12 +63,11 @@ def create_or_check(
         DataError: the set was made with other settings; the message names up to eight differences.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = json.loads(canonical_json({**identity, "schema": SCHEMA}))
-    settings_sha256 = hash_identity(wanted)
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        _check_same(folder, wanted, manifest)
+    manifest = check_if_there(folder, identity)
+    if manifest is not None:
         return manifest, read_uncond(folder, manifest)
+    wanted = _stored(identity)
+    settings_sha256 = hash_identity(wanted)
     if not (folder / UNCOND).exists():
         create_once(folder / UNCOND, encode_uncond(make_uncond(), {"settings_sha256": settings_sha256}))
     data = read_bytes(folder / UNCOND)
@@ -82,6 +81,31 @@ def create_or_check(
     manifest = read_manifest(folder)
     _check_same(folder, wanted, manifest)
     return manifest, read_uncond(folder, manifest)
+
+
+def check_if_there(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
+    """Check that this task would write the same set, where there is one; needs no torch.
+
+    Args:
+        folder: the set's.
+        identity: JSON values only.
+
+    Returns:
+        The set's manifest; None if there is none yet.
+
+    Raises:
+        DataError: the set was made with other settings; the message names up to eight differences.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    _check_same(folder, _stored(identity), manifest)
+    return manifest
+
+
+def _stored(identity: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(canonical_json({**identity, "schema": SCHEMA}))
+    return values
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -8,6 +8,9 @@ from typing import Any
 from shards.files.names import parse_shard_name
 from shards.looking.status import SeenTask, Status
 
+_SHOWN = 20
+"""Missing shards that a line names."""
+
 
 def status_values(status: Status) -> dict[str, Any]:
     """Return a status as JSON values; the names stay what they are from version to version."""
@@ -72,6 +75,19 @@ def format_status(status: Status) -> list[str]:
             f"dead     {status.leftovers} temporary files of dead tasks; the next run removes them, or `clean`"
         )
     return lines + [f"problem  {problem}" for problem in status.problems]
+
+
+def summarise(status: Status) -> str:
+    """Say in a few words how far a set is."""
+    done = f"{status.shards_done} of {status.shards_planned} shards done"
+    if status.is_complete:
+        return done
+    work = f"{len(status.shards_in_work)} in work by other tasks" if status.shards_in_work else ""
+    missing = ""
+    if status.missing:
+        more = "..." if len(status.missing) > _SHOWN else ""
+        missing = f"{len(status.missing)} missing ({format_numbers(status.missing[:_SHOWN])}{more})"
+    return ", ".join(filter(None, (done, work, missing)))
 
 
 def _format_task(task: SeenTask) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.anytext2.conditioning import Conditioning, Uncond
 from common.errors import DataError
-from common.schedule import NUM_TRAIN_TIMESTEPS
+from common.grids import NUM_TRAIN_TIMESTEPS
 from shards.records.meta import SampleMeta
 from shards.records.png import MAX_SIDE
 from shards.records.tensor_file import is_finite

@@ -1,7 +1,12 @@
 """Writing a shard so that its name either holds all of it, verified, or nothing.
 
-Committed = the tar under a temporary name, fsynced, read back and compared, renamed, the folder fsynced; then the
-sidecar in the same way, last. Nothing but a sidecar whose size and hash match says that a shard is complete.
+Committed = the tar under a temporary name, fsynced, read back and compared, linked to its name, the folder
+fsynced; then the sidecar in the same way, last. Only a sidecar whose size and hash match makes a shard complete.
+
+Two tasks may make one shard. A lock lets one of them at a time give it its name, but nothing rests on locks, which
+may not reach: a name is given by a link, which fails where another was first; who comes second drops its copy; and
+who commits looks once more whether tar and sidecar are both its own. Where they are of different writers it begins
+again, and so does whoever finds such a pair later.
 """
 
 from __future__ import annotations
@@ -9,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import random
 import tarfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,11 +26,21 @@ import google_crc32c
 
 from common.errors import DataError, MachineError, reason
 from common.faults import blame
-from common.files import claim, fsync_dir, read_bytes, sha256_file, temporary_path, write_bytes_atomic
+from common.files import (
+    claim,
+    create_once,
+    fsync_dir,
+    link_new,
+    read_bytes,
+    sha256_file,
+    temporary_path,
+    write_bytes_atomic,
+)
 from shards.files.failures import Failure, encode_failures
 from shards.files.locks import hold_lock
 from shards.files.names import FAILURES_DIR, LOCK, failures_name, sample_key, shard_name, sidecar_name
 from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table, encode_sidecar
+from shards.files.tasks import set_aside
 from shards.records.codec import TENSORS, encode_record
 from shards.records.ranges import Ranges, add_tensor
 
@@ -31,6 +48,10 @@ if TYPE_CHECKING:
     from shards.records.record import Record
 
 logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 20
+_PATIENCE_SECONDS = 2.0
+"""Where locks do not keep writers apart: a tar without sidecar may be another's that is about to be complete."""
 
 
 class ShardWriter:
@@ -60,6 +81,9 @@ class ShardWriter:
         self._failures: list[Failure] = []
         self._ranges: Ranges = {}
         self._last_index = -1
+        self._inode = -1
+        self.has_won = False
+        """Whether `commit` gave this writer's files their names, and not another's stood there already."""
         self._sink = _Sink()
         self._tar: Any = None  # webdataset's TarWriter
         self._temporary = temporary_path(folder / self._name)
@@ -152,32 +176,84 @@ class ShardWriter:
                 provenance=self._provenance,
                 table_crc32c="",
             )
-            with hold_lock(self._folder / LOCK):  # only one writer at a time gives a shard its final name
-                existing = read_committed(self._folder, self._name, self._identity_sha256)
-                if existing is not None:
-                    logger.info("%s: another task committed it first; this copy is dropped", self._name)
-                    return existing
-                return self._publish(header)
+            with hold_lock(
+                self._folder / LOCK
+            ) as locked:  # one writer at a time gives a shard its name, if it can be
+                return self._publish(encode_sidecar(header, self._entries), alone=locked)
 
-    def _publish(self, header: SidecarHeader) -> SidecarHeader:
-        sidecar = self._folder / sidecar_name(self._name)
-        if sidecar.exists():  # of a shard that is damaged: it must not be seen beside the new tar
-            sidecar.unlink()
-            fsync_dir(self._folder)
-        self._write_failures()
-        self._temporary.replace(self._folder / self._name)
+    def _publish(self, sidecar: bytes, *, alone: bool) -> SidecarHeader:
+        """Give tar and sidecar their names, unless another writer's are there.
+
+        Args:
+            sidecar: its bytes.
+            alone: a lock keeps other writers out.
+        """
+        path = self._folder / sidecar_name(self._name)
+        failures_before: list[bytes | None] = []
+        for attempt in range(_ATTEMPTS):
+            existing = read_committed(self._folder, self._name, self._identity_sha256)
+            if existing is not None:
+                logger.info("%s: another task committed it first; this copy is dropped", self._name)
+                for data in failures_before[:1]:
+                    self._put_failures(data)
+                return existing
+            if attempt:
+                time.sleep(random.uniform(0.0, 0.05 * attempt))  # two writers must not keep step
+            _remove_unsound(path)
+            if not self._take_name(wait=not alone and not attempt):
+                continue
+            failures_before.append(self._put_failures(encode_failures(self._failures) or None))
+            if create_once(path, sidecar) and self._is_ours(path, sidecar):
+                self.has_won = True
+                return decode_header(sidecar, path.name)
+        raise MachineError(
+            f"{self._folder / self._name}: other tasks wrote the same shard {_ATTEMPTS} times meanwhile;"
+            " run again: precompute writes it anew if what is there is not whole"
+        )
+
+    def _take_name(self, *, wait: bool) -> bool:
+        """Put the tar in its place, over one that no sidecar makes complete.
+
+        Args:
+            wait: another writer may be about to write its sidecar: give it time.
+
+        Returns:
+            False if another writer was waited for and finished.
+        """
+        final, sidecar = self._folder / self._name, self._folder / sidecar_name(self._name)
+        if not link_new(self._temporary, final):
+            deadline = time.monotonic() + (_PATIENCE_SECONDS if wait else 0.0)
+            while time.monotonic() < deadline:
+                if sidecar.exists():
+                    return False
+                time.sleep(0.02)
+            again = temporary_path(final)
+            if link_new(self._temporary, again):
+                again.replace(final)
+        self._inode = final.stat().st_ino
         fsync_dir(self._folder)
-        data = encode_sidecar(header, self._entries)
-        write_bytes_atomic(sidecar, data)
-        return decode_header(data, sidecar.name)
+        return True
 
-    def _write_failures(self) -> None:
+    def _is_ours(self, path: Path, sidecar: bytes) -> bool:
+        """Tell whether tar, sidecar and failures under the shard's name are this writer's."""
+        try:
+            ours = (self._folder / self._name).stat().st_ino == self._inode and read_bytes(path) == sidecar
+        except FileNotFoundError:
+            return False
+        if ours:
+            self._put_failures(encode_failures(self._failures) or None)
+        return ours
+
+    def _put_failures(self, data: bytes | None) -> bytes | None:
+        """Put a list of failures in its place, or away; return what was there before."""
         path = self._folder / failures_name(self._name)
-        if self._failures:
+        before = read_bytes(path) if path.exists() else None
+        if data is not None and data != before:
             (self._folder / FAILURES_DIR).mkdir(exist_ok=True)
-            write_bytes_atomic(path, encode_failures(self._failures))
-        elif path.exists():
-            path.unlink()
+            write_bytes_atomic(path, data)
+        elif data is None and before is not None:
+            path.unlink(missing_ok=True)
+        return before
 
     def _take_index(self, sample_index: int) -> None:
         if sample_index <= self._last_index:
@@ -254,6 +330,14 @@ def read_committed(folder: Path, name: str, identity_sha256: str) -> SidecarHead
         logger.warning("%s: size or hash is not the sidecar's; it will be written again", name)
         return None
     return header
+
+
+def _remove_unsound(sidecar: Path) -> None:
+    """Remove the sidecar of a shard that is damaged: it must not be seen beside the new tar."""
+    with suppress(FileNotFoundError):
+        data = read_bytes(sidecar)
+        set_aside(sidecar, data)
+        fsync_dir(sidecar.parent)
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from common.errors import DataError, reason
 from common.faults import raise_disk_fault
 from common.pictures import size_as_seen
 from stage1_teacher.inputs.captions import describe_watermark
-from stage1_teacher.inputs.fonts import line_identity, read_line
+from stage1_teacher.inputs.fonts import font_sha256, line_identity, read_line
+from stage1_teacher.inputs.index import InputIndex
 from stage1_teacher.inputs.input import (
-    ID_DIGITS,
     Input,
     InputFailure,
     Line,
@@ -33,8 +33,10 @@ from stage1_teacher.inputs.input import (
     is_number,
     make_input_id,
 )
-from stage1_teacher.inputs.json_entries import JsonEntries
-from stage1_teacher.inputs.notices import Notices
+from stage1_teacher.inputs.json_entries import JsonList, read_json
+from stage1_teacher.inputs.notices import Notices, say
+from stage1_teacher.inputs.opening import has_changed, open_file, open_table
+from stage1_teacher.inputs.table import Place, Table
 
 ENTRY_FIELDS = ("img_name", "caption", "wm_score", "annotations")
 _ID_LINE_FIELDS = ("polygon", "text", "language", "valid", "color", "font", "glyph_map")
@@ -63,8 +65,10 @@ class Annotations:
         measure_images: bool = False,
         watermark_threshold: float = 1.0,
         ignored_fields: Collection[str] = (),
+        limit: int | None = None,
+        index: InputIndex | None = None,
     ) -> None:
-        """Scan a file.
+        """Scan a file, unless an index says where its inputs lie.
 
         Args:
             path: the json file.
@@ -74,6 +78,8 @@ class Annotations:
             measure_images: without `use_images`: polygons refer to the image's own size where it is there.
             watermark_threshold: entries with a larger wm_score are left out.
             ignored_fields: fields that may be there and are not read.
+            limit: reading may stop after so many inputs.
+            index: of the set's input files.
 
         Raises:
             DataError: no such file, no such JSON, an unknown field, or no data_root folder.
@@ -81,20 +87,37 @@ class Annotations:
         self._path, self._use_images, self._fonts = path, use_images, fonts or {}
         self._threshold, self._ignored = watermark_threshold, frozenset(ignored_fields)
         self._side = frame or ANYWORD_SIDE
-        assumes_side = not (frame or use_images or measure_images)
-        self._notices = Notices(self._side * WELL_OUTSIDE if assumes_side else math.inf)
-        self._ids = bytearray()
-        self._entries = JsonEntries(
-            path,
-            list_field="data_list",
-            other_fields=("data_root",),
-            ignored=self._ignored,
-            keep=self._keep,
-        )
-        root = self._entries.header["data_root"]
+        self._reach = math.inf if frame or use_images or measure_images else self._side * WELL_OUTSIDE
+        self._table = open_table(path, self._describe(), limit, self._scan, index)
+        self._file = open_file(path)
+        root = self._table.header["data_root"]
         self._root = self._find_root(root) if use_images else None
         self._measured = self._folder(root) if measure_images and not use_images else None
-        self._notices.say(path, watermark_threshold)
+        say(self._table.header["notices"])
+
+    def _describe(self) -> dict[str, Any]:
+        """Return what decides which inputs the file has, and their ids."""
+        return {
+            "kind": "annotations",
+            "use_images": self._use_images,
+            "watermark_threshold": self._threshold if math.isfinite(self._threshold) else str(self._threshold),
+            "ignored": sorted(self._ignored),
+            "fonts": {name: font_sha256(font) for name, font in self._fonts.items()},
+            "reach": self._reach if math.isfinite(self._reach) else None,
+        }
+
+    def _scan(self, limit: int | None) -> Table:
+        table, notices = Table(), Notices(self._reach)
+
+        def keep(number: int, entry: Any, offset: int, length: int) -> bool:
+            if self._is_used(number, entry, notices):
+                table.add(self._id_of(entry), offset, length, number)
+            return limit is None or len(table) < limit
+
+        fields = {"list_field": "data_list", "other_fields": ("data_root",), "ignored": self._ignored}
+        header, table.complete = JsonList(self._path, keep=keep, **fields).scan()
+        table.header = {**header, "notices": notices.lines(self._path, self._threshold)}
+        return table
 
     def _find_root(self, data_root: Any) -> Path:
         if not isinstance(data_root, str):
@@ -118,24 +141,23 @@ class Annotations:
                 return None
         return (self._side, self._side)
 
-    def _keep(self, number: int, entry: Any) -> bool:
+    def _is_used(self, number: int, entry: Any, notices: Notices) -> bool:
+        """Check an entry's fields; tells whether it is an input."""
         where = f"{self._path}: data_list[{number}]"
-        if isinstance(entry, dict):  # anything else is recorded as a failure when its turn comes
-            check_fields(entry, ENTRY_FIELDS, where, self._ignored)
-            score = entry.get("wm_score")
-            left_out = is_number(score) and score > self._threshold
-            lines = entry.get("annotations")
-            for place, line in enumerate(lines if isinstance(lines, list) else ()):
-                if isinstance(line, dict):
-                    at = f"{where}.annotations[{place}]"
-                    check_fields(line, LINE_FIELDS, at, self._ignored)
-                    if not left_out:
-                        self._notices.look_at(line, at)
-            if left_out:
-                self._notices.left_out += 1
-                return False
-        self._ids += bytes.fromhex(self._id_of(entry))
-        return True
+        if not isinstance(entry, dict):
+            return True  # it is recorded as a failure when its turn comes
+        check_fields(entry, ENTRY_FIELDS, where, self._ignored)
+        score = entry.get("wm_score")
+        left_out = is_number(score) and score > self._threshold
+        lines = entry.get("annotations")
+        for place, line in enumerate(lines if isinstance(lines, list) else ()):
+            if isinstance(line, dict):
+                at = f"{where}.annotations[{place}]"
+                check_fields(line, LINE_FIELDS, at, self._ignored)
+                if not left_out:
+                    notices.look_at(line, at)
+        notices.left_out += left_out
+        return not left_out
 
     def _id_of(self, entry: Any) -> str:
         """Hash the fields that matter to a record."""
@@ -151,28 +173,37 @@ class Annotations:
             ]
         return make_input_id("annotation" if self._use_images else "annotation without image", value)
 
+    @property
+    def table(self) -> Place:
+        """Where the inputs lie in the file."""
+        return self._table
+
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._table)
 
     def input_id(self, index: int) -> str:
         """Return the index-th input's id, without reading the file."""
-        digest = ID_DIGITS // 2
-        return self._ids[index * digest : (index + 1) * digest].hex()
+        return self._table.digest(index).hex()
 
     def where(self, index: int) -> str:
         """Name the index-th input for messages."""
-        return f"{self._path.name}: data_list[{self._entries.number(index)}]"
+        return f"{self._path.name}: data_list[{self._table.where(index)[2]}]"
 
     def __getitem__(self, index: int) -> Input:
         """Read the index-th input; its image is located but not opened.
 
         Raises:
             InputFailure: its values are wrong.
+            DataError: the file changed since it was scanned.
         """
         where = self.where(index)
-        entry = self._entries[index]
-        if self._id_of(entry) != self.input_id(index):
-            raise DataError(f"{self._path}: the file changed while it was in use")
+        try:
+            entry = read_json(self._path, self._file, *self._table.where(index)[:2])
+            changed = self._id_of(entry) != self.input_id(index)
+        except (ValueError, RecursionError):
+            changed = True
+        if changed:
+            raise has_changed(self._path, self._table)
         if not isinstance(entry, dict):
             raise InputFailure("bad entry", f"{where}: {entry!r:.40} is no object")
         score = entry.get("wm_score")

@@ -1,7 +1,6 @@
 """The entries of a large JSON file, found in one pass and read one at a time afterwards.
 
-AnyWord's files hold millions of entries and gigabytes; parsed whole they take ten times that in memory. Kept here
-are 16 bytes an entry: its number, where it begins, how long it is.
+AnyWord's files hold millions of entries and gigabytes; parsed whole they take ten times that in memory.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ import codecs
 import json
 import os
 import re
-from array import array
 from collections.abc import Callable, Collection
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.errors import DataError, reason
 from common.faults import naming, raise_disk_fault
@@ -107,8 +105,8 @@ class _Scanner:
         return True
 
 
-class JsonEntries:
-    """The members of a list inside a JSON object, read from disk one at a time; safe to use from threads."""
+class JsonList:
+    """The members of a list inside a JSON object, found in one pass."""
 
     def __init__(
         self,
@@ -117,88 +115,99 @@ class JsonEntries:
         list_field: str,
         other_fields: Collection[str],
         ignored: Collection[str] = (),
-        keep: Callable[[int, Any], bool],
+        keep: Callable[[int, Any, int, int], bool],
     ) -> None:
-        """Scan the file.
+        """Say what is looked for.
 
         Args:
             path: a JSON file that holds one object.
             list_field: the object's field that holds the list.
-            other_fields: what else the object may hold; see `header`.
+            other_fields: what else the object must hold.
             ignored: further fields that may stand there unread.
-            keep: called with (number in the list, parsed entry); False leaves the entry out.
+            keep: called with (number in the list, parsed entry, byte offset, length); False ends the reading, once
+                all fields were met.
+        """
+        self._path, self._list_field, self._others, self._keep = path, list_field, other_fields, keep
+        self._allowed = {list_field, *other_fields, *ignored}
+        self._header: dict[str, Any] = {}
+
+    def scan(self) -> tuple[dict[str, Any], bool]:
+        """Read the file.
+
+        Returns:
+            The object's other fields, and whether all of the file was read.
 
         Raises:
-            DataError: no such file, not such JSON, an unknown field, or whatever `keep` raises.
+            DataError: no such file, not such JSON, an unknown or missing field, or whatever `keep` raises.
         """
-        self.path = path
-        self.header: dict[str, Any] = {}
-        self._offsets, self._lengths, self._numbers = array("Q"), array("I"), array("I")
-        self._list_field, self._keep = list_field, keep
-        self._allowed = {list_field, *other_fields, *ignored}
+        self._header = {}
         try:
-            scanner = _Scanner(path)
-            self._file = path.open("rb")
+            scanner = _Scanner(self._path)
         except OSError as error:
-            raise_disk_fault(error, path)
-            raise DataError(f"{path}: {reason(error)}") from None
-        with naming(path), closing(scanner):
-            self._scan_object(scanner)
-        for field in (list_field, *other_fields):
-            if field not in self.header:
-                raise DataError(f"{path}: field {field!r} is missing")
+            raise_disk_fault(error, self._path)
+            raise DataError(f"{self._path}: {reason(error)}") from None
+        with naming(self._path), closing(scanner):
+            complete = self._scan_object(scanner)
+        for field in (self._list_field, *self._others):
+            if field not in self._header:
+                raise DataError(f"{self._path}: field {field!r} is missing")
+        return {field: value for field, value in self._header.items() if field in self._others}, complete
 
-    def _scan_object(self, scanner: _Scanner) -> None:
+    def _scan_object(self, scanner: _Scanner) -> bool:
+        complete = True
         scanner.take("{")
         while True:
             field = scanner.value()[0]
             if not isinstance(field, str):
                 raise scanner.fail(f"found {field!r:.40}, expected a field's name")
             if field not in self._allowed:
-                raise DataError(f"{self.path}: unknown field {field!r}; {nearest(field, self._allowed)}")
+                raise DataError(f"{self._path}: unknown field {field!r}; {nearest(field, self._allowed)}")
             scanner.take(":")
             if field == self._list_field:
-                self._scan_list(scanner)
-                self.header[field] = None
+                self._header[field] = None
+                complete = self._scan_list(scanner)
+                if not complete and set(self._others) <= self._header.keys():
+                    return False
+                if not complete:
+                    self._skip_list(scanner)
             else:
-                self.header[field] = scanner.value()[0]
+                self._header[field] = scanner.value()[0]
             if scanner.take(",}") == "}":
                 break
         if scanner.peek():
             raise scanner.fail("something follows the object")
+        return complete
 
-    def _scan_list(self, scanner: _Scanner) -> None:
+    def _scan_list(self, scanner: _Scanner) -> bool:
+        """Pass over the list, or its beginning; tells whether it came to the end."""
         scanner.take("[")
         if scanner.peek() == "]":
             scanner.take("]")
-            return
+            return True
         number = 0
         while True:
             entry, offset, length = scanner.value()
-            if self._keep(number, entry):
-                self._offsets.append(offset)
-                self._lengths.append(length)
-                self._numbers.append(number)
+            wanted = self._keep(number, entry, offset, length)
             number += 1
             if scanner.take(",]") == "]":
-                return
+                return True
+            if not wanted:
+                return False
 
-    def __len__(self) -> int:
-        return len(self._offsets)
+    @staticmethod
+    def _skip_list(scanner: _Scanner) -> None:
+        """Pass over the rest of the list: a field that is needed stands behind it."""
+        scanner.value()
+        while scanner.take(",]") == ",":
+            scanner.value()
 
-    def number(self, index: int) -> int:
-        """Return the place of the index-th kept entry in the file's list."""
-        return self._numbers[index]
 
-    def __getitem__(self, index: int) -> Any:
-        """Read the index-th kept entry.
+def read_json(path: Path, file: IO[bytes], offset: int, length: int) -> Any:
+    """Read one value of an open file; safe to use from threads.
 
-        Raises:
-            DataError: the file changed since it was scanned.
-        """
-        with naming(self.path):
-            data = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])
-        try:
-            return json.loads(data)
-        except ValueError:
-            raise DataError(f"{self.path}: the file changed while it was in use") from None
+    Raises:
+        ValueError: it is none: the file is not the one that was scanned.
+    """
+    with naming(path):
+        data = os.pread(file.fileno(), length, offset)
+    return json.loads(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +52,38 @@ class Notices:
             if farthest > self._reach:
                 self._outside.add(f"{where} reaches to {farthest:g}")
 
-    def say(self, path: Path, watermark_threshold: float) -> None:
-        """Log what was counted.
+    def lines(self, path: Path, watermark_threshold: float) -> list[tuple[str, str]]:
+        """Return what was counted, as lines for the log with their levels.
 
         Args:
             path: the file's.
             watermark_threshold: beyond which entries were left out.
         """
+        found = []
         if self.left_out:
             limit = f"wm_score above inputs.watermark_threshold = {watermark_threshold:g}"
-            logger.info("%s: entries that are left out: %d, with a %s", path, self.left_out, limit)
+            found.append(("INFO", f"{path}: entries that are left out: {self.left_out}, with a {limit}"))
         if self._odd_valid.count:
-            logger.warning(
-                "%s: lines whose `valid` is neither true nor false: %d (%s); they are rendered, only false leaves"
-                " one out",
-                path,
-                self._odd_valid.count,
-                self._odd_valid.first,
+            found.append(
+                (
+                    "WARNING",
+                    f"{path}: lines whose `valid` is neither true nor false: {self._odd_valid.count}"
+                    f" ({self._odd_valid.first}); they are rendered, only false leaves one out",
+                )
             )
         if self._outside.count:
-            logger.warning(
-                "%s: lines whose polygon does not fit the image size that is assumed without images: %d (%s, in an"
-                " image of 512 pixels); give inputs.frame = the side of the annotated images",
-                path,
-                self._outside.count,
-                self._outside.first,
+            found.append(
+                (
+                    "WARNING",
+                    f"{path}: lines whose polygon does not fit the image size that is assumed without images:"
+                    f" {self._outside.count} ({self._outside.first}, in an image of 512 pixels); give"
+                    " inputs.frame = the side of the annotated images",
+                )
             )
+        return found
+
+
+def say(lines: Iterable[Sequence[str]]) -> None:
+    """Log what `Notices.lines` returned."""
+    for level, line in lines:
+        logger.log(logging.getLevelNamesMapping()[level], "%s", line)

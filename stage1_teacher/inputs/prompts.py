@@ -18,16 +18,15 @@ embedding alone says what it reads.
 from __future__ import annotations
 
 import json
-import os
-from array import array
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, reason
-from common.faults import naming, raise_disk_fault
+from common.errors import DataError
+from common.faults import naming
 from stage1_teacher.inputs.annotations import locate_image
-from stage1_teacher.inputs.fonts import line_identity, read_line
+from stage1_teacher.inputs.fonts import font_sha256, line_identity, read_line
+from stage1_teacher.inputs.index import InputIndex
 from stage1_teacher.inputs.input import (
     Input,
     InputFailure,
@@ -38,6 +37,9 @@ from stage1_teacher.inputs.input import (
     is_number,
     make_input_id,
 )
+from stage1_teacher.inputs.json_entries import read_json
+from stage1_teacher.inputs.opening import has_changed, open_file, open_table
+from stage1_teacher.inputs.table import Place, Table
 
 PROMPT_FIELDS = ("caption", "lines", "size", "seed", "image", "mode")
 LINE_FIELDS = ("text", "box", "polygon", "color", "font", "language", "glyph_map")
@@ -54,8 +56,10 @@ class Prompts:
         fonts: Mapping[str, Path],
         use_images: bool = True,
         ignored_fields: Collection[str] = (),
+        limit: int | None = None,
+        index: InputIndex | None = None,
     ) -> None:
-        """Scan a file.
+        """Scan a file, unless an index says where its inputs lie.
 
         Args:
             path: the JSONL file.
@@ -63,32 +67,36 @@ class Prompts:
             fonts: configured font files by name.
             use_images: False leaves image files alone.
             ignored_fields: fields that may be there and are not read.
+            limit: reading may stop after so many inputs.
+            index: of the set's input files.
 
         Raises:
             DataError: no such file, a line is no JSON object, or has an unknown field.
         """
         self._path, self._size, self._fonts, self._use_images = path, float(size), fonts, use_images
         self._ignored = frozenset(ignored_fields)
-        self._ids: list[str] = []
-        self._offsets, self._lengths, self._numbers = array("Q"), array("I"), array("I")
-        try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise_disk_fault(error, path)
-            raise DataError(f"{path}: {reason(error)}") from None
-        with naming(path):
-            self._scan()
+        self._file = open_file(path)
+        settings = {
+            "kind": "prompts",
+            "use_images": use_images,
+            "ignored": sorted(self._ignored),
+            "fonts": {name: font_sha256(font) for name, font in fonts.items()},
+        }
+        self._table = open_table(path, settings, limit, self._scan, index)
 
-    def _scan(self) -> None:
-        folder, offset = self._path.parent.resolve(), 0
-        for number, line in enumerate(self._file, start=1):
-            if line.strip():
-                prompt = self._parse(line, f"{self._path}:{number}")
-                self._ids.append(prompt_id(prompt, self._fonts, folder, self._use_images))
-                self._offsets.append(offset)
-                self._lengths.append(len(line))
-                self._numbers.append(number)
-            offset += len(line)
+    def _scan(self, limit: int | None) -> Table:
+        folder, offset, table = self._path.parent.resolve(), 0, Table()
+        with naming(self._path), open_file(self._path) as file:
+            for number, line in enumerate(file, start=1):
+                if limit is not None and len(table) >= limit:
+                    table.complete = False
+                    break
+                if line.strip():
+                    prompt = self._parse(line, f"{self._path}:{number}")
+                    input_id = prompt_id(prompt, self._fonts, folder, self._use_images)
+                    table.add(input_id, offset, len(line), number)
+                offset += len(line)
+        return table
 
     def _parse(self, line: bytes, where: str) -> dict[str, Any]:
         try:
@@ -104,28 +112,33 @@ class Prompts:
                 check_fields(item, LINE_FIELDS, f"{where}: lines[{place}]", self._ignored)
         return prompt
 
+    @property
+    def table(self) -> Place:
+        """Where the inputs lie in the file."""
+        return self._table
+
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._table)
 
     def input_id(self, index: int) -> str:
         """Return the index-th input's id, without reading the file."""
-        return self._ids[index]
+        return self._table.digest(index).hex()
 
     def where(self, index: int) -> str:
         """Name the index-th input for messages."""
-        return f"{self._path.name}:{self._numbers[index]}"
+        return f"{self._path.name}:{self._table.where(index)[2]}"
 
     def __getitem__(self, index: int) -> Input:
         """Read the index-th prompt.
 
         Raises:
             InputFailure: its values are wrong.
+            DataError: the file changed since it was scanned.
         """
-        with naming(self._path):
-            data = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])
+        offset, length, _number = self._table.where(index)
         try:
             content = parse_prompt(
-                json.loads(data),
+                read_json(self._path, self._file, offset, length),
                 where=self.where(index),
                 size=self._size,
                 fonts=self._fonts,
@@ -134,8 +147,8 @@ class Prompts:
             )
         except (ValueError, AttributeError):
             content = None
-        if content is None or content.input_id != self._ids[index]:
-            raise DataError(f"{self._path}: the file changed while it was in use")
+        if content is None or content.input_id != self.input_id(index):
+            raise has_changed(self._path, self._table)
         return content
 
 

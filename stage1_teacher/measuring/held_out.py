@@ -22,7 +22,8 @@ from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import UNKNOWN_COLOR, Input, InputFailure
 from stage1_teacher.measuring.ablations import leave_out
 from stage1_teacher.recording.identity import describe_fonts
-from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, render_input
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)

@@ -11,18 +11,20 @@ import platform
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import features
 
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.files import read_bytes
+from common.grids import alphas_cumprod_table, trailing_steps
 from common.machine import describe_device, installed_versions
-from common.schedule import make_alphas_cumprod, trailing_timesteps
 from stage1_teacher.inputs.fonts import font_sha256, text_layout
-from stage1_teacher.rendering.rendered_input import RenderSettings
+from stage1_teacher.rendering.settings import RenderSettings
+
+if TYPE_CHECKING:
+    import torch
 
 RECIPE = 1
 """Version of how inputs are rendered, captioned and solved; raised with every change that alters a record."""
@@ -57,7 +59,7 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
     checkpoint = config.find_checkpoint()
     inputs = config.inputs.model_dump(mode="json", exclude=_NOT_IDENTITY | _OTHERWISE)
     frame = {"frame": config.inputs.frame} if config.inputs.frame else {}
-    grid = trailing_timesteps(config.precompute.solver_steps).tolist()
+    grid = trailing_steps(config.precompute.solver_steps).tolist()
     rollout = config.precompute.source == "rollout"
     return {
         "recipe": RECIPE,
@@ -76,7 +78,7 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
         "dtype": "float16",
         "solver": {"name": "ddim", "timesteps": grid, "alphas_cumprod_end": 1.0},
         "timesteps": grid[:: config.precompute.record_every] if rollout else [],
-        "alphas_cumprod": make_alphas_cumprod().tolist(),
+        "alphas_cumprod": alphas_cumprod_table().tolist(),
     }
 
 
@@ -103,6 +105,8 @@ def _hash_tokenizer(folder: Path) -> str:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return device and library versions: what two runs must share to write the same bytes."""
+    import torch
+
     versions = installed_versions(_PACKAGES)
     return {
         "device": describe_device(device),

@@ -7,14 +7,15 @@ it, and however often that was interrupted.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from common.errors import DataError, MachineError
+from common.errors import DataError, Stopped
 from common.progress import Progress
 from common.sections import PrecomputeConfig
 from common.signals import StopFlag
@@ -27,10 +28,13 @@ from shards.writing.writer import ShardWriter
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import FontLacksCharacters, InputFailure
 from stage1_teacher.recording.recorder import Recorder
-from stage1_teacher.recording.share import Share
+from stage1_teacher.recording.sending import send
+from stage1_teacher.recording.share import Share, Todo
+from stage1_teacher.recording.stops import Stops, refuse_endless_stops
 from stage1_teacher.recording.trajectories import RolloutKeeper
 from stage1_teacher.rendering.ahead import Outcome, render_ahead
-from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings
+from stage1_teacher.rendering.rendered_input import RenderedInput
+from stage1_teacher.rendering.settings import RenderSettings
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ class ShardMaker:
         settings: PrecomputeConfig,
         stop: StopFlag,
         machine: Mapping[str, Any],
+        stops: Stops,
         *,
         rollouts: RolloutKeeper | None = None,
         uploader: Uploader | None = None,
@@ -59,6 +64,7 @@ class ShardMaker:
             settings: batch size, threads and the budget of failures.
             stop: asked between shards and batches.
             machine: device and library versions, stored in every sidecar.
+            stops: of this task, from run to run.
             rollouts: keeps whole rollouts, which the recorder must give.
             uploader: sends every shard away after it was committed.
         """
@@ -66,36 +72,59 @@ class ShardMaker:
         self._share, self._settings, self._stop, self._machine = share, settings, stop, machine
         self._rollouts, self._uploader = rollouts, uploader
         self._reasons: Counter[str] = Counter()
+        self._stops = stops
+        self._begun = 0.0  # of the shard in work, seconds
+        self._expected: float | None = None
 
-    def send_found(self) -> None:
-        """Upload the shards that earlier runs committed, where they are not there yet.
+    def make_all(
+        self, todo: Iterable[Todo], inputs: Inputs, render_settings: RenderSettings, recorder: Recorder
+    ) -> None:
+        """Make shards, one after the other.
 
-        Raises:
-            MachineError: the upload failed for good.
-            Stopped: a signal came.
-        """
-        self._send(self._share.found)
-
-    def make_all(self, inputs: Inputs, render_settings: RenderSettings, recorder: Recorder) -> None:
-        """Make every shard that is left.
+        Args:
+            todo: which; each is asked for when the one before is committed.
+            inputs: of this run.
+            render_settings: how they are rendered.
+            recorder: records them.
 
         Raises:
             DataError: too many inputs failed, or the teacher did.
-            MachineError: the disk or the upload failed.
+            MachineError: the disk or the upload failed, or this task was stopped on the same shard before.
             Stopped: a signal came; the shard in work is dropped.
         """
-        todo = self._share.todo
-        indices = (index for item in todo for index in item.indices)
-        ahead = 2 * self._settings.batch_size + self._settings.render_workers
-        with (
-            Progress(sum(len(item.indices) for item in todo), "precompute", "input") as progress,
-            render_ahead(
-                inputs, indices, render_settings, workers=self._settings.render_workers, ahead=ahead
-            ) as rendered,
-        ):
+        workers = self._settings.render_workers
+        ahead = 2 * self._settings.batch_size + workers
+        with Progress(self._share.own_inputs, "precompute", "input") as progress:
             for item in todo:
                 self.check_stop()
-                self._make(item.shard, rendered, recorder, progress)
+                with render_ahead(inputs, item.indices, render_settings, workers=workers, ahead=ahead) as rendered:
+                    self._make_or_count_stop(item.shard, rendered, recorder, progress)
+
+    def _make_or_count_stop(
+        self, shard: PlannedShard, rendered: Iterator[Outcome], recorder: Recorder, progress: Progress
+    ) -> None:
+        name, self._begun, self._expected = shard_name(shard.shard_index), time.monotonic(), None
+        try:
+            self._make(shard, rendered, recorder, progress)
+        except Stopped as error:
+            if not self._share.done.shards_written:
+                seconds = time.monotonic() - self._begun
+                refuse_endless_stops(error, self._stops, name, seconds, self._expected)
+            raise
+        self._stops.clear(name)
+
+    def _expect(self, shard: PlannedShard, inputs: int) -> None:
+        """Say after the first batch how long a shard takes."""
+        seconds = time.monotonic() - self._begun
+        self._expected = seconds * len(shard.input_ids) / inputs
+        logger.info(
+            "%s: %d of %d inputs in %.1f s; the shard takes about %.0f s",
+            shard_name(shard.shard_index),
+            inputs,
+            len(shard.input_ids),
+            seconds,
+            self._expected,
+        )
 
     def check_stop(self) -> None:
         """Ask whether to go on; done between shards and between batches.
@@ -124,6 +153,8 @@ class ShardMaker:
                     else:
                         writer.fail(self._note(shard, place, outcome))
                         failed.append(place)
+                if not first:
+                    self._expect(shard, len(group))
                 first += len(group)
                 progress.update(len(group), failed=self._share.done.failed)
             header = writer.commit()
@@ -135,19 +166,13 @@ class ShardMaker:
                     header.shard,
                 )
             self._rollouts.write(shard, rollouts, failed)
-        self._share.done.records += writer.count
-        self._share.done.shards_written += 1
-        self._send([header.shard])
+        if writer.has_won or self._rollouts is not None:
+            self._share.note_written(shard, writer.count)
+            self._send([header.shard])
 
     def _send(self, shards: Sequence[str]) -> None:
-        if self._uploader is None:
-            return
-        try:
-            for shard in shards:
-                self.check_stop()
-                self._share.done.uploaded += self._uploader.upload_shard(shard)
-        except (DataError, MachineError) as error:
-            raise type(error)(f"{error} ({self._share.committed_so_far} in {self._folder})") from None
+        if self._uploader is not None:
+            send(self._uploader, shards, self._share, self._folder, self.check_stop)
 
     def _record_group(
         self, shard: PlannedShard, first: int, group: list[Outcome], recorder: Recorder

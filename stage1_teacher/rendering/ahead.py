@@ -10,7 +10,8 @@ from itertools import islice
 
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import InputFailure
-from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, render_input
+from stage1_teacher.rendering.settings import RenderSettings
 
 Outcome = RenderedInput | InputFailure
 

@@ -7,7 +7,8 @@ from collections import Counter
 from common.errors import UsageError
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import FontLacksCharacters, InputFailure
-from stage1_teacher.rendering.rendered_input import RenderSettings, choose_lines
+from stage1_teacher.rendering.rendered_input import choose_lines
+from stage1_teacher.rendering.settings import RenderSettings
 
 LOOKED_AT = 1000
 """Inputs, the first ones."""

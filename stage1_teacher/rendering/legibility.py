@@ -10,7 +10,8 @@ import numpy as np
 
 from stage1_teacher.inputs.input import Input, Line
 from stage1_teacher.rendering.lines import Array, fit_box, largest_font
-from stage1_teacher.rendering.rendered_input import RenderSettings, choose_lines
+from stage1_teacher.rendering.rendered_input import choose_lines
+from stage1_teacher.rendering.settings import RenderSettings
 
 _LEAST_LATENTS = 2
 """Latents that a line's letters must be high: in fewer the VAE cannot show their strokes."""

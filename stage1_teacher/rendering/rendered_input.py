@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,19 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import Config
 from common.seeding import rng
 from stage1_teacher.inputs import captions
 from stage1_teacher.inputs.fonts import (
-    configured_fonts,
-    fallback_fonts,
     has_glyphs,
-    load_font,
     missing_characters,
 )
 from stage1_teacher.inputs.input import FontLacksCharacters, Input, InputFailure, Line, Mode, Polygon
 from stage1_teacher.rendering import lines as rendering
 from stage1_teacher.rendering.images import decode_image, read_image_file
+from stage1_teacher.rendering.settings import RenderSettings
 
 _NO_TEXT = " "
 _NO_TEXT_BOX = ((10.0, 10.0), (100.0, 10.0), (100.0, 100.0), (10.0, 100.0))
@@ -34,64 +30,6 @@ _MAX_SIDES = 8.0
 """Image sides that a polygon may reach out: text as large as its polygon is rendered whole, then clipped."""
 _MIN_SIDE = 1.0
 """Pixels: a thinner polygon has no inside."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenderSettings:
-    """What the rendering of an input depends on besides the input."""
-
-    seed: int
-    """Keys every choice, unless the input has its own."""
-    size: int
-    """Side of the square image, pixels."""
-    font: Path
-    """Draws lines that name no font."""
-    fonts: Mapping[str, Path]
-    """Configured fonts by name."""
-    fallback_fonts: tuple[Path, ...] = ()
-    """Render lines whose own font lacks characters: the first that has all of them."""
-    random_fonts: bool
-    font_hint_prob: float
-    edit_fraction: float
-    max_lines: int
-    max_chars: int
-    prompt_suffix: str
-    needs_image: bool
-    """Inputs without an image fail."""
-    width: int | None = None
-    """Of an image that is not square, whose height is `size`, pixels; records are square."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return (H, W), pixels."""
-        return self.size, self.size if self.width is None else self.width
-
-    @staticmethod
-    def from_config(config: Config) -> RenderSettings:
-        """Take the settings from a configuration and check its fonts.
-
-        Raises:
-            DataError: a font file is missing or no font.
-        """
-        font = config.resolve(config.inputs.font, "inputs.font")
-        fonts = configured_fonts(config)
-        fallbacks = fallback_fonts(config, fonts)
-        for path in (font, *fonts.values(), *fallbacks):
-            load_font(path, 32)
-        return RenderSettings(
-            seed=config.precompute.seed,
-            size=config.inputs.size,
-            font=font,
-            fonts=fonts,
-            fallback_fonts=fallbacks,
-            random_fonts=config.inputs.random_fonts,
-            font_hint_prob=config.inputs.font_hint_prob,
-            edit_fraction=config.inputs.edit_fraction,
-            max_lines=config.inputs.max_lines,
-            max_chars=config.inputs.max_chars,
-            prompt_suffix=config.teacher.prompt_suffix,
-            needs_image=config.precompute.source == "noised",
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

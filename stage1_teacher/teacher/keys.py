@@ -12,7 +12,7 @@ from common.anytext2.keys import SCHEDULE_KEYS, key_table
 from common.anytext2.unet import UNet
 from common.anytext2.vae import VAE
 from common.anytext2.writenet import WriteNet
-from common.schedule import NUM_TRAIN_TIMESTEPS
+from common.grids import NUM_TRAIN_TIMESTEPS
 from stage1_teacher.teacher.glyph_embedding import GlyphEmbedding
 from stage1_teacher.teacher.recognizer import Recognizer
 from stage1_teacher.teacher.text_encoder import build_clip

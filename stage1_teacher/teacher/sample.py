@@ -17,7 +17,8 @@ from stage1_teacher.inputs.fonts import configured_fonts
 from stage1_teacher.inputs.input import Input
 from stage1_teacher.inputs.prompt_text import prompt_from_text
 from stage1_teacher.rendering.legibility import find_doubts
-from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, render_input
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from common.ddim import CLEAN, Predict, consistency_value
 from common.errors import UsageError
+from common.grids import NUM_TRAIN_TIMESTEPS
 from common.schedule import (
-    NUM_TRAIN_TIMESTEPS,
     alphas_at,
     ddim_step,
     diffuse,

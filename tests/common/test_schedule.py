@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from common import schedule
+from common import grids, schedule
 from common.errors import UsageError
 from common.schedule import (
     alphas_at,
@@ -23,8 +23,8 @@ ALPHAS = make_alphas_cumprod()
 
 def ddim_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=schedule.BETA_START,
-        beta_end=schedule.BETA_END,
+        beta_start=grids.BETA_START,
+        beta_end=grids.BETA_END,
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=True,

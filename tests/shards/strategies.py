@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from common.schedule import NUM_TRAIN_TIMESTEPS
+from common.grids import NUM_TRAIN_TIMESTEPS
 from shards.records.meta import SampleMeta
 from shards.records.record import CHUNK_TOKENS, Record
 

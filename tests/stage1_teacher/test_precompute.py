@@ -22,6 +22,7 @@ from common.ddim import trailing_grid
 from common.errors import DataError, Stopped, UsageError
 from common.schedule import make_alphas_cumprod
 from shards.files.failures import read_failures
+from shards.files.tasks import Task
 from shards.looking.finalize import finalize
 from shards.reading.reader import ShardSet
 from stage1_teacher.inputs.files import open_inputs
@@ -32,7 +33,8 @@ from stage1_teacher.precompute import Done, precompute
 from stage1_teacher.recording.identity import build_identity
 from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import group_by_rendered
-from stage1_teacher.rendering.rendered_input import RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import render_input
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 from tests.stage1_teacher.small_teacher import (
@@ -83,7 +85,7 @@ def finished(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Return a set's files but the lock, dead writers' leftovers, and of the manifest the identity alone."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp")
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files if ".work" not in path.parts}
     identity = json.loads(found.pop("manifest.json"))["identity"]
     found.pop(".lock", None)
     return found | {"identity": json.dumps(identity).encode()}
@@ -163,10 +165,20 @@ def test_batches_are_filled_with_what_can_be_drawn(place: Place) -> None:
 def test_the_same_seed_gives_the_same_bytes_with_one_task_or_three(
     place: Place, finished: Path, tmp_path: Path
 ) -> None:
-    for index in (2, 0, 1):
-        done = place.run(tmp_path / "three", task_index=index, num_tasks=3)
+    out = tmp_path / "three"
+    others = Task(out, 0, 3)  # that two more tasks live, and claim their shares
+    with others:
+        for name in ("shard-000000", "shard-000001"):
+            assert others.claim(name) is None
+        done = place.run(out, task_index=2, num_tasks=3)
         assert (done.shards_written, done.shards_found) == (1, 0)
-    assert contents(tmp_path / "three") == contents(finished)
+        assert not (out / "shard-000000.json").exists()
+        others.release("shard-000001")
+        done = place.run(out, task_index=1, num_tasks=3)
+        assert (done.shards_written, done.shards_found) == (1, 0)
+    done = place.run(out, task_index=2, num_tasks=3)  # whose share is done: it takes what nobody makes any more
+    assert (done.shards_written, done.shards_found) == (1, 1)
+    assert contents(out) == contents(finished)
 
 
 def test_a_run_that_is_killed_and_started_again_gives_the_same_bytes(

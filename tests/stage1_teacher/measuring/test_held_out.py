@@ -14,7 +14,7 @@ from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.measuring.ablations import ABLATIONS, split_parts
 from stage1_teacher.measuring.held_out import HeldOut, image_stem, read_undrawn
 from stage1_teacher.measuring.teacher_sampler import teacher_samplers
-from stage1_teacher.rendering.rendered_input import RenderSettings
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_scene
 from stage1_teacher.tiny.scene import draw_scene_plan

@@ -12,7 +12,8 @@ from stage1_teacher.inputs.annotations import Annotations
 from stage1_teacher.inputs.captions import image_caption
 from stage1_teacher.rendering import lines as rendering
 from stage1_teacher.rendering.images import decode_image
-from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, render_input
+from stage1_teacher.rendering.settings import RenderSettings
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "data"
 FONT = Path(__file__).parents[3] / "models" / "fonts" / "DejaVuSans.ttf"

@@ -18,7 +18,8 @@ from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import FontLacksCharacters, Input, InputFailure, Line
 from stage1_teacher.inputs.prompts import Prompts
 from stage1_teacher.rendering.ahead import render_ahead
-from stage1_teacher.rendering.rendered_input import RenderedInput, RenderSettings, render_input
+from stage1_teacher.rendering.rendered_input import RenderedInput, render_input
+from stage1_teacher.rendering.settings import RenderSettings
 from tests.stage1_teacher.small_teacher import DATA, FONT, ROOT, write_prompts
 
 BOLD = ROOT / "models" / "fonts" / "DejaVuSans-Bold.ttf"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.config import PROJECT_ROOT, load_config
 from stage1_teacher.inputs.annotations import Annotations
-from stage1_teacher.rendering.rendered_input import RenderSettings
+from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.tiny.data import write_dataset
 from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, draw_scene_plan, render_scene
 

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.files import canonical_json, machine_name
+from shards.files.names import CLAIMS_DIR
+from shards.files.tasks import State, Task, Watch, claimed_by, decode_note, note_path, read_notes, set_aside
+from shards.looking.clean import clean
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Clock:
+    """Runs when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def elsewhere(task: Task) -> tuple[Path, bytes]:
+    """Leave a note and a claim of a task on another machine; returns the note's file and the claim."""
+    note = dataclasses.replace(task.note, token="0123456789ab-1", machine="another-machine", host="another")
+    path = note_path(task.folder, note.token)
+    path.write_bytes(canonical_json(dataclasses.asdict(note)))
+    claim = canonical_json({"token": note.token, "machine": note.machine})
+    (task.folder / CLAIMS_DIR / "shard-000001").write_bytes(claim)
+    return path, claim
+
+
+def beat(path: Path, beats: int) -> None:
+    note = decode_note(path.read_bytes())
+    assert note is not None
+    path.write_bytes(canonical_json(dataclasses.asdict(dataclasses.replace(note, beats=beats))))
+
+
+def test_a_claim_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
+    with Task(tmp_path, 0, 2) as first, Task(tmp_path, 1, 2) as second:
+        assert first.claim("shard-000000") is None
+        assert second.claim("shard-000000") is State.ALIVE
+        first.release("shard-000000")
+        assert second.claim("shard-000000") is None
+        assert [note.task_index for note in read_notes(tmp_path)] == [0, 1]
+    assert not read_notes(tmp_path) and not list((tmp_path / CLAIMS_DIR).iterdir())
+
+
+def hold_until_killed(folder: Path) -> None:
+    with Task(folder, 1, 2) as task:
+        task.claim("shard-000000")
+        time.sleep(100)
+
+
+def test_the_claim_of_a_killed_task_of_this_machine_is_free_at_once(tmp_path: Path) -> None:
+    other = FORK.Process(target=hold_until_killed, args=(tmp_path,))
+    other.start()
+    while not (tmp_path / CLAIMS_DIR / "shard-000000").exists():
+        time.sleep(0.01)
+    with Task(tmp_path, 0, 2) as task:
+        assert task.claim("shard-000000") is State.ALIVE
+        os.kill(other.pid or 0, signal.SIGKILL)
+        other.join()
+        assert task.claim("shard-000000") is None
+
+
+def test_another_machines_task_is_dead_when_its_counter_stood_still_by_the_watchers_own_clock(
+    tmp_path: Path, clock: Clock
+) -> None:
+    watch = Watch(tmp_path, clock=clock)
+    with Task(tmp_path, 0, 2, watch=watch) as task:
+        note, _claim = elsewhere(task)
+        assert task.claim("shard-000001") is State.UNSURE
+        for year in (1990, 2090):  # what the times of files and the clocks of machines say is nothing
+            os.utime(note, ((year - 1970) * 31_556_952.0,) * 2)
+            assert task.claim("shard-000001") is State.UNSURE
+        for beats in range(1, 4):
+            clock.now += 0.9 * watch.seconds
+            beat(note, beats)
+            assert task.claim("shard-000001") is State.ALIVE
+        clock.now += 0.9 * watch.seconds
+        assert task.claim("shard-000001") is State.ALIVE
+        clock.now += 0.1 * watch.seconds
+        assert task.claim("shard-000001") is None
+
+
+def test_a_claim_without_a_note_is_watched_like_one_that_stands_still(tmp_path: Path, clock: Clock) -> None:
+    watch = Watch(tmp_path, clock=clock)
+    with Task(tmp_path, 0, 2, watch=watch) as task:
+        note, _claim = elsewhere(task)
+        note.unlink()
+        assert task.claim("shard-000001") is State.UNSURE  # its note may only be late
+        clock.now += watch.seconds
+        assert task.claim("shard-000001") is None
+
+
+def no_locks(*_arguments: Any) -> None:
+    raise OSError(errno.ENOLCK, "no locks")
+
+
+def test_without_locks_tasks_of_one_machine_are_told_by_their_counters_too(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    watch = Watch(tmp_path, clock=clock)
+    with Task(tmp_path, 0, 2, watch=watch) as task, Task(tmp_path, 1, 2) as other:
+        assert other.claim("shard-000000") is None
+        assert task.claim("shard-000000") is State.UNSURE
+        other.say()
+        assert task.claim("shard-000000") is State.ALIVE
+        clock.now += watch.seconds
+        assert task.claim("shard-000000") is None
+        other.release("shard-000000")  # it was taken away: nothing happens
+        assert other.claim("shard-000000") is not None
+
+
+def test_what_is_no_claim_of_ours_holds_nobody_up(tmp_path: Path) -> None:
+    assert claimed_by(Watch(tmp_path), b"x") is State.DEAD
+    assert claimed_by(Watch(tmp_path), canonical_json({"token": "x-1", "machine": machine_name()})) is State.DEAD
+
+
+def test_a_file_that_took_the_name_meanwhile_is_put_back(tmp_path: Path) -> None:
+    path = tmp_path / "claim"
+    path.write_bytes(b"new")
+    assert not set_aside(path, b"old")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+    assert set_aside(path, b"new") and not set_aside(path, b"new")
+
+
+def make_once(folder: Path, index: int) -> None:
+    with Task(folder, index, 8) as task:
+        with task.claimed("plan", lambda: (folder / "made").exists()) as is_mine:
+            if is_mine:
+                (folder / f"by-{index}").touch()
+                time.sleep(0.2)
+                (folder / "made").touch()
+        assert (folder / "made").exists()
+
+
+def test_of_tasks_that_start_together_one_makes_what_all_need_and_the_others_wait(tmp_path: Path) -> None:
+    tasks = [FORK.Process(target=make_once, args=(tmp_path, index)) for index in range(8)]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join()
+        assert task.exitcode == 0
+    assert len(list(tmp_path.glob("by-*"))) == 1
+
+
+def test_clean_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path, clock: Clock) -> None:
+    watch = Watch(tmp_path, clock=clock)
+    with Task(tmp_path, 0, 2) as living:
+        assert living.claim("shard-000000") is None
+        note, _claim = elsewhere(living)
+        (tmp_path / ".shard-000001.tar.another-machine.0123456789ab-7.tmp").write_bytes(b"x")
+        ticks = iter(range(10**6))
+        watch._clock = lambda: float(next(ticks))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("shards.looking.clean.time.sleep", lambda seconds: living.say())
+            removed = clean(tmp_path, watch)
+        assert sorted(removed) == [
+            ".shard-000001.tar.another-machine.0123456789ab-7.tmp",
+            "claim of shard-000001",
+            "note of task 0 on another",
+        ]
+        assert not note.exists() and note_path(tmp_path, living.note.token).exists()
+        assert [path.name for path in (tmp_path / CLAIMS_DIR).iterdir()] == ["shard-000000"]
