@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.job import Job, Tasks, pinned
@@ -18,7 +18,6 @@ CONFIG_MOUNT = "/etc/anytext2-distill"
 """Where pods find the configuration file."""
 FS_GROUP = 1000
 """Of the image's user, so that it can write to the claims."""
-_SCRATCH = "scratch"
 
 
 def render_precompute(settings: ClusterConfig, job: Job, tasks: Tasks, config: str | None) -> str:
@@ -31,17 +30,17 @@ def render_precompute(settings: ClusterConfig, job: Job, tasks: Tasks, config: s
         config: text of the configuration file, which becomes a ConfigMap; None without one.
 
     Raises:
-        UsageError: the set would lie in a folder that goes with its pod, and is not uploaded either.
+        UsageError: the set would lie in a folder of one pod, that goes with it.
     """
     words = ["python", "pipeline.py", job.command, *job.options, "--num-tasks", str(tasks.num_tasks)]
     parallelism = min(tasks.throttle or tasks.num_tasks, tasks.num_tasks)
-    scratch = find_scratch(settings, job)
-    return _manifest(settings, job, words, config, tasks.num_tasks, parallelism, settings.gpus, scratch)
+    _require_claim(settings, job)
+    return _manifest(settings, job, words, config, tasks.num_tasks, parallelism, settings.gpus)
 
 
 def render_finalize(settings: ClusterConfig, job: Job) -> str:
     """Return the manifest of the one pod that checks a set."""
-    return _manifest(settings, job, ["python", "pipeline.py", job.command, *job.options], None, 1, 1, 0, None)
+    return _manifest(settings, job, ["python", "pipeline.py", job.command, *job.options], None, 1, 1, 0)
 
 
 def render_train(settings: ClusterConfig, job: Job, config: str | None) -> str:
@@ -51,24 +50,10 @@ def render_train(settings: ClusterConfig, job: Job, config: str | None) -> str:
         UsageError: the run would lie in a folder that goes with its pod.
     """
     ranks = settings.train_processes
-    if _volume_of(settings, job.folder) is None:
-        raise UsageError(_lost("--out", job))
+    _require_claim(settings, job)
     launcher = ["torchrun", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else ["python"]
     words = [*launcher, "pipeline.py", job.command, *job.options]
-    return _manifest(settings, job, words, config, 1, 1, settings.gpus * ranks, None, processes=ranks)
-
-
-def find_scratch(settings: ClusterConfig, job: Job) -> str | None:
-    """Return where an empty folder must be mounted for the set: nowhere if a claim holds it.
-
-    Raises:
-        UsageError: then it would be lost.
-    """
-    if _volume_of(settings, job.folder) is not None:
-        return None
-    if "--upload" not in job.options:
-        raise UsageError(_lost("--out", job))
-    return str(job.folder)
+    return _manifest(settings, job, words, config, 1, 1, settings.gpus * ranks, processes=ranks)
 
 
 def _manifest(
@@ -79,7 +64,6 @@ def _manifest(
     completions: int,
     parallelism: int,
     gpus: int,
-    scratch: str | None,
     *,
     processes: int = 1,
 ) -> str:
@@ -93,9 +77,6 @@ def _manifest(
         {"name": _volume_name(claim), "persistentVolumeClaim": {"claimName": claim}}
         for claim in dict.fromkeys(settings.volumes.values())
     ]
-    if scratch is not None:
-        mounts.append({"name": _SCRATCH, "mountPath": scratch})
-        volumes.append({"name": _SCRATCH, "emptyDir": {}})
     if config is not None:
         mounts.append({"name": "config", "mountPath": CONFIG_MOUNT})
         volumes.append({"name": "config", "configMap": {"name": job.name}})
@@ -176,15 +157,11 @@ def _volume_name(claim: str) -> str:
     return f"claim-{claim.replace('.', '-')}"[:63]
 
 
-def _volume_of(settings: ClusterConfig, folder: Path) -> str | None:
-    """Return the mounted folder that a folder of the pods lies in."""
-    here = PurePosixPath(folder)
-    return next((mount for mount in settings.volumes if here.is_relative_to(mount)), None)
-
-
-def _lost(option: str, job: Job) -> str:
-    remedy = ", or give --upload URL" if job.command == "precompute" else ""
-    return (
-        f"{option} {job.folder} lies in no folder of cluster.volumes, so it would be lost with its pod;"
-        f" put it in one{remedy}"
-    )
+def _require_claim(settings: ClusterConfig, job: Job) -> None:
+    here = PurePosixPath(job.folder)
+    if not any(here.is_relative_to(mount) for mount in settings.volumes):
+        also = "; --upload URL copies it to a bucket" if job.command == "precompute" else ""
+        raise UsageError(
+            f"--out {job.folder} lies in no folder of cluster.volumes, so each pod would have its own, and lose it;"
+            f" put it into one, on a claim that all pods share{also}"
+        )

@@ -144,11 +144,6 @@ def plan_kubernetes(
     Raises:
         UsageError: there is no image, a path is none of the pods', or what is made would go with its pod.
     """
-    first, *others = chain
-    if first.command == "precompute" and kubernetes.find_scratch(settings, first) is not None:
-        if len(others) > 1:
-            raise UsageError("--train: the set is only at its URL; when it is complete, submit train --shards URL")
-        chain = [first]  # nothing could finalize it: each pod has its own part
     if not settings.image:
         raise UsageError(
             "cluster.image is empty; build it from the Dockerfile and name it as the cluster pulls it"

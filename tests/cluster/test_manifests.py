@@ -131,27 +131,22 @@ def test_every_mount_has_its_volume_and_names_are_those_of_kubernetes() -> None:
         assert len(job["metadata"]["name"]) <= 63 - len("-99999")
 
 
-def test_a_set_that_would_be_lost_with_its_pod_is_refused() -> None:
+def test_a_set_or_run_that_would_be_lost_with_its_pod_is_refused() -> None:
     with pytest.raises(
-        UsageError, match=r"--out /shards/laion lies in no folder of cluster.volumes.*--upload URL"
+        UsageError, match=r"--out /shards/laion lies in no folder of cluster.volumes.*; --upload URL"
     ):
         plan(volumes={"/other": "other"})
-    with pytest.raises(
-        UsageError, match=r"--out /runs/One run_1 lies in no folder of cluster.volumes.*put it in one$"
-    ):
+    with pytest.raises(UsageError, match=r"--out /runs/One run_1 lies in no folder of cluster.volumes.*share$"):
         plan(volumes={"/shards": "shards"})
     with pytest.raises(UsageError, match="cluster.image is empty"):
         plan(image="")
 
 
-def test_with_a_bucket_the_set_is_made_in_a_folder_of_the_pod() -> None:
-    (part,) = plan(None, "--upload", "s3://bucket/laion", run=None, volumes={}, secret="s3")
-    mounts = {mount["mountPath"]: mount["name"] for mount in main_of(part)["volumeMounts"]}
-    volumes = job_of(part)["spec"]["template"]["spec"]["volumes"]
-    assert {"name": mounts["/shards/laion"], "emptyDir": {}} in volumes
+def test_shards_are_copied_to_a_bucket_with_the_credentials_of_a_secret() -> None:
+    part = plan(None, "--upload", "s3://bucket/laion", secret="s3")[0]
+    command = main_of(part)["command"]
+    assert command[command.index("--upload") + 1] == "s3://bucket/laion"
     assert main_of(part)["envFrom"] == [{"secretRef": {"name": "s3"}}]
-    with pytest.raises(UsageError, match="submit train --shards URL"):
-        plan(None, "--upload", "s3://bucket/laion", volumes={})
 
 
 def test_equal_names_of_two_submissions_do_not_meet() -> None:
