@@ -32,15 +32,17 @@ def render_precompute(settings: ClusterConfig, job: Job, tasks: Tasks, config: s
     Raises:
         UsageError: the set would lie in a folder of one pod, that goes with it.
     """
-    words = ["python", "pipeline.py", job.command, *job.options, "--num-tasks", str(tasks.num_tasks)]
-    parallelism = min(tasks.throttle or tasks.num_tasks, tasks.num_tasks)
     _require_claim(settings, job)
-    return _manifest(settings, job, words, config, tasks.num_tasks, parallelism, settings.gpus)
+    words = ["python", "pipeline.py", job.command, *job.options, "--num-tasks", str(tasks.num_tasks)]
+    pod = _pod(settings, job, words, gpus=settings.gpus, has_config=config is not None)
+    at_a_time = min(tasks.throttle or tasks.num_tasks, tasks.num_tasks)
+    return _manifest(settings, job, pod, config, completions=tasks.num_tasks, parallelism=at_a_time)
 
 
 def render_finalize(settings: ClusterConfig, job: Job) -> str:
     """Return the manifest of the one pod that checks a set."""
-    return _manifest(settings, job, ["python", "pipeline.py", job.command, *job.options], None, 1, 1, 0)
+    words = ["python", "pipeline.py", job.command, *job.options]
+    return _manifest(settings, job, _pod(settings, job, words, gpus=0, has_config=False), None)
 
 
 def render_train(settings: ClusterConfig, job: Job, config: str | None) -> str:
@@ -49,56 +51,24 @@ def render_train(settings: ClusterConfig, job: Job, config: str | None) -> str:
     Raises:
         UsageError: the run would lie in a folder that goes with its pod.
     """
-    ranks = settings.train_processes
     _require_claim(settings, job)
+    ranks = settings.train_processes
     launcher = ["torchrun", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else ["python"]
     words = [*launcher, "pipeline.py", job.command, *job.options]
-    return _manifest(settings, job, words, config, 1, 1, settings.gpus * ranks, processes=ranks)
+    has_config = config is not None
+    pod = _pod(settings, job, words, gpus=settings.gpus * ranks, has_config=has_config, processes=ranks)
+    return _manifest(settings, job, pod, config)
 
 
 def _manifest(
     settings: ClusterConfig,
     job: Job,
-    words: Sequence[str],
+    pod: Sequence[str],
     config: str | None,
-    completions: int,
-    parallelism: int,
-    gpus: int,
     *,
-    processes: int = 1,
+    completions: int = 1,
+    parallelism: int = 1,
 ) -> str:
-    grace = settings.warning_seconds
-    memory = f"{int(settings.memory[:-1]) * processes}{settings.memory[-1]}i"
-    resources: dict[str, Any] = {"cpu": str(settings.cpus * processes), "memory": memory}
-    if gpus:
-        resources[settings.gpu_resource] = gpus
-    mounts = [{"name": _volume_name(claim), "mountPath": folder} for folder, claim in settings.volumes.items()]
-    volumes: list[dict[str, Any]] = [
-        {"name": _volume_name(claim), "persistentVolumeClaim": {"claimName": claim}}
-        for claim in dict.fromkeys(settings.volumes.values())
-    ]
-    if config is not None:
-        mounts.append({"name": "config", "mountPath": CONFIG_MOUNT})
-        volumes.append({"name": "config", "configMap": {"name": job.name}})
-    environment = [{"name": name, "value": value} for name, value in pinned(settings).items()]
-    pod: list[str] = [
-        *_optional("serviceAccountName", settings.service_account),
-        *_optional("nodeSelector", settings.node_selector),
-        f"securityContext: {{fsGroup: {FS_GROUP}}}  # lets the image's user write to the claims",
-        "restartPolicy: Never  # so that every end of a pod is judged by the rules above",
-        f"terminationGracePeriodSeconds: {grace}  # one batch and 60 s",
-        "containers:",
-        "- name: main",
-        f"  image: {json.dumps(settings.image)}",
-        "  command:",
-        *(f"  - {json.dumps(word, ensure_ascii=False)}" for word in words),
-        "  env:  # the number of threads decides the last bits of results",
-        *(f"  - {json.dumps(entry)}" for entry in environment),
-        *([f"  envFrom: [{{secretRef: {{name: {json.dumps(settings.secret)}}}}}]"] if settings.secret else []),
-        f"  resources: {json.dumps({'requests': resources, 'limits': resources})}",
-        *_list("  volumeMounts", mounts),
-        *_list("volumes", volumes),
-    ]
     return "\n".join(
         [
             f"# {job.command} of {job.folder}.",
@@ -132,6 +102,43 @@ def _manifest(
     )
 
 
+def _pod(
+    settings: ClusterConfig, job: Job, words: Sequence[str], *, gpus: int, has_config: bool, processes: int = 1
+) -> list[str]:
+    """Return the lines of a pod's specification."""
+    memory = f"{int(settings.memory[:-1]) * processes}{settings.memory[-1]}i"
+    resources: dict[str, Any] = {"cpu": str(settings.cpus * processes), "memory": memory}
+    if gpus:
+        resources[settings.gpu_resource] = gpus
+    mounts = [{"name": _volume_name(claim), "mountPath": folder} for folder, claim in settings.volumes.items()]
+    volumes: list[dict[str, Any]] = [
+        {"name": _volume_name(claim), "persistentVolumeClaim": {"claimName": claim}}
+        for claim in dict.fromkeys(settings.volumes.values())
+    ]
+    if has_config:
+        mounts.append({"name": "config", "mountPath": CONFIG_MOUNT})
+        volumes.append({"name": "config", "configMap": {"name": job.name}})
+    environment = [{"name": name, "value": value} for name, value in pinned(settings).items()]
+    return [
+        *_optional("serviceAccountName", settings.service_account),
+        *_optional("nodeSelector", settings.node_selector),
+        f"securityContext: {{fsGroup: {FS_GROUP}}}  # lets the image's user write to the claims",
+        "restartPolicy: Never  # so that every end of a pod is judged by the rules above",
+        f"terminationGracePeriodSeconds: {settings.warning_seconds}  # one batch and 60 s",
+        "containers:",
+        "- name: main",
+        f"  image: {json.dumps(settings.image)}",
+        "  command:",
+        *(f"  - {json.dumps(word, ensure_ascii=False)}" for word in words),
+        "  env:  # the number of threads decides the last bits of results",
+        *(f"  - {json.dumps(entry)}" for entry in environment),
+        *([f"  envFrom: [{{secretRef: {{name: {json.dumps(settings.secret)}}}}}]"] if settings.secret else []),
+        f"  resources: {json.dumps({'requests': resources, 'limits': resources})}",
+        *_list("  volumeMounts", mounts),
+        *_list("volumes", volumes),
+    ]
+
+
 def _config_map(job: Job, text: str) -> list[str]:
     return [
         "apiVersion: v1",
@@ -162,6 +169,6 @@ def _require_claim(settings: ClusterConfig, job: Job) -> None:
     if not any(here.is_relative_to(mount) for mount in settings.volumes):
         also = "; --upload URL copies it to a bucket" if job.command == "precompute" else ""
         raise UsageError(
-            f"--out {job.folder} lies in no folder of cluster.volumes, so each pod would have its own, and lose it;"
+            f"--out {job.folder} lies in no folder of cluster.volumes, so each pod would have its own and lose it;"
             f" put it into one, on a claim that all pods share{also}"
         )

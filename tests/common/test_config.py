@@ -69,7 +69,7 @@ def test_values_come_from_the_file_then_from_overrides(tmp_path: Path) -> None:
         ("[train]\nobjective = 'x0'\nloss = 'landing'\n", "train.loss: received 'landing', expected huber or l2"),
         ("[lora]\ntargets = []\n", "lora.targets: received [], expected 1 or more values"),
         ("source = 'a.toml'\n", "source: received 'a.toml', expected"),
-        ("[sources]\n", "unknown section [sources]; known: evaluate, inputs, lora,"),
+        ("[sources]\n", "unknown section [sources]; known: cluster, evaluate, inputs, lora,"),
     ],
 )
 def test_a_wrong_file_is_an_error_that_says_what_where_and_what_was_expected(
