@@ -77,6 +77,7 @@ bench: $(DEV_STAMP)  ## the benchmarks: tables of ratios measured side by side
 .PHONY: torture
 torture: $(DEV_STAMP)  ## kill writers, fail disks and flip bits for a few minutes
 	$(BIN)/python -m tests.torture $(TORTURE_FLAGS)
+	$(BIN)/python -m tests.stage1_teacher.torture
 
 .PHONY: smoke-sd15
 smoke-sd15: $(DEV_STAMP)  ## the ordinary commands on a full-size, rule-made checkpoint (24 GB of memory)

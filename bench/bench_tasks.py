@@ -3,9 +3,9 @@
     python bench/bench_tasks.py                      300,000 annotations
     python bench/bench_tasks.py --inputs 3000000     a made-up file of 3 GB, several minutes to read once
 
-The annotations are made up, the embedded teacher is real. Rows: the first task, which reads the file and writes index
-and plan; a task that finds every shard committed (they hold failures only, so that they are quickly made); `status`; a
-task that works, beside one of a set with a hundred inputs. Aims stand beside what was measured.
+The annotations are made up, the embedded teacher is real. Rows: the first task, which reads the file and writes
+index and plan; a task that works, beside one of a set with a hundred inputs; a task that finds every shard
+committed (they hold failures only, so that they are quickly made); `status`. Aims stand beside what was measured.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Cost(NamedTuple):
     """Of a process, its children included."""
 
     seconds: float
+    cpu_seconds: float
+    """What a machine with nothing else to do would take, about."""
     megabytes: float
     """Peak of its resident memory."""
 
@@ -77,7 +79,7 @@ def measure(command: list[str], until: Path | None = None) -> Cost:
     code = os.waitstatus_to_exitcode(status)
     if code != (0 if until is None else 75):
         raise RuntimeError(f"{command} ended with {code}")
-    return Cost(time.perf_counter() - began, usage.ru_maxrss / 1024)
+    return Cost(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def commit_all(folder: Path) -> None:
@@ -107,7 +109,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     big = options.inputs > 10**6
 
     def row(what: str, cost: Cost, aim: str) -> None:
-        print(f"{what:<58} {cost.seconds:7.1f} s {cost.megabytes:7.0f} MB   {aim}", flush=True)
+        times = f"{cost.seconds:7.1f} s {cost.cpu_seconds:7.1f} s CPU"
+        print(f"{what:<44} {times} {cost.megabytes:7.0f} MB   {aim}", flush=True)
 
     row("first task: index and plan", measure([python, "-c", ONLY_JOIN, *arguments_of(many, folder / "set")]), "")
     first = folder / "set" / "shard-000000.json"

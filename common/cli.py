@@ -37,7 +37,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 class Cli(click.Group):
-    """A group that turns an `AppError` into one line and its exit code; --debug and --log-format stand anywhere."""
+    """A group that turns an `AppError` into one line and its exit code; --debug and --log-format go anywhere."""
 
     def __init__(self, *args: Any, program: str, packages: Sequence[str], **kwargs: Any) -> None:
         """Make the group.

@@ -153,7 +153,7 @@ def is_locked(path: Path) -> bool | None:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)  # also for who may only look
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -164,15 +164,17 @@ class _Planned:
 def _begin(share: Share) -> tuple[Todo | None, Callable[[Callable[[], None]], Iterator[Todo]]]:
     """Find the first shard to make; returns it, and what yields all of them given what to call to be stopped."""
     stop: list[Callable[[], None]] = []
-    todo = share.take(lambda: [check() for check in stop])
+
+    def check_stop() -> None:
+        for check in stop:
+            check()
+
+    todo = share.take(check_stop)
     first = next(todo, None)
 
-    def work(check_stop: Callable[[], None]) -> Iterator[Todo]:
-        stop.append(check_stop)
-        try:
-            yield from chain([] if first is None else [first], todo)
-        finally:
-            todo.close()
+    def work(check: Callable[[], None]) -> Iterator[Todo]:
+        stop.append(check)
+        return chain([] if first is None else [first], todo)
 
     return first, work
 

@@ -310,6 +310,8 @@ def set_aside(path: Path, expected: bytes) -> bool:
             return True
         link_new(aside, path)
         return False
+    except FileNotFoundError:
+        return True  # who removes leftovers took it for one
     finally:
         aside.unlink(missing_ok=True)
 

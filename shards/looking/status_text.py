@@ -21,7 +21,7 @@ def status_values(status: Status) -> dict[str, Any]:
         "shards_done": status.shards_done,
         "shards_in_work": [parse_shard_name(name) for name in status.shards_in_work],
         "missing": list(status.missing),
-        "missing_tasks": status.how_made.elements(status.missing) if made is not None else None,
+        "missing_tasks": None if made is None else made.elements(status.missing),
         "num_tasks": None if made is None else made.num_tasks,
         "command": None if made is None else made.arguments,
         "command_folder": None if made is None else made.folder,

@@ -114,8 +114,10 @@ class Annotations:
                 table.add(self._id_of(entry), offset, length, number)
             return limit is None or len(table) < limit
 
-        fields = {"list_field": "data_list", "other_fields": ("data_root",), "ignored": self._ignored}
-        header, table.complete = JsonList(self._path, keep=keep, **fields).scan()
+        entries = JsonList(
+            self._path, list_field="data_list", other_fields=("data_root",), ignored=self._ignored, keep=keep
+        )
+        header, table.complete = entries.scan()
         table.header = {**header, "notices": notices.lines(self._path, self._threshold)}
         return table
 

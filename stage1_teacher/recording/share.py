@@ -93,7 +93,7 @@ class Share:
             and not make_again(shard)
         }
         self.found = tuple(header.shard for header in headers.values())
-        there = {shard.shard_index for shard in read_done(folder)[0]}
+        there = {shard.shard_index for shard in read_done(folder)[0]} if count > 1 else set()
         own = [shard for shard in self.own if shard not in headers]
         others = [
             shard
