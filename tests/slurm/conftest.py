@@ -25,7 +25,7 @@ SETTINGS = """
 gpus = 0
 cpus = 1
 memory = "1G"
-time = "00:10:00"
+time = "02:00:00"
 batch_seconds = 1
 [train]
 num_phases = 2
