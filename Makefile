@@ -53,6 +53,18 @@ system:
 test: $(DEV_STAMP) system  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
+# A real Slurm of this machine alone. Who may not start one sees its tests skipped, by name; CI requires them.
+.PHONY: slurm
+slurm:
+	@{ PATH=$$PATH:/usr/sbin command -v slurmctld && PATH=$$PATH:/usr/sbin command -v munged; } >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; \
+	} || echo "slurmctld, slurmd, slurm-client or munge are not installed: the tests on Slurm will be skipped"
+
+.PHONY: test-slurm
+test-slurm: $(DEV_STAMP) slurm  ## interrupt jobs of a real Slurm, and compare the results (root; two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm --timeout 900 --durations=0 tests/slurm
+
 .PHONY: check
 check: $(DEV_STAMP)  ## format, lint, types, import rules: the pre-commit hooks on every file
 	$(BIN)/pre-commit run --all-files

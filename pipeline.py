@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,16 @@ from common.cli import (
     shards_folder_option,
     shards_option,
 )
-from common.config import PROJECT_ROOT, Config
+from common.config import PROJECT_ROOT, Config, load_config
 from common.errors import DataError, MachineError, UsageError
 from common.faults import naming
 from common.job import meet_by_slurm, number_tasks, rank
 from common.logs import name_task, quieten
+from common.passing_on import spell_given, take_options
 from common.signals import interrupted_quietly
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-PACKAGES = ("both_stages", "common", "shards", "stage1_teacher", "stage2_student")
+PACKAGES = ("both_stages", "cluster", "common", "shards", "stage1_teacher", "stage2_student")
 
 
 @click.group(cls=Cli, program="pipeline.py", packages=PACKAGES)
@@ -345,6 +347,136 @@ def train(
     if rank(os.environ) == 0:
         loss = "" if result.loss is None else f", loss {result.loss:.4g}"
         click.echo(f"{result.steps} steps done{loss}; checkpoint {result.checkpoint}")
+
+
+@cli.command()
+@config_options
+@click.option("--shards", type=FOLDER, required=True, help="Folder of the set, there already or not.")
+@click.option("--inputs", type=click.IntRange(min=1), metavar="N", help="Of the set. Default: those of its plan.")
+@click.option(
+    "--upload", metavar="URL", help="Where shards are to be copied: write, read and remove a file there."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def doctor(config: Config, shards: Path, inputs: int | None, upload: str | None, as_json: bool) -> None:
+    """Look in seconds for what a machine or a cluster lacks; run it where the jobs will run.
+
+    Tries the set's folder (rename, hard links, flock, space), shared memory, threads, checkpoint, tokenizer,
+    fonts, a bucket's credentials and the GPU. Ends with 0 if nothing is in the way (warnings are not), else with
+    the code that a command would end with on the first fault: 2, 3 or 74.
+
+    Example: pipeline.py doctor --config configs/tiny.toml --shards demo/shards --inputs 96
+    """
+    from both_stages.doctor.examine import examine_all, worst
+
+    findings = []
+    for finding in examine_all(config, shards, inputs=inputs, url=upload):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.level:<8} {finding.check:<14} {finding.said}")
+    if as_json:
+        values = {"exit_code": worst(findings), "findings": [asdict(finding) for finding in findings]}
+        click.echo(json.dumps(values, ensure_ascii=False))
+    sys.exit(worst(findings))
+
+
+@cli.group()
+def submit() -> None:
+    """Have precompute or train run as jobs of Slurm or Kubernetes.
+
+    They take the options of the command itself. What each job gets stands in the section [cluster] of the
+    configuration. Scripts or manifests, and the jobs' logs, lie in the folder jobs of the set or run.
+
+    Example: pipeline.py submit precompute --num-tasks 16 --config configs/sd15.toml --annotations data.json
+    --out shards/laion --train runs/phased4
+    """
+
+
+JOBS_OPTION = click.option(
+    "--jobs", type=FOLDER, help="Folder of scripts, manifests and logs. Default: the folder jobs in --out."
+)
+SHOW_OPTION = click.option("--dry-run", is_flag=True, help="Print what would be submitted and stop.")
+SETTINGS = ("config_path", "overrides")
+
+
+@submit.command("precompute")
+@click.option("--num-tasks", type=click.IntRange(min=1), required=True, help="Tasks that share the work.")
+@click.option("--throttle", type=click.IntRange(min=1), help="Tasks that run at a time. Default: all.")
+@click.option("--missing", is_flag=True, help="At most as many tasks as there are shards missing; see status.")
+@click.option("--train", "run", type=FOLDER, help="Then train on the set, into this folder.")
+@JOBS_OPTION
+@SHOW_OPTION
+def submit_precompute(
+    out: Path,
+    num_tasks: int,
+    throttle: int | None,
+    missing: bool,
+    run: Path | None,
+    jobs: Path | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Submit precompute as an array of tasks, then finalize, and then train where --train says so.
+
+    The set is finalized whatever becomes of the array, as tasks make each other's shards; training waits for a
+    complete set. Nothing waits for ever. Submit again at any time: what is committed is skipped.
+
+    Example: pipeline.py submit precompute --num-tasks 16 --config configs/sd15.toml --annotations data.json
+    --out shards/laion --dry-run
+    """
+    from cluster.job import Tasks
+    from cluster.submission import find_jobs_folder, make_chain
+    from cluster.submission import submit as send
+
+    if not options["annotations"] and not options["prompts"]:
+        raise UsageError("no inputs; give --annotations FILE or --prompts FILE")
+    config = load_config(options["config_path"], options["overrides"])
+    elsewhere = config.cluster.system == "kubernetes"
+    spell = functools.partial(spell_given, click.get_current_context(), precompute, elsewhere=elsewhere)
+    if missing:
+        from shards.looking.status import read_status
+
+        found = read_status(out)
+        if found.shards_planned and not found.missing:
+            click.echo(f"{out}: no shard is missing, nothing is submitted")
+            return
+        num_tasks = min(num_tasks, len(found.missing) or num_tasks)
+    chain = make_chain(
+        spell(),
+        spell(only=SETTINGS),
+        out=out.absolute(),
+        jobs=find_jobs_folder(jobs, out, elsewhere=elsewhere),
+        run=run and run.absolute(),
+        run_jobs=find_jobs_folder(jobs, run or out, elsewhere=elsewhere),
+    )
+    tasks = Tasks(num_tasks=num_tasks, throttle=throttle)
+    for line in send(config, chain, tasks=tasks, dry_run=dry_run):
+        click.echo(line)
+
+
+@submit.command("train")
+@click.option("--after", default="", metavar="JOB", help="Slurm: wait until this job ended well.")
+@JOBS_OPTION
+@SHOW_OPTION
+def submit_train(out: Path, after: str, jobs: Path | None, dry_run: bool, **options: Any) -> None:
+    """Submit train as one job, that goes on after each interruption (--resume auto).
+
+    Example: pipeline.py submit train --config configs/sd15.toml --shards shards/laion --out runs/phased4 --dry-run
+    """
+    from cluster.job import Job
+    from cluster.submission import find_jobs_folder
+    from cluster.submission import submit as send
+
+    config = load_config(options["config_path"], options["overrides"])
+    elsewhere = config.cluster.system == "kubernetes"
+    words = spell_given(click.get_current_context(), train, elsewhere=elsewhere)
+    folder = find_jobs_folder(jobs, out, elsewhere=elsewhere)
+    job = Job(command="train", options=(*words, "--resume", "auto"), folder=out.absolute(), jobs=folder)
+    for line in send(config, [job], after=after, dry_run=dry_run):
+        click.echo(line)
+
+
+take_options(submit_precompute, precompute, without=("task_index",))
+take_options(submit_train, train, without=("resume",))
 
 
 @cli.command()

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from common.anytext2.config import NetworkConfig, load_network_config
+from common.cluster_settings import ClusterConfig
 from common.errors import DataError, UsageError
 from common.sections import (
     EvaluateConfig,
@@ -60,6 +61,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
     source: Annotated[Path | None, Field(exclude=True)] = None
     """The TOML file, against whose folder relative paths are resolved. No TOML value can be one."""
 

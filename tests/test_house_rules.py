@@ -13,7 +13,10 @@ from common.config import PROJECT_ROOT
 
 MOST_LINES = 60
 """Lines of code of a function."""
-PLACES = ("common", "shards", "stage1_teacher", "stage2_student", "both_stages", "bench", "pipeline.py")
+PLACES = (
+    *("common", "shards", "stage1_teacher", "stage2_student", "both_stages", "cluster", "bench"),
+    "pipeline.py",
+)
 BLANK = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

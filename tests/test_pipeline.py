@@ -56,6 +56,24 @@ def test_looking_at_a_set_loads_no_torch(command: str, tmp_path: Path) -> None:
     assert result.returncode == 3, result.stderr  # there is no set
 
 
+def test_submitting_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, pipeline\n"
+        "try: pipeline.cli(args=['submit', 'train', '--shards', 'set', '--out', sys.argv[1], '--dry-run'])\n"
+        "except SystemExit as end: code = end.code\n"
+        "sys.exit(99 if 'torch' in sys.modules else code)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run"],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "#SBATCH" in result.stdout
+
+
 def test_dry_run_prints_the_resolved_configuration(tmp_path: Path) -> None:
     result = run("train", "--config", "configs/tiny.toml", "--shards", tmp_path, "--out", tmp_path / "run",
                  "--set", "train.max_steps=7", "--dry-run")  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 import common.anytext2.config
+import common.cluster_settings
 import common.config
 import common.sections
 from common.anytext2.config import load_network_config
@@ -68,7 +69,7 @@ def test_values_come_from_the_file_then_from_overrides(tmp_path: Path) -> None:
         ("[train]\nobjective = 'x0'\nloss = 'landing'\n", "train.loss: received 'landing', expected huber or l2"),
         ("[lora]\ntargets = []\n", "lora.targets: received [], expected 1 or more values"),
         ("source = 'a.toml'\n", "source: received 'a.toml', expected"),
-        ("[sources]\n", "unknown section [sources]; known: evaluate, inputs, lora,"),
+        ("[sources]\n", "unknown section [sources]; known: cluster, evaluate, inputs, lora,"),
     ],
 )
 def test_a_wrong_file_is_an_error_that_says_what_where_and_what_was_expected(
@@ -158,7 +159,9 @@ def test_a_configuration_is_plain_json_and_goes_to_other_processes(tmp_path: Pat
     assert pickle.loads(pickle.dumps(config)).source == config.source
 
 
-@pytest.mark.parametrize("module", [common.config, common.sections, common.anytext2.config])
+@pytest.mark.parametrize(
+    "module", [common.config, common.sections, common.cluster_settings, common.anytext2.config]
+)
 def test_every_key_is_documented_beneath_itself(module: object) -> None:
     undocumented = []
     for node in ast.walk(ast.parse(Path(module.__file__).read_text("utf-8"))):  # type: ignore[attr-defined]
