@@ -481,6 +481,35 @@ take_options(submit_train, train, without=("resume",))
 
 @cli.command()
 @config_options
+@click.argument("run", type=FOLDER)
+@click.option("--held-out", required=True, metavar="DIR_OR_URL", help="A set that was not trained on.")
+@click.option(
+    "--records",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="How many of it to measure on, the first ones.",
+)
+@click.option("--once", is_flag=True, help="End when every checkpoint that is there is measured.")
+def watch(config: Config, run: Path, held_out: str, records: int, once: bool) -> None:
+    """Measure the checkpoints of a training run, as they come: endpoint error, text, colours, and images.
+
+    Start it before, beside or after `train`, on this machine or on another that sees the folder RUN; it ends when
+    training is done. RUN/watch/index.html shows the curves and images and reloads itself, RUN/watch/strip.png the
+    images alone, RUN/watch/log.jsonl has the figures. RUN/best is the adapter of lowest endpoint error, which
+    --adapter takes.
+
+    Example: pipeline.py watch demo/run --config configs/tiny.toml --held-out demo/held_out_shards
+    """
+    from stage2_student.watch import watch as run_watching
+
+    done = run_watching(config, run, held_out=held_out, records=records, once=once)
+    best = "" if done.best is None else f"; {run}/best is step {done.best.step}"
+    click.echo(f"{done.page}: {len(done.measured)} checkpoints measured, {done.new} of them now{best}")
+
+
+@cli.command()
+@config_options
 @adapter_option("Sample with a student: a run's folder, a checkpoint, an adapter, an export.", required=False)
 @click.option("--teacher", "with_teacher", is_flag=True, help="Sample with the teacher: DDIM with guidance.")
 @click.option(

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from both_stages.evaluation_parts import Prepared, Question, make_plan, students
@@ -21,7 +20,7 @@ from stage1_teacher.measuring.teacher_sampler import default_grids, teacher_samp
 from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.evaluation.held_out_set import HeldOutSet
 from stage2_student.evaluation.runs import Job
-from stage2_student.evaluation.samplers import Sampler, draw_noise, sampler_run
+from stage2_student.evaluation.samplers import Sampler, sampler_run
 from stage2_student.evaluation.solves import EndpointMeasure
 from stage2_student.student.sample import decode, load_decoder
 from stage2_student.student.shard_facts import require_base
@@ -55,13 +54,7 @@ def prepare_set(config: Config, question: Question) -> Prepared:
         return decode(load_vae(), latents)
 
     def noise(jobs: Sequence[Job], count: int) -> Tensor:
-        recorded = found.noise(jobs)[
-            :, None
-        ]  # later ones, which a student of sampler "lcm" adds, are not recorded
-        if count == 1:
-            return recorded
-        later = draw_noise(config.evaluate.seed, jobs, tuple(recorded.shape[2:]), count)[:, 1:]
-        return torch.cat([recorded, later], dim=1)
+        return found.noises(jobs, count, config.evaluate.seed)
 
     grids = () if question.no_teacher else question.grids or default_grids(config)
     samplers: list[Sampler] = [*teacher_samplers(config, _Recorded(found), load, grids, ())]

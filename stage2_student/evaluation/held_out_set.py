@@ -25,6 +25,7 @@ from shards.reading.reader import ShardSet
 from shards.records.record import Record
 from shards.trajectories import TrajectoryStore
 from stage2_student.evaluation.runs import Job
+from stage2_student.evaluation.samplers import draw_noise
 from stage2_student.evaluation.solves import Solve
 from stage2_student.student.shard_facts import ShardFacts, read_facts
 
@@ -99,6 +100,21 @@ class HeldOutSet:
         return torch.stack(
             [self._read(layout.layout_id).rollout_latents[number, 0] for layout, number in jobs]
         ).float()
+
+    def noises(self, jobs: Sequence[Job], count: int, seed: int) -> Tensor:
+        """Return the noises of B images, (B, count, C, h, w) float32 on the CPU.
+
+        Args:
+            jobs: B of them.
+            count: noises per image. The first is the recorded one; later ones, which a student of sampler "lcm"
+                adds on the way, are not recorded, and drawn.
+            seed: evaluate.seed, which keys those.
+        """
+        recorded = self.noise(jobs)[:, None]
+        if count == 1:
+            return recorded
+        later = draw_noise(seed, jobs, tuple(recorded.shape[2:]), count)[:, 1:]
+        return torch.cat([recorded, later], dim=1)
 
     def of(self, jobs: Sequence[Job]) -> list[Solve]:
         """Return the solve of each image.

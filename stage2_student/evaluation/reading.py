@@ -136,6 +136,12 @@ def _lab(rgb: NDArray[np.generic]) -> NDArray[np.float32]:
     return np.asarray(cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB), np.float32)
 
 
+def color_difference(color: Color, other: Color) -> float:
+    """Return how different two colours look, Delta E*ab (CIE 1976); about 2 is just seen."""
+    lab = _lab(np.asarray([[color, other]]))[0]  # (2, 3)
+    return float(np.linalg.norm(lab[0] - lab[1]))
+
+
 def nearest_color(color: Color, palette: Sequence[Color]) -> int:
     """Return the index of the palette's colour that looks most like one.
 

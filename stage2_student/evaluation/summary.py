@@ -67,7 +67,7 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> Summary:
             incomplete.append(description["label"])
             continue
         of_run = results[description["label"]] = [found[key] for key in sorted(expected)]
-        runs.append(_summarise_run(place.parent, description, of_run, palette, bootstrap_seed))
+        runs.append(summarise_run(place.parent, description, of_run, palette, bootstrap_seed))
     if not runs:
         raise DataError(f"{folder}: no run is complete (begun: {incomplete}); run evaluate again to go on")
     runs.sort(key=_rank)
@@ -91,9 +91,18 @@ def _rank(run: RunRow) -> tuple[bool, int, int, str]:
     return run.is_ablation, kind, -run.steps, run.label
 
 
-def _summarise_run(
+def summarise_run(
     place: Path, description: dict[str, Any], results: Sequence[ImageResult], palette: Sequence[Color], seed: int
 ) -> RunRow:
+    """Compute what a run scored and cost.
+
+    Args:
+        place: of its results.
+        description: what its `run.json` says.
+        results: of all its images, at least one.
+        palette: colours that lines asked for; empty to leave their accuracy out.
+        seed: keys the resampling.
+    """
     scores = {name: estimate(group, seed) for name, group in _measures(results, palette).items()}
     return RunRow(
         folder=place.name,

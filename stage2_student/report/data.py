@@ -32,7 +32,7 @@ MAX_SIDE = 256
 """Larger images are scaled down to this, pixels: a page with hundreds of them must still open."""
 LOSSLESS_SIDE = 160
 """Images up to this are embedded as PNG, pixels; larger ones as JPEG."""
-_CONFIG_FILE = "config.json"
+CONFIG_FILE = "config.json"
 """A training run's resolved configuration, in its folder."""
 
 
@@ -47,6 +47,8 @@ class Training:
     """Resolved; empty if the run kept none."""
     shards: FrozenSet | None = None
     """What it trained on; None if the run kept no list."""
+    held_out_losses: tuple[tuple[int, float], ...] = ()
+    """Of records that were not trained on, likewise; none if it measured none."""
 
     @property
     def name(self) -> str:
@@ -99,7 +101,7 @@ def gather(folder: Path, runs: Sequence[Path] = (), num_examples: int = 12) -> R
         summary=summary,
         examples=tuple(_examples(folder, summary, num_examples)),
         num_examples=num_examples,
-        trainings=tuple(_read_training(run) for run in runs),
+        trainings=tuple(read_training(run) for run in runs),
         invocations=tuple(read_invocations(folder)),
     )
 
@@ -143,12 +145,20 @@ def embed_image(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _read_training(run: Path) -> Training:
+def read_training(run: Path) -> Training:
+    """Read a training run's curve, and what it was made from.
+
+    Raises:
+        DataError: it has no log, or a file is damaged.
+    """
     lines = read_log(run)
-    losses = [(int(line["step"]), float(line["loss"])) for line in lines if line.get("loss") is not None]
+    losses, held_out = (
+        tuple((int(line["step"]), float(line[key])) for line in lines if line.get(key) is not None)
+        for key in ("loss", "held_out_loss")
+    )
     if not losses:
         raise DataError(f"{run}: no training log there; expected the folder of a training run")
     frozen = read_frozen(run) if (run / FROZEN).exists() else None
-    path, remedy = run / _CONFIG_FILE, "expected a JSON object; restore it, or remove it to report without it"
+    path, remedy = run / CONFIG_FILE, "expected a JSON object; restore it, or remove it to report without it"
     config = read_description(path, remedy) if path.exists() else {}
-    return Training(folder=run, losses=tuple(losses), config=config, shards=frozen)
+    return Training(folder=run, losses=losses, config=config, shards=frozen, held_out_losses=held_out)

@@ -13,11 +13,11 @@ from stage2_student.report.commands import commands
 from stage2_student.report.data import Example, ReportData
 from stage2_student.report.distance_plots import error_plot, way_plot
 from stage2_student.report.highlights import full_solve, highlights, telling_pairs
-from stage2_student.report.markup import Child, Markup, join, tag
+from stage2_student.report.markup import Markup, join, tag
+from stage2_student.report.parts import asked, document, sampled, section
 from stage2_student.report.plots import accuracy_plot, loss_plot
 from stage2_student.report.tables import differences_table, distances_table, heights_table, map_table, runs_table
 
-_STYLE = Path(__file__).with_name("style.css")
 _GROUND = (
     " Ground ΔE is how far the colours outside the lines are from the true image's (CIELAB, mean over generated"
     " images): less is better."
@@ -39,16 +39,8 @@ def render(data: ReportData, title: str, path: Path) -> str:
         path: where it will lie, for the command that makes it again.
     """
     summary = data.summary
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Markup(_STYLE.read_text())),
-    )
-    body = tag(
-        "body",
+    return document(
+        title,
         tag("header", tag("h1", title), tag("p", _lead(data), class_="lead"), highlights(summary)),
         tag("main", *_sections(data), _again_section(data, path, title)),
         tag(
@@ -56,7 +48,6 @@ def render(data: ReportData, title: str, path: Path) -> str:
             tag("p", "Made by pipeline.py report from the folders of this evaluation and of its training runs."),
         ),
     )
-    return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
 
 
 def _lead(data: ReportData) -> str:
@@ -85,12 +76,12 @@ def _sections(data: ReportData) -> list[Markup]:
     distance = _distance_section(summary)
     found = [
         distance,
-        _section(
+        section(
             "Accuracy against steps",
             "Lines read exactly as asked for (Sen. Acc), with 95 % intervals. The scale of steps is logarithmic.",
             accuracy_plot(summary),
         ),
-        _section(
+        section(
             "All runs",
             f"NED is the normalised edit similarity.{_GROUND if any(run.ground for run in runs) else ''} A"
             " guided step of the teacher calls the UNet twice. Time is that of the networks, without the encoding"
@@ -99,24 +90,24 @@ def _sections(data: ReportData) -> list[Markup]:
             join(None if distance else _left_out(summary), runs_table(runs)),
         ),
         _examples_section(data),
-        _section(
+        section(
             "Distance along the way",
             "After each step, how far a run's state is from the teacher's at the same timestep, from the noise"
             " (left) to the image (right); root of the mean square over images, with 95 % intervals.",
             way_plot(summary),
         ),
-        _section("By height of the text", "Sen. Acc, by the height of the line's box.", heights_table(runs)),
-        _section(
+        section("By height of the text", "Sen. Acc, by the height of the line's box.", heights_table(runs)),
+        section(
             "In and out of the glyph map",
             "Sen. Acc of the lines that the glyph map shows, and of those of which the glyph embedding alone says"
             " what they are.",
             map_table(runs),
         ),
         _differences_section(summary),
-        _section("Training", "Loss of the runs that made the students.", loss_plot(data.trainings)),
+        section("Training", "Loss of the runs that made the students.", loss_plot(data.trainings)),
         _settings_section(data),
     ]
-    return [section for section in found if section is not None]
+    return [part for part in found if part is not None]
 
 
 def _distance_section(summary: Summary) -> Markup | None:
@@ -131,13 +122,7 @@ def _distance_section(summary: Summary) -> Markup | None:
     )
     table = distances_table(summary.runs)
     content = None if table is None else join(error_plot(summary), _left_out(summary), table)
-    return _section("Distance to the teacher's own solve", text, content)
-
-
-def _section(heading: str, intro: Child, content: Child) -> Markup | None:
-    if not content:
-        return None
-    return tag("section", tag("h2", heading), tag("p", intro, class_="intro"), content)
+    return section("Distance to the teacher's own solve", text, content)
 
 
 def _left_out(summary: Summary) -> Markup | None:
@@ -159,7 +144,7 @@ def _differences_section(summary: Summary) -> Markup | None:
     )
     telling = telling_pairs(summary)
     rest = tag("details", tag("summary", f"All {len(differences)} pairs"), differences_table(differences))
-    return _section("Paired differences", text, join(differences_table(telling) if telling else None, rest))
+    return section("Paired differences", text, join(differences_table(telling) if telling else None, rest))
 
 
 def _examples_section(data: ReportData) -> Markup | None:
@@ -168,17 +153,17 @@ def _examples_section(data: ReportData) -> Markup | None:
     articles = [
         tag(
             "article",
-            tag("h3", *_asked(layout.lines), tag("small", layout.caption)),
+            tag("h3", *asked(layout.lines), tag("small", layout.caption)),
             tag(
                 "div",
-                *(tag("div", *map(_figure, group), class_="figures") for group in _groups(data, examples)),
+                *(tag("div", *map(sampled, group), class_="figures") for group in _groups(data, examples)),
                 class_="groups",
             ),
         )
         for layout, examples in data.examples
     ]
     intro = "The first layouts, not chosen. Under each image is what the judge read: wrong readings are red."
-    return _section("The same noise, sampled by each run", intro, join(*articles))
+    return section("The same noise, sampled by each run", intro, join(*articles))
 
 
 def _groups(data: ReportData, examples: Sequence[Example]) -> list[list[Example]]:
@@ -192,32 +177,13 @@ def _groups(data: ReportData, examples: Sequence[Example]) -> list[list[Example]
     return [rows[row] for row in sorted(rows)]
 
 
-def _asked(lines: Sequence[Any]) -> list[Child]:
-    if not lines:
-        return [tag("em", "no text asked for")]
-    return [tag("q", line.text) for line in lines]
-
-
-def _figure(example: Example) -> Markup:
-    readings: list[Child] = []
-    for line in example.result.lines:
-        shown = line.read or "nothing"
-        kind = "right" if line.exact else "wrong" if line.read else "wrong unread"
-        readings.append(tag("span", shown, class_=f"reading {kind}"))
-    return tag(
-        "figure",
-        tag("img", src=example.image, alt=f"sampled by {example.run}"),
-        tag("figcaption", tag("small", example.run), *readings),
-    )
-
-
 def _settings_section(data: ReportData) -> Markup | None:
     blocks = [_settings("Evaluation", data.summary.settings)]
     blocks += [_settings(run.label, run.settings) for run in data.summary.runs if run.settings]
     blocks += [_settings(f"Training run {run.name}", run.config) for run in data.trainings if run.config]
     if data.invocations:
         blocks.append(_settings("Versions", data.invocations[-1]["packages"]))
-    return _section("Settings", "What the images and figures depend on.", join(*blocks))
+    return section("Settings", "What the images and figures depend on.", join(*blocks))
 
 
 def _settings(heading: str, values: Mapping[str, Any]) -> Markup:
@@ -242,4 +208,4 @@ def _again_section(data: ReportData, path: Path, title: str) -> Markup | None:
         " How many processes trained a student is not recorded: start as many, by accelerate or torchrun."
     )
     lines = [tag("code", f"{command}\n") for command in commands(data, path, title)]
-    return _section("How to make it again", text, tag("pre", *lines))
+    return section("How to make it again", text, tag("pre", *lines))

@@ -118,15 +118,15 @@ def _group_of(run: RunRow) -> str:
 
 def loss_plot(trainings: Sequence[Training]) -> Markup | None:
     """Plot the loss of training runs, on a logarithmic scale; None if there are none."""
+    curves = [
+        curve
+        for run in trainings
+        for curve in ((run.name, run.losses), (f"{run.name}, held-out records", run.held_out_losses))
+        if curve[1]
+    ]
     series = [
-        Series(
-            label=run.name,
-            points=tuple(_smooth(run.losses)),
-            color=color,
-            dash=dash,
-            markers=False,
-        )
-        for run, (color, dash) in zip(trainings, map(look, count()), strict=False)
+        Series(label=label, points=tuple(_smooth(losses)), color=color, dash=dash, markers=False)
+        for (label, losses), (color, dash) in zip(curves, map(look, count()), strict=False)
     ]
     values = [point.y for one in series for point in one.points if point.y > 0]
     if not values:

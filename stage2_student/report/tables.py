@@ -47,18 +47,18 @@ def runs_table(runs: Sequence[RunRow]) -> Markup:
     rows = []
     for run in runs:
         cells: list[Child] = [
-            _bar(run.sen_acc),
+            bar(run.sen_acc),
             percent(run.sen_acc_folded),
-            _figure(run.ned, 1, 3),
-            *([_figure(run.color_acc, 100, 1, "\u00a0%")] if colors else []),
-            *([_figure(run.ground, 1, 2)] if grounds else []),
+            figure(run.ned, 1, 3),
+            *([figure(run.color_acc, 100, 1, "\u00a0%")] if colors else []),
+            *([figure(run.ground, 1, 2)] if grounds else []),
             *("–" if (value := getattr(run, key)) is None else f"{value:.2f}" for key, _ in extras),
             evaluations(run.unet_evaluations),
             evaluations(run.writenet_evaluations),
             seconds(run.seconds_per_image),
         ]
         rows.append((run.label, cells, _kind(run)))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def distances_table(runs: Sequence[RunRow]) -> Markup | None:
@@ -73,14 +73,14 @@ def distances_table(runs: Sequence[RunRow]) -> Markup | None:
                 _error(run.endpoint_error),
                 _error(run.endpoint_error_inside),
                 _error(run.endpoint_error_outside),
-                _figure(run.psnr, 1, 1),
+                figure(run.psnr, 1, 1),
                 evaluations(run.unet_evaluations),
             ],
             _kind(run),
         )
         for run in runs
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def heights_table(runs: Sequence[RunRow]) -> Markup | None:
@@ -104,10 +104,10 @@ def _split_table(
     """Lay out an accuracy of each run's lines by their class: one column for each of `names`."""
     counts = {key: accuracy.count for of_run in found for key, accuracy in of_run.items()}
     rows = [
-        (run.label, [_bar(of_run.get(key), brief=True) for key in names], _kind(run))
+        (run.label, [bar(of_run.get(key), brief=True) for key in names], _kind(run))
         for run, of_run in zip(runs, found, strict=True)
     ]
-    return _table(["", *(f"{name}, {counts[key]} lines" for key, name in names.items())], rows, "dense")
+    return table(["", *(f"{name}, {counts[key]} lines" for key, name in names.items())], rows, "dense")
 
 
 def _kind(run: RunRow) -> str:
@@ -129,7 +129,7 @@ def differences_table(differences: Sequence[Difference]) -> Markup:
         (f"{row.run} − {row.less}", [_difference(getattr(row, measure.key), measure) for measure in shown], "")
         for row in differences
     ]
-    return _table(["", *(measure.head for measure in shown)], rows, "pairs")
+    return table(["", *(measure.head for measure in shown)], rows, "pairs")
 
 
 def _difference(estimate: Estimate | None, measure: _Measure) -> Child:
@@ -145,7 +145,7 @@ def _difference(estimate: Estimate | None, measure: _Measure) -> Child:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Child], str]], style: str = "") -> Markup:
+def table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Child], str]], style: str = "") -> Markup:
     """Lay out rows of (name, cells, class)."""
     body = [
         tag(
@@ -160,7 +160,7 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Child], str]]
     return tag("table", header, tag("tbody", *body), class_=style or None)
 
 
-def _bar(estimate: Estimate | None, brief: bool = False) -> Child:
+def bar(estimate: Estimate | None, brief: bool = False) -> Child:
     """Show an accuracy as a number over a bar with its interval; brief leaves the interval's numbers to a hint."""
     if estimate is None:
         return "–"
@@ -178,10 +178,10 @@ def _bar(estimate: Estimate | None, brief: bool = False) -> Child:
 
 def _error(estimate: Estimate | None) -> Child:
     """Show an endpoint error; latents are of a size of about 1, so that large ones need no small digits."""
-    return _figure(estimate, 1, 3 if estimate is None or estimate.high < 10 else 1)
+    return figure(estimate, 1, 3 if estimate is None or estimate.high < 10 else 1)
 
 
-def _figure(estimate: Estimate | None, factor: float, digits: int, unit: str = "") -> Child:
+def figure(estimate: Estimate | None, factor: float, digits: int, unit: str = "") -> Child:
     """Show a number over its interval."""
     if estimate is None:
         return "–"

@@ -277,14 +277,17 @@ def find_adapter(path: Path) -> Path:
     """Find the adapter to sample with.
 
     Args:
-        path: a run's folder (its newest complete checkpoint is taken), a checkpoint, an adapter's folder, or a
-            file that `export` wrote. Of a checkpoint that keeps an average of the weights, the average is taken.
+        path: a run's folder (its newest complete checkpoint is taken), a checkpoint, an adapter's folder such as
+            the RUN/best of `watch`, or a file that `export` wrote. Of a checkpoint that keeps an average of the
+            weights, the average is taken.
 
     Raises:
         DataError: there is none.
     """
-    if path.is_file() or (path / CARD_FILE).exists():
+    if path.is_file():
         return path
+    if (path / CARD_FILE).exists():
+        return path.resolve() if path.is_symlink() else path  # RUN/best may be linked to another one meanwhile
     checkpoint = path if (path / LIST_FILE).exists() else newest_checkpoint(path / CHECKPOINTS_DIR)
     if checkpoint is not None:
         for kind in (EMA_DIR, LORA_DIR):

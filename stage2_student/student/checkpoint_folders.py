@@ -79,20 +79,27 @@ def _listing(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def damage(checkpoint: Path) -> str:
-    """Say what is wrong with a checkpoint's content, or return "" if it is complete."""
+def damage(checkpoint: Path, within: str = "") -> str:
+    """Say what is wrong with a checkpoint's content, or return "" if it is complete.
+
+    Args:
+        checkpoint: its folder.
+        within: name of a folder in it: look at nothing else. "" for all.
+    """
     try:
         listed = json.loads((checkpoint / LIST_FILE).read_bytes())
         files: dict[str, dict[str, Any]] = listed["files"]
         if listed["step"] != step_of(checkpoint):
             return f"{LIST_FILE} is of step {listed['step']}"
         for name, expected in files.items():
+            if within and not name.startswith(f"{within}/"):
+                continue
             path = checkpoint / name
             if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
                 return f"{name} does not match its size and SHA-256"
     except FileNotFoundError as error:
         if Path(error.filename).name in _pruned_files(checkpoint):  # while it was read
-            return damage(checkpoint)
+            return damage(checkpoint, within)
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise_disk_fault(error, checkpoint)

@@ -53,18 +53,19 @@ def require_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """What a run's figures are sent to, from the main process."""
 
-    def __init__(self, run: Path, config: Config, step: int) -> None:
+    def __init__(self, run: Path, config: Config, step: int, *, title: str = "") -> None:
         """Start the trackers.
 
         Args:
             run: the run's folder.
             config: its train.trackers and train.tracker_project; all of it is told to trackers but TensorBoard.
             step: optimizer steps done; TensorBoard drops what an interrupted run logged after them.
+            title: what trackers call the run; "" for its folder's name.
 
         Raises:
             UsageError: a tracker did not start.
         """
-        self._run = run
+        self._run, self._title = run, title or run.name
         self._trackers: dict[str, GeneralTracker] = {}
         for name in dict.fromkeys(config.train.trackers):
             if name == TENSORBOARD:
@@ -85,7 +86,9 @@ class Trackers:
         own = ids.get(name) or uuid.uuid4().hex[:12]
         try:
             tracker = kind(
-                config.train.tracker_project, *folder, **_naming_of(name, self._run, ids.get(name), own)
+                config.train.tracker_project,
+                *folder,
+                **_naming_of(name, self._run, self._title, ids.get(name), own),
             )
             tracker.start()
             tracker.store_init_configuration(flat(config.as_dict()))
@@ -132,14 +135,14 @@ class Trackers:
                 logger.warning("tracker %s did not finish (%s)", name, reason(error))
 
 
-def _naming_of(name: str, run: Path, before: str | None, own: str) -> dict[str, Any]:
+def _naming_of(name: str, run: Path, title: str, before: str | None, own: str) -> dict[str, Any]:
     """Return how a tracker is told the run's name, and that one that goes on is the same run."""
     if name == "wandb":
-        return {"name": run.name, "id": own, "resume": "allow", "dir": str(run)}
+        return {"name": title, "id": own, "resume": "allow", "dir": str(run)}
     if name == "trackio":
-        return {"name": f"{run.name}-{own}", "resume": "allow"}
+        return {"name": f"{title}-{own}", "resume": "allow"}
     if name == "mlflow":
-        return {"run_name": run.name, "run_id": before}
+        return {"run_name": title, "run_id": before}
     return {}
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from stage2_student.evaluation.metrics import Estimate
 from stage2_student.evaluation.table import RunRow, WayRow
 from stage2_student.report.charts import Axis, Point, Series, legend, line_chart
-from stage2_student.report.data import Training
+from stage2_student.report.data import Training, read_training
 from stage2_student.report.distance_plots import error_plot, way_plot
 from stage2_student.report.markup import Markup, join, tag
 from stage2_student.report.plots import MAX_CURVE_POINTS, accuracy_plot, loss_plot, nice_step
@@ -186,3 +187,14 @@ def test_numbers_are_written_for_reading() -> None:
     assert percent(None) == "–"
     assert points(Estimate(value=-0.051, low=0, high=0, count=9)) == "−5.1"
     assert [seconds(value) for value in (0, 0.0123, 2.5, 123.4)] == ["–", "12 ms", "2.50 s", "123 s"]
+
+
+def test_the_loss_of_held_out_records_is_a_curve_of_its_own(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 2, "held_out_loss": 0.7}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = read_training(tmp_path)
+    assert (training.losses, training.held_out_losses) == (((1, 1.0), (2, 0.5)), ((2, 0.7),))
+    plot = loss_plot([training])
+    assert plot is not None and f"{tmp_path.name}, held-out records" in plot
+    alone = loss_plot([Training(folder=tmp_path, losses=training.losses, config={})])
+    assert alone is not None and "held-out" not in alone
