@@ -22,8 +22,8 @@ from common.anytext2.unet import unet_sizes
 from common.anytext2.writenet import writenet_sizes
 from common.config import Config
 from common.files import read_bytes, write_bytes_atomic
+from common.grids import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 from common.pictures import write_png
-from common.schedule import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 from stage1_teacher.teacher.text_encoder import load_tokenizer
 from stage2_student.student.adapter import Card, find_adapter, load_tensors
 from stage2_student.student.model_card import CARD_NAME, SAMPLES_DIR, Measured, render_card, scheduler_arguments
