@@ -61,7 +61,10 @@ def test_values_come_from_the_file_then_from_overrides(tmp_path: Path) -> None:
         ("[inputs.fonts]\nserif = 1\n", "inputs.fonts.serif: received 1, expected a valid string"),
         ("[train]\nlearning_rate = 0\n", "train.learning_rate: received 0, expected above 0"),
         ("[train]\nema_decay = 1\n", "train.ema_decay: received 1, expected below 1"),
-        ("[train]\nschedule = 'linear'\n", "train.schedule: received 'linear', expected 'constant' or 'cosine'"),
+        (
+            "[train]\nschedule = 'square'\n",
+            "train.schedule: received 'square', expected 'constant', 'cosine' or 'linear'",
+        ),
         (
             "[train]\nobjective = 'pcm'\npcm_target = 'ema'\n",
             "train.ema_decay: received 0.0, expected above 0 with",
