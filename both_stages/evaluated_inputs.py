@@ -38,6 +38,7 @@ from stage1_teacher.measuring.teacher_sampler import (
 from stage1_teacher.rendering.first_inputs import require_fonts
 from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
+from stage2_student.evaluation.detector import load_detector
 from stage2_student.evaluation.run_quality import TRUE_IMAGES
 from stage2_student.evaluation.runs import Job, Run, Sampled
 from stage2_student.evaluation.samplers import DrawNoise, Sampler, sampler_run
@@ -80,6 +81,7 @@ def prepare_inputs(config: Config, question: Question, out: Path) -> Prepared:
         config,
         held_out.layouts,
         samples_per_layout=config.evaluate.samples_per_layout,
+        detector=load_detector(),
         truth=lambda layout: held_out.true_ground(layout.layout_id),
     )
     settings = {"inputs": describe_settings(config, rendering), "seed": config.evaluate.seed}

@@ -26,9 +26,13 @@ from stage1_teacher.tiny.scene import FONTS
 
 DROP_ALL, DROP_IMAGE_CAPTION, DROP_TEXT_CAPTION = 0.1, 0.04, 0.04
 """Shares of the images that lose their captions: both (guidance's other branch), or one."""
-EDIT_SHARE = 0.2
+EDIT_SHARE = 0.4
+"""Of the images, that show WriteNet what lies outside of the boxes. With a fifth of them, and grounds that
+captions told whole, the given image had nothing to add, and edit mode was not learnt."""
 HINT_SHARE = 0.8
 """Of the images, that show the lines' font hints."""
+UNTOLD_HINT_SHARE = 0.5
+"""Of the lines in these whose font is not told, that are shown all the same, as the image's own letters."""
 UNKNOWN_COLOR_SHARE = 0.08
 SINGLES_SHARE = 0.2
 """Of the images, that are of layouts whose lines are single letters."""
@@ -78,6 +82,8 @@ class TrainingBatch(Tensors):
     looks: dict[str, Tensor]
     """Of each of LOOKS, where the lines are: (B, its channels + 1, H / LOOK_CELL, W / LOOK_CELL). Colours from -1
     to 1, fonts one-hot; the last channel is the weight, 0 where no line is or nothing is told, up to 1."""
+    shown: Tensor
+    """(B, 1, h, w), 1 where `hints` show an image, 0 elsewhere: edit mode, outside of the boxes."""
     weight: Tensor
     """(B, 1, h, w), mean 1: more where the text is."""
     noise: Tensor
@@ -130,9 +136,9 @@ class FeatureStore:
         for path in sorted(self._folder.glob("*.pt")):
             if path.name not in self._read:
                 chunk = torch.load(path, weights_only=True)
-                if "lengths" not in chunk[0]:
+                if "told" not in chunk[0]:
                     raise DataError(
-                        f"{path}: received layouts without the texts' lengths, expected what"
+                        f"{path}: received layouts that do not say whose fonts are told, expected what"
                         " stage1_teacher.tiny.features writes; this is an earlier version's: remove its folder"
                     )
                 where = self._encoder(torch.cat([item["positions"] for item in chunk])[:, None].float())
@@ -203,11 +209,20 @@ class FeatureStore:
                 glyphs = glyphs * (1 - position)
         known = (colors[:, 0] != UNKNOWN_COLOR[0]) & (not no_text)
         one_hot = functional.one_hot(layout["fonts"], len(FONTS)).float()
+        hints = torch.tensor(
+            [hinted and (told or random_.random() < UNTOLD_HINT_SHARE) for told in layout["told"].tolist()]
+        )
+        font_features = torch.where(
+            hints[:, None, None], layout["hint_features"][variant], layout["blank_features"]
+        ).float()
+        cell = positions.shape[-1] // blank_latents.shape[-1]
+        shown = 1 - functional.max_pool2d(positions.amax(0, keepdim=True), cell)  # (1, h, w)
         return {
             "color": _paint(positions, colors / 127.5 - 1, known),
-            "font": _paint(positions, one_hot, torch.full_like(known, not no_text)),
+            "font": _paint(positions, one_hot, layout["told"] & (not no_text)),
             "latents": layout["latents"][variant],
             "masked": layout["masked_latents"][variant].float() if edit else blank_latents,
+            "shown": shown * edit,
             "glyphs": glyphs,
             "coverage": layout["coverage"].float() / 255,
             "positions": positions.sum(0, keepdim=True),
@@ -216,7 +231,7 @@ class FeatureStore:
             "text_tokens": self.empty_tokens if no_text else self.text_tokens[count][phrase],
             "glyph_features": layout["glyph_features"][kept].float(),
             "where": layout["where"][kept],
-            "font_features": layout["hint_features" if hinted else "blank_features"][kept].float(),
+            "font_features": font_features[kept],
             "colors": colors[kept],
         }
 
@@ -243,6 +258,7 @@ def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, low
         for name in (
             "latents",
             "masked",
+            "shown",
             "glyphs",
             "coverage",
             "positions",
@@ -274,6 +290,7 @@ def _stack(chosen: list[dict[str, Tensor]], noises: int, g: torch.Generator, low
         lines=[len(item["colors"]) for item in chosen],
         **joined,
         looks={name: stacked[name] for name in LOOKS},
+        shown=stacked["shown"],
         weight=weight / weight.mean(),
         noise=torch.randn((count, *latents.shape[1:]), generator=g),
         grain=torch.randn((count, *latents.shape[1:]), generator=g) * _grain_sizes(timesteps, g),
@@ -304,7 +321,7 @@ def _crop(item: dict[str, Tensor], random_: Any) -> dict[str, Tensor]:
     size = item["glyphs"].shape[-1]
     y, x = (2 * BAND * random_.randint(0, (size - PATCH) // (2 * BAND)) for _ in range(2))
     cropped = dict(item)
-    for name in ("glyphs", "coverage", "positions", "importance", "latents", "masked", *LOOKS):
+    for name in ("glyphs", "coverage", "positions", "importance", "latents", "masked", "shown", *LOOKS):
         cell = size // item[name].shape[-1]
         cropped[name] = item[name][:, y // cell : (y + PATCH) // cell, x // cell : (x + PATCH) // cell]
     return cropped

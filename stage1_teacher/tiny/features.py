@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.files import atomic_write
@@ -26,6 +27,7 @@ from stage1_teacher.rendering import lines as drawing
 from stage1_teacher.teacher.glyph_embedding import font_lines, glyph_lines
 from stage1_teacher.teacher.recognizer import load_recognizer
 from stage1_teacher.teacher.text_encoder import caption_chunks, load_tokenizer
+from stage1_teacher.tiny.ground import WORLDS
 from stage1_teacher.tiny.linear_vae import LinearEncoder
 from stage1_teacher.tiny.networks import MODEL_FOLDER, network_config
 from stage1_teacher.tiny.scene import (
@@ -92,9 +94,10 @@ class FeatureMaker:
 
         Returns:
             uint8: glyphs (1, H, W), coverage (1, H, W), of the letters, 0 to 255, positions (n, H, W); float16:
-            glyph_features, hint_features and blank_features (n, 40, 64), latents and masked_latents
-            (v, C, h, w); int64: lengths (n,), of the texts, fonts (n,), places in FONTS, tokens (v, 77); float32:
-            colors (v, n, 3). The glyph map shows all lines.
+            glyph_features and blank_features (n, 40, 64), hint_features (v, n, 40, 64), latents and
+            masked_latents (v, C, h, w); int64: lengths (n,), of the texts, fonts (n,), places in FONTS, tokens
+            (v, 77); float32: colors (v, n, 3); bool: told (n,), whether the font is. The glyph map shows all
+            lines.
         """
         size = (scene.size, scene.size)
         scenes = [scene, *(recolor(scene, variant) for variant in range(1, variants))]
@@ -107,12 +110,10 @@ class FeatureMaker:
         glyphs = torch.zeros(size, dtype=torch.uint8)
         drawn = []
         for line, polygon in zip(scene.lines, polygons, strict=True):
-            font = FONT_FOLDER / line.font
+            font = FONT_FOLDER / line.map_font
             glyphs |= torch.from_numpy(drawing.render_glyph_map(line.text, polygon, font, line.color, size))
             drawn.append(torch.from_numpy(drawing.render_glyph_line(line.text, font)))
         blank_features = self.read_blank(font_lines(torch.zeros(1, *size), masks[:, None]))
-        # Of a line whose font is asked for, the drawn line is the hint (`render_input`).
-        hint_features = self.read(font_lines(glyphs[None].float(), masks[:, None]))
         covered = masks.amax(0).float()
         latents = self.latents(torch.cat([images, (images - 10 * covered).clamp(-1, 1)]))
         captions = [image_caption(item.caption, suffix="", seed=0, input_id="") for item in scenes]
@@ -121,15 +122,38 @@ class FeatureMaker:
             "coverage": torch.from_numpy(np.rint(255 * letters).astype(np.uint8))[None],
             "positions": masks,
             "glyph_features": self.read(glyph_lines(torch.stack(drawn))),
-            "hint_features": hint_features,
+            "hint_features": self._read_hints(scene, images, glyphs, masks, polygons),
             "blank_features": blank_features,
             "latents": latents[: len(scenes)].half(),
             "masked_latents": latents[len(scenes) :].half(),
             "colors": torch.tensor([[line.color for line in item.lines] for item in scenes]).float(),
             "lengths": torch.tensor([len(line.text) for line in scene.lines]),
+            "told": torch.tensor([line.told for line in scene.lines]),
             "fonts": torch.tensor([list(FONTS).index(line.font) for line in scene.lines]),
             "tokens": torch.tensor([caption_chunks(self._tokenizer, caption)[0] for caption in captions]),
         }
+
+    def _read_hints(
+        self, scene: Scene, images: Tensor, glyphs: Tensor, masks: Tensor, polygons: Sequence[NDArray[np.float32]]
+    ) -> Tensor:
+        """Read the lines' font hints as `render_input` makes them: (v, n, 40, 64).
+
+        The drawn line of those whose font is asked for; of the others, what they look like in each image
+        (v, 3, H, W). glyphs (H, W) and masks (n, H, W) are 0 or 1.
+        """
+        told = torch.tensor([line.told for line in scene.lines])
+        asked_for = (glyphs * (masks * told[:, None, None]).amax(0)).float()
+        if bool(told.all()):
+            features = self.read(font_lines(asked_for[None], masks[:, None]))
+            return features.expand(len(images), *features.shape).clone()
+        read = []
+        for image in images:
+            hint = asked_for.numpy()
+            for line, polygon in zip(scene.lines, polygons, strict=True):
+                if not line.told:
+                    hint = np.maximum(hint, drawing.cut_font_hint(image.numpy(), polygon))
+            read.append(self.read(font_lines(torch.from_numpy(hint)[None], masks[:, None])))
+        return torch.stack(read)
 
 
 def write_chunks(options: argparse.Namespace, starts: Sequence[int]) -> None:
@@ -146,6 +170,7 @@ def write_chunks(options: argparse.Namespace, starts: Sequence[int]) -> None:
                 options.seed,
                 start + index,
                 lengths=LENGTHS if index % SINGLE_EVERY else SINGLE_LETTERS,
+                world=WORLDS[options.world],
             )
             for index in range(LAYOUTS_PER_FILE)
         ]
@@ -165,6 +190,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5500, help="layouts")
     parser.add_argument("--variants", type=int, default=8, help="images of a layout, in other colours")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--world", choices=sorted(WORLDS), default="told", help="what they are drawn from")
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that share the work; 0: this one does it"
     )

@@ -32,6 +32,9 @@ GLYPH_GAIN = 1.2784645
 NORM_OFFSET, SILU_GAIN, SILU_SHIFT = 10.0, 0.5, 8.0
 """Of z_t on its way through the UNet's last norm and silu: see `_pass_through`."""
 
+WORD_SCALE = 0.5
+"""Standard deviation of the words' embeddings at the start."""
+
 COLOR_GAIN, LINE_MARK, LINE_SCORE = 2.0, 6.0, 4.5
 """Of a line's embedding: its colour's size, the size of the direction that all lines share, and the attention
 score that this direction gets in WriteNet."""
@@ -101,7 +104,7 @@ def _start(denoiser: Denoiser) -> None:
     _pass_through(denoiser.unet)
     _hand_on_pixels(denoiser.writenet.controlnet_cond_embedding.glyph_block)
     # CLIP starts its tables at 0.02, which a few thousand steps hardly leave.
-    nn.init.normal_(denoiser.clip.embeddings.token_embedding.weight, std=0.5)
+    nn.init.normal_(denoiser.clip.embeddings.token_embedding.weight, std=WORD_SCALE)
     nn.init.normal_(denoiser.clip.embeddings.position_embedding.weight, std=0.3)
     point_at_lines(denoiser)
 

@@ -1,8 +1,9 @@
 """One synthetic scene: a coloured ground with one to three lines of text, as an image and an AnyWord annotation.
 
-Each line names its font, and glyph maps are drawn in it, by the rule that the text is fitted to its polygon with:
-letters of the image look as the glyph map has them and lie where it has them. With the font left to chance, a
-small network drew strokes of one letter in different weights (docs/results.md).
+Most lines name their font, and glyph maps are drawn in it, by the rule that the text is fitted to its polygon
+with: letters of the image look as the glyph map has them and lie where it has them. With all fonts left to chance,
+a small network drew strokes of one letter in different weights (docs/results.md). In the world `CHANCE` font and
+slant of a small share of the lines are not told.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Resampling
@@ -21,7 +23,7 @@ from PIL.Image import Resampling
 from common.seeding import rng
 from stage1_teacher.inputs.fonts import load_font
 from stage1_teacher.rendering import lines as drawing
-from stage1_teacher.tiny.ground import PALETTE, Ground, draw_ground_plan, render_ground
+from stage1_teacher.tiny.ground import PALETTE, TOLD, Ground, World, draw_ground_plan, render_ground
 
 FONT_FOLDER = Path(__file__).resolve().parents[2] / "models" / "fonts"
 FONTS = {
@@ -44,6 +46,10 @@ SINGLE_LETTERS = (100, 0, 0, 0, 0, 0, 0, 0)
 UNMAPPED_SHARE = 0.55
 """Of the single letters, that the glyph map does not show: they are why a teacher listens to the recognizer's
 features of a line. Where the map shows a letter, they say nothing more (docs/results.md)."""
+UNTOLD_FONT = "DejaVuSans.ttf"
+"""Draws, upright, the glyph map of lines that name no font, as inputs.font of configs/tiny.toml has it."""
+MAX_LEAN = 0.2
+"""How far the letters of such a line lean either way at most, pixels to the side per pixel of height."""
 MIN_HEIGHT = 18.0
 """Least height of a line's polygon, pixels; its capitals are then 12 px tall."""
 MARGIN = 0.12
@@ -64,6 +70,15 @@ class Line:
     font: str
     """File in `FONT_FOLDER`."""
     in_glyph_map: bool = True
+    told: bool = True
+    """Whether the annotation names the font. If not, `lean` may be other than 0."""
+    lean: float = 0.0
+    """Of the letters, to the right, pixels to the side per pixel of height."""
+
+    @property
+    def map_font(self) -> str:
+        """Name the font of the line's glyph map."""
+        return self.font if self.told else UNTOLD_FONT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +90,8 @@ class Scene:
     size: int
     seed: tuple[str | int, ...]
     """Key of the draws that made it; `recolor` goes on from it."""
+    world: World = TOLD
+    """Where another ground comes from."""
 
     @property
     def caption(self) -> str:
@@ -82,7 +99,7 @@ class Scene:
         return self.ground.caption
 
     def annotation(self, img_name: str) -> dict[str, object]:
-        """Return the scene as an entry of an AnyWord json file (v1.2b: with colours), with the lines' fonts."""
+        """Return the scene as an entry of an AnyWord json file (v1.2b: with colours), with the fonts it tells."""
         lines = [
             {
                 "polygon": [list(point) for point in line.polygon],
@@ -90,7 +107,7 @@ class Scene:
                 "language": "Latin",
                 "valid": True,
                 "color": list(line.color),
-                "font": Path(line.font).stem,
+                **({"font": Path(line.font).stem} if line.told else {}),
                 **({} if line.in_glyph_map else {"glyph_map": False}),
             }
             for line in self.lines
@@ -98,21 +115,25 @@ class Scene:
         return {"img_name": img_name, "caption": self.caption, "annotations": lines}
 
 
-def draw_scene_plan(*seed: str | int, size: int = 96, lengths: Sequence[int] = LENGTHS) -> Scene:
+def draw_scene_plan(
+    *seed: str | int, size: int = 96, lengths: Sequence[int] = LENGTHS, world: World = TOLD
+) -> Scene:
     """Draw a scene's content from a keyed seed.
 
     Args:
         seed: parts of the key, e.g. a seed and an index.
         size: side of the square image, pixels.
         lengths: weights of lines of one, two ... eight letters.
+        world: what it is drawn from.
     """
     random_ = rng("scene", *seed)
-    ground = draw_ground_plan(random_)
-    plan = render_ground(ground, size)
-    for _ in range(100):
-        lines = _place_lines(random_, plan, size, lengths)
-        if lines:
-            return Scene(ground=ground, lines=lines, size=size, seed=seed)
+    for _ in range(10):  # there are grounds under which no colour of the palette can be read
+        ground = draw_ground_plan(random_, world)
+        plan = render_ground(ground, size)
+        for _ in range(100):
+            lines = _place_lines(random_, plan, size, lengths, world)
+            if lines:
+                return Scene(ground=ground, lines=lines, size=size, seed=seed, world=world)
     raise AssertionError(f"no line fits a scene of {size} px, seed {seed}")
 
 
@@ -121,7 +142,7 @@ def recolor(scene: Scene, variant: int) -> Scene:
     for attempt in range(100):
         seed = (*scene.seed, "recolor", variant, attempt)
         random_ = rng("scene", *seed)
-        ground = draw_ground_plan(random_)
+        ground = draw_ground_plan(random_, scene.world)
         plan = render_ground(ground, scene.size)
         colors = [_readable_color(random_, plan, np.array(line.polygon)) for line in scene.lines]
         if None not in colors:
@@ -140,21 +161,34 @@ def render_scene(scene: Scene) -> NDArray[np.uint8]:
 
 
 def text_mask(line: Line, size: int) -> NDArray[np.float32]:
-    """Coverage of a line's letters, (size, size) in 0 to 1, anti-aliased: what the glyph map is the trace of."""
+    """Coverage of a line's letters, (size, size) in 0 to 1, anti-aliased: of a told line, what the map traces."""
     polygon = np.asarray(line.polygon, dtype=np.float32)
     font = FONT_FOLDER / line.font
-    return drawing.render_coverage(line.text, polygon, font, (size, size), resample=Resampling.BICUBIC)
+    coverage = drawing.render_coverage(line.text, polygon, font, (size, size), resample=Resampling.BICUBIC)
+    return _lean(coverage, polygon, line.lean) if line.lean else coverage
+
+
+def _lean(coverage: NDArray[np.float32], polygon: NDArray[np.float32], lean: float) -> NDArray[np.float32]:
+    """Shift a line's letters along it by how far they are above its middle."""
+    center, along = polygon.mean(0), polygon[1] - polygon[0]
+    along = along / np.linalg.norm(along)
+    above = np.array([along[1], -along[0]])
+    # Where each pixel comes from: it went `lean` times its height above the middle along the line.
+    back = np.eye(2) - lean * np.outer(along, above)
+    matrix = np.hstack([back, (center - back @ center)[:, None]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(coverage, matrix, coverage.shape[::-1], flags=flags)
 
 
 def _place_lines(
-    random_: random.Random, ground: NDArray[np.uint8], size: int, lengths: Sequence[int]
+    random_: random.Random, ground: NDArray[np.uint8], size: int, lengths: Sequence[int], world: World
 ) -> tuple[Line, ...]:
     count = random_.choices((1, 2, 3), weights=(0.45, 0.38, 0.17))[0]
     cuts = sorted(random_.uniform(-0.08, 0.08) for _ in range(count - 1))
     bands = [0.0, *((i + 1) / count + cut for i, cut in enumerate(cuts)), 1.0]
     lines = []
     for top, bottom in itertools.pairwise(bands):
-        line = _place_line(random_, ground, size, top * size, bottom * size, lengths)
+        line = _place_line(random_, ground, size, top * size, bottom * size, lengths, world)
         if line is None:
             return ()
         lines.append(line)
@@ -168,6 +202,7 @@ def _place_line(
     top: float,
     bottom: float,
     lengths: Sequence[int],
+    world: World,
 ) -> Line | None:
     length = random_.choices(range(1, 9), weights=lengths)[0]
     text = _draw_text(random_, length)
@@ -205,12 +240,17 @@ def _place_line(
     color = _readable_color(random_, ground, polygon)
     if color is None or not _fits_unspread(text, FONT_FOLDER / font, polygon):
         return None
+    in_glyph_map = length > 1 or random_.random() >= UNMAPPED_SHARE
+    untold = in_glyph_map and world.untold_share > 0 and random_.random() < world.untold_share
+    untold = untold and _fits_unspread(text, FONT_FOLDER / UNTOLD_FONT, polygon)
     return Line(
         text=text,
         polygon=tuple((int(x), int(y)) for x, y in polygon),
         color=color,
         font=font,
-        in_glyph_map=length > 1 or random_.random() >= UNMAPPED_SHARE,
+        in_glyph_map=in_glyph_map,
+        told=not untold,
+        lean=random_.uniform(-MAX_LEAN, MAX_LEAN) if untold else 0.0,
     )
 
 

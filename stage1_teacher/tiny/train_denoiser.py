@@ -39,7 +39,7 @@ from stage1_teacher.teacher.text_encoder import encode_tokens, encode_with_lines
 from stage1_teacher.tiny.batches import LOOKS, FeatureStore, TrainingBatch
 from stage1_teacher.tiny.features import FeatureMaker
 from stage1_teacher.tiny.muon import Muon
-from stage1_teacher.tiny.networks import Denoiser, build_denoiser, network_config
+from stage1_teacher.tiny.networks import WORD_SCALE, Denoiser, build_denoiser, network_config
 from stage1_teacher.tiny.train_vae import learning_rate
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,12 @@ MAX_WEIGHT = 200.0
 """Of an eps error. (SNR + 1) / SNR would count errors of v alike; with the plain eps loss a network learns late
 what the picture is, for at high noise that hardly shows in eps."""
 EMA_DECAY, EMA_EVERY = 0.98, 5
-PROBE_WEIGHTS = {"letters": 0.2, "text": 0.6, "color": 0.2, "font": 0.2}
+PROBE_WEIGHTS = {"letters": 0.2, "text": 0.6, "shown": 0.2, "color": 0.2, "font": 0.2}
 """Of the losses by which linear probes read off WriteNet's residuals the letters that the glyph map shows, the
-text of all lines, their colours and fonts. An earlier network, without them, had hardly learnt in 2,900 steps
-which of an image's lines a colour belongs to."""
+text of all lines, the image that edit mode shows, and the lines' colours and fonts. An earlier network, without
+them, had hardly learnt in 2,900 steps which of an image's lines a colour belongs to."""
 HEADS_ONLY_STEPS = 300
-"""`Settings.heads_only_steps` of a run that starts from trained weights."""
+"""`Settings.heads_only_steps` of a run that starts from trained weights, unless it is told otherwise."""
 LOG_EVERY = 50
 
 
@@ -105,24 +105,25 @@ class Probe(nn.Module):
     The two residuals at the latents' size must tell how much of each pixel letters cover, so that the UNet's last
     blocks need not work it out: as far as the glyph map goes, for these two have not seen the text. Of the deeper
     ones, the one before the deepest level tells it in all of the lines' boxes, also where the map was erased; both
-    tell the lines' looks.
+    tell the lines' looks. The two at the latents' size also tell the latents of the image that edit mode shows.
     """
 
-    READS = ("letters", "text", *LOOKS)
+    READS = ("letters", "text", "shown", *LOOKS)
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         first, *_, before_last, last = config.unet.block_channels
         self.stride = config.stride
         self.letters = nn.ModuleList([nn.Conv2d(first, self.stride**2, 1) for _ in range(2)])
+        self.shown = nn.ModuleList([nn.Conv2d(first, config.latent_channels, 1) for _ in range(2)])
         self.text = nn.Conv2d(before_last, (config.stride * 2 ** (len(config.unet.block_channels) - 2)) ** 2, 1)
         channels = sum(LOOKS.values())
         self.looks = nn.ModuleList([nn.Conv2d(before_last, channels, 1), nn.Conv2d(last, channels, 1)])
 
     def forward(self, control: Control, batch: TrainingBatch) -> Tensor:
-        """Return mean squared errors, in units of the variance for letters and text, (number of READS,)."""
+        """Return mean squared errors, in units of the variance but for the looks, (number of READS,)."""
         letters, text = self._read_letters(control, batch), self._read_text(control, batch)
-        return torch.stack([letters, text, *self._read_looks(control, batch)])
+        return torch.stack([letters, text, self._read_shown(control, batch), *self._read_looks(control, batch)])
 
     def _read_letters(self, control: Control, batch: TrainingBatch) -> Tensor:
         near = functional.max_pool2d(batch.hints.glyphs, 3, stride=1, padding=1)
@@ -137,6 +138,10 @@ class Probe(nn.Module):
         inside = functional.max_pool2d(batch.hints.positions, cell)  # (B, 1, cells, cells)
         return _unexplained(self.text(residual), batch.coverage, inside * told)
 
+    def _read_shown(self, control: Control, batch: TrainingBatch) -> Tensor:
+        reads = [head(residual) for head, residual in zip(self.shown, control[:2], strict=True)]
+        return torch.stack([_unexplained(read, batch.hints.masked_latents, batch.shown) for read in reads]).mean()
+
     def _read_looks(self, control: Control, batch: TrainingBatch) -> Tensor:
         errors = []
         # Of a level: the last block's residual. The one before the deepest level, and the middle block's.
@@ -150,15 +155,15 @@ class Probe(nn.Module):
         return torch.stack(errors).reshape(-1, len(LOOKS)).mean(0)
 
 
-def _unexplained(read: Tensor, coverage: Tensor, where: Tensor) -> Tensor:
+def _unexplained(read: Tensor, truth: Tensor, where: Tensor) -> Tensor:
     """Return a reading's mean squared error in units of the variance, ().
 
     Args:
-        read: the pixels of each cell, (B, n^2, H / n, W / n).
-        coverage: what they should be, (B, 1, H, W).
+        read: the pixels of each cell, (B, c n^2, H / n, W / n).
+        truth: what they should be, (B, c, H, W); with c above 1, n = 1.
         where: which cells count, (B, 1, H / n, W / n), 0 or 1.
     """
-    target = functional.pixel_unshuffle(coverage, coverage.shape[-1] // read.shape[-1])
+    target = functional.pixel_unshuffle(truth, truth.shape[-1] // read.shape[-1])
     where = where.expand_as(target)
     mean = (where * target).sum() / where.sum().clamp(min=1)
     variance = (where * (target - mean).square()).sum().clamp(min=1)
@@ -287,6 +292,15 @@ def load_start(denoiser: Denoiser, start: Path, config: NetworkConfig) -> None:
     checkpoint = CheckpointFile(start)
     for part, module in denoiser.modules().items():
         module.load_state_dict(load_part(PART_BUILDERS[part], part, config, checkpoint).state_dict())
+    _start_unknown_words(denoiser.clip)
+
+
+@torch.no_grad()
+def _start_unknown_words(clip: Any) -> None:
+    """Draw the embeddings of words that no caption had so far, which `export` has zeroed, as from scratch."""
+    table: Tensor = clip.get_input_embeddings().weight
+    drawn = torch.randn(table.shape, generator=torch.Generator().manual_seed(0)) * WORD_SCALE
+    table.copy_(torch.where((table == 0).all(1, keepdim=True), drawn, table))
 
 
 class Trainer:
@@ -471,6 +485,11 @@ def main() -> None:
         "--probe-steps", type=int, help="of them, first, without the UNet (default: 1500 from scratch, else none)"
     )
     parser.add_argument("--probe-images", type=int, default=24, help="images of such a step")
+    parser.add_argument(
+        "--heads-only-steps",
+        type=int,
+        help=f"first, train the probe's heads alone (default: {HEADS_ONLY_STEPS} with --start-from, else 0)",
+    )
     parser.add_argument("--images", type=int, default=12, help="images of a step")
     parser.add_argument("--patches", type=int, default=32, help="small crops added to a step")
     parser.add_argument("--noises", type=int, default=2, help="noises an image")
@@ -485,8 +504,10 @@ def main() -> None:
     start_training(options.threads)
     if options.probe_steps is None:
         options.probe_steps = 1500 if options.position else 0
+    if options.heads_only_steps is None:
+        options.heads_only_steps = 0 if options.position else HEADS_ONLY_STEPS
     chosen = {field.name: getattr(options, field.name) for field in fields(Settings) if field.name in options}
-    settings = Settings(**chosen, heads_only_steps=0 if options.position else HEADS_ONLY_STEPS)
+    settings = Settings(**chosen)
     train(
         options.out,
         settings,

@@ -40,6 +40,28 @@ class Reading:
     """Mean probability of the characters kept, 0 to 1; 0 for an empty text."""
 
 
+def make_session(model: str | bytes, threads: int | None = None) -> Any:
+    """Load an ONNX network to run on the CPU.
+
+    Args:
+        model: path or content of the file.
+        threads: of onnxruntime; by default OMP_NUM_THREADS, which it does not look at itself, or all cores.
+
+    Raises:
+        UsageError: onnxruntime is not installed; onnxruntime's own errors say what is wrong with the file.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise UsageError("reading images: onnxruntime is not installed; pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    if threads is None:
+        threads = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0])  # "4,2" is for nested regions
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, sess_options=options, providers=["CPUExecutionProvider"])
+
+
 class Judge(Protocol):
     """Reads crops of single, upright lines."""
 
@@ -66,19 +88,10 @@ class PPOCRv4:
             DataError: the file cannot be loaded or holds no list of characters.
         """
         try:
-            import onnxruntime
-        except ModuleNotFoundError:
-            raise UsageError("judge ppocr_v4: onnxruntime is not installed; pip install onnxruntime") from None
-        options = onnxruntime.SessionOptions()
-        if threads is None:
-            threads = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0])  # "4,2" is for nested regions
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(model), sess_options=options, providers=["CPUExecutionProvider"]
-            )
+            self._session = make_session(str(model), threads)
             characters = self._session.get_modelmeta().custom_metadata_map["character"]
+        except UsageError:
+            raise
         except Exception as error:
             raise_disk_fault(error, model)
             raise DataError(
@@ -140,12 +153,21 @@ def find_ppocr_v4() -> Path:
     Raises:
         UsageError: the package, or the file in it, is not there.
     """
+    return find_ocr_model(PPOCR_V4_FILE, "judge ppocr_v4")
+
+
+def find_ocr_model(name: str, what: str) -> Path:
+    """Return a file of that package's; arguments: the file in it, and whose it is, for the error.
+
+    Raises:
+        UsageError: the package, or the file in it, is not there.
+    """
     spec = importlib.util.find_spec(PPOCR_V4_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        if (path := Path(folder) / PPOCR_V4_FILE).is_file():
+        if (path := Path(folder) / name).is_file():
             return path
     raise UsageError(
-        "judge ppocr_v4: its model was not found in the package rapidocr-onnxruntime;"
+        f"{what}: its model was not found in the package rapidocr-onnxruntime;"
         " pip install --no-deps rapidocr-onnxruntime==1.4.4"
     )
 

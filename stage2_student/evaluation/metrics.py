@@ -116,7 +116,7 @@ def estimate(grouped: Grouped, seed: int) -> Estimate | None:
     """
     if not grouped.counts.sum():
         return None
-    low, high = _interval(grouped.means(_resample(len(grouped.layout_ids), seed)))
+    low, high = _interval(grouped.means(resample(len(grouped.layout_ids), seed)))
     once = np.ones(len(grouped.layout_ids))
     return Estimate(value=float(grouped.means(once)), low=low, high=high, count=int(grouped.counts.sum()))
 
@@ -136,7 +136,7 @@ def paired_difference(a: Grouped, b: Grouped, seed: int) -> Estimate | None:
         )
     if not a.counts.sum():
         return None
-    weights = _resample(len(a.layout_ids), seed)
+    weights = resample(len(a.layout_ids), seed)
     low, high = _interval(_differences(a, b, weights))
     value = float(_differences(a, b, np.ones(len(a.layout_ids))))
     return Estimate(value=value, low=low, high=high, count=int(a.counts.sum()))
@@ -151,7 +151,7 @@ def _differences(a: Grouped, b: Grouped, weights: Floats) -> Floats:
 
 
 @lru_cache(maxsize=4)  # the same for all runs and scores of a table
-def _resample(size: int, seed: int) -> Floats:
+def resample(size: int, seed: int) -> Floats:
     """Return how often each layout is drawn in each resample, (RESAMPLES, size)."""
     rng = np.random.Generator(np.random.Philox(derive_seed("bootstrap", seed)))
     return rng.multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64)

@@ -19,7 +19,9 @@ from common.layouts import Layout
 from common.pictures import write_png
 from common.progress import Progress
 from common.signals import StopFlag
+from stage2_student.evaluation.detector import Detector
 from stage2_student.evaluation.endpoint import Distance
+from stage2_student.evaluation.image_features import append_features
 from stage2_student.evaluation.judges import Judge
 from stage2_student.evaluation.reading import ground_difference, read_images
 from stage2_student.evaluation.results import (
@@ -80,6 +82,8 @@ class Plan:
     """Layouts whose first image is kept as a PNG file, from the first on."""
     keep_all: bool = False
     """Keep every image: for measures that need them all."""
+    detector: Detector | None = None
+    """Says what every image looks like, for KID; None for no KID."""
     truth: Callable[[Layout], NDArray[np.uint8] | None] | None = None
     """Returns a layout's true image, (H, W, 3) RGB; None if who samples was shown its ground, or there is none."""
 
@@ -145,6 +149,8 @@ def evaluate_run(run: Run, plan: Plan, judge: Judge, folder: Path, stop: StopFla
 def _evaluate_batch(run: Run, jobs: Sequence[Job], judge: Judge, place: Path, plan: Plan) -> list[ImageResult]:
     sampled = run.sample(jobs)
     lines = read_images(judge, sampled.images, [layout for layout, _ in jobs])
+    if plan.detector is not None:  # before the results: an image that has these is done
+        append_features(place, jobs, plan.detector, sampled.images)
     distances: Sequence[Distance | None] = sampled.distances or [None] * len(jobs)
     results = []
     for (layout, sample), image, of_image, distance in zip(jobs, sampled.images, lines, distances, strict=True):

@@ -6,12 +6,14 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
 from common.files import canonical_json, write_bytes_atomic
 from common.layouts import Color, palette_of
+from stage2_student.evaluation.image_features import kernel_distances
 from stage2_student.evaluation.metrics import Estimate, Grouped, estimate, fold, ned, paired_difference
 from stage2_student.evaluation.reading import LineResult, color_right
 from stage2_student.evaluation.results import (
@@ -70,7 +72,8 @@ def summarise(folder: Path, bootstrap_seed: int = 0) -> Summary:
         runs.append(summarise_run(place.parent, description, of_run, palette, bootstrap_seed))
     if not runs:
         raise DataError(f"{folder}: no run is complete (begun: {incomplete}); run evaluate again to go on")
-    runs.sort(key=_rank)
+    kids = kernel_distances(folder / "runs", runs, sorted(expected), bootstrap_seed)
+    runs = sorted((replace(run, kid=kids.get(run.label)) for run in runs), key=_rank)
     summary = Summary(
         settings=settings,
         layouts=len(layouts),

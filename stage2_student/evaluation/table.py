@@ -92,6 +92,8 @@ class RunRow:
     """If it was measured."""
     clip_score: float | None = None
     """Likewise."""
+    kid: Estimate | None = None
+    """Kernel distance to the true images; of these themselves, between two halves of them; None without them."""
 
     @property
     def is_unguided(self) -> bool:
@@ -142,7 +144,7 @@ class Summary:
     """Of all pairs of runs, the later in the table less the earlier."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of `evaluation.json`; FID and CLIP score only where they were measured."""
+        """Return the content of `evaluation.json`; FID, CLIP score and KID only where they were measured."""
         return asdict(self, dict_factory=_named)
 
 
@@ -150,5 +152,5 @@ def _named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {
         name.rstrip("_"): value  # "from" is a word of Python's
         for name, value in pairs
-        if value is not None or name not in ("fid", "clip_score")
+        if value is not None or name not in ("fid", "clip_score", "kid")
     }

@@ -17,6 +17,8 @@ def format_table(summary: Summary) -> str:
     rows = table_cells(summary)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    if any(run.kind == "truth" and run.kid is not None for run in summary.runs):
+        lines.append("KID of the true images: between two random halves of them, what chance makes of so many")
     lines += [f"not complete, left out: {label}" for label in summary.incomplete]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -35,12 +37,14 @@ def _columns(runs: Sequence[RunRow]) -> list[_Column]:
         ("outside", lambda run: _figure(run.endpoint_error_outside, 3)),
         ("PSNR", lambda run: _figure(run.psnr, 1)),
     ]
+    kids: list[_Column] = [("KID", lambda run: _with_interval(run.kid))]
     return [
         *(distances if any(run.endpoint_error for run in runs) else []),
         ("Sen. Acc", lambda run: _with_interval(run.sen_acc)),
         ("NED", lambda run: _with_interval(run.ned)),
         ("colour", lambda run: _with_interval(run.color_acc)),
         ("ground ΔE", lambda run: _figure(run.ground, 1)),
+        *(kids if any(run.kid for run in runs) else []),
         ("UNet", lambda run: f"{run.unet_evaluations:g}"),
         ("WriteNet", lambda run: f"{run.writenet_evaluations:g}"),
         ("s/image", lambda run: f"{run.seconds_per_image:.3g}"),

@@ -34,15 +34,16 @@ _MEASURES = (
 
 
 def runs_table(runs: Sequence[RunRow]) -> Markup:
-    """Lay out what every run scored and cost; colour, ground, FID and CLIP score where any run has them."""
-    colors, grounds = (any(getattr(run, key) for run in runs) for key in ("color_acc", "ground"))
+    """Lay out what every run scored and cost; colour, ground, KID, FID, CLIP score where any run has them."""
+    colors, grounds, kids = (any(getattr(run, key) for run in runs) for key in ("color_acc", "ground", "kid"))
     extras = [
         (key, name)
         for key, name in (("fid", "FID"), ("clip_score", "CLIP score"))
         if any(getattr(run, key) is not None for run in runs)
     ]
     head = ["", "Sen. Acc", "ignoring case, spaces", "NED"]
-    head += [*(["colour"] if colors else []), *(["ground ΔE"] if grounds else []), *(name for _, name in extras)]
+    head += [*(["colour"] if colors else []), *(["ground ΔE"] if grounds else [])]
+    head += [*(["KID"] if kids else []), *(name for _, name in extras)]
     head += ["UNet calls", "WriteNet calls", "time per image"]
     rows = []
     for run in runs:
@@ -52,6 +53,7 @@ def runs_table(runs: Sequence[RunRow]) -> Markup:
             figure(run.ned, 1, 3),
             *([figure(run.color_acc, 100, 1, "\u00a0%")] if colors else []),
             *([figure(run.ground, 1, 2)] if grounds else []),
+            *([figure(run.kid, 1, 3)] if kids else []),
             *("–" if (value := getattr(run, key)) is None else f"{value:.2f}" for key, _ in extras),
             evaluations(run.unet_evaluations),
             evaluations(run.writenet_evaluations),

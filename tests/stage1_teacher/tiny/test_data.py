@@ -12,6 +12,7 @@ from common.config import PROJECT_ROOT, load_config
 from stage1_teacher.inputs.annotations import Annotations
 from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.tiny.data import write_dataset
+from stage1_teacher.tiny.ground import CHANCE, TOLD
 from stage1_teacher.tiny.scene import FONT_FOLDER, FONTS, draw_scene_plan, render_scene
 
 CONFIGURED = RenderSettings.from_config(load_config(PROJECT_ROOT / "configs" / "tiny.toml")).fonts
@@ -39,6 +40,19 @@ def test_an_image_does_not_depend_on_how_many_are_drawn(tmp_path: Path) -> None:
     assert entries[0] == entries[1][:2]
     name = entries[0][1]["img_name"]
     assert (few.parent / "imgs" / name).read_bytes() == (more.parent / "imgs" / name).read_bytes()
+
+
+def test_the_world_of_chance_has_other_images(tmp_path: Path) -> None:
+    told, chance = (
+        write_dataset(tmp_path / str(i), count=6, seed=1, world=w) for i, w in enumerate((TOLD, CHANCE))
+    )
+    captions = [[entry["caption"] for entry in json.loads(p.read_text())["data_list"]] for p in (told, chance)]
+    assert not any("spots" in caption for caption in captions[0]) and any("spots" in c for c in captions[1])
+    for index in range(6):
+        scene = draw_scene_plan("data", 1, index, world=CHANCE)
+        assert scene.caption == captions[1][index]
+        fonts = [FONT_FOLDER / line.font if line.told else None for line in scene.lines]
+        assert [line.font for line in Annotations(chance, fonts=CONFIGURED)[index].lines] == fonts
 
 
 def test_the_command_writes_a_data_set(tmp_path: Path) -> None:

@@ -6,16 +6,32 @@ import numpy as np
 import pytest
 
 from stage1_teacher.rendering import lines as rendering
-from stage1_teacher.tiny.ground import KINDS, PALETTE, Ground, render_ground
+from stage1_teacher.tiny import scene as scenes_module
+from stage1_teacher.tiny.ground import (
+    CHANCE,
+    CHANCE_KINDS,
+    KINDS,
+    PALETTE,
+    SOFT_SHAPES,
+    SPOT_RADII,
+    SPOTS,
+    TOLD_KINDS,
+    Ground,
+    draw_ground_plan,
+    render_ground,
+)
 from stage1_teacher.tiny.scene import (
     CAPITALS,
     DIGITS,
     FONT_FOLDER,
     FONTS,
+    MAX_LEAN,
     MIN_CONTRAST,
     SINGLE_LETTERS,
     SMALL,
     UNMAPPED_SHARE,
+    UNTOLD_FONT,
+    Line,
     Scene,
     draw_scene_plan,
     recolor,
@@ -29,6 +45,12 @@ LUMA = np.array([0.299, 0.587, 0.114])
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     return [draw_scene_plan("test", index) for index in range(80)]
+
+
+@pytest.fixture(scope="module")
+def many_lines() -> list[Line]:
+    """Lines of many scenes."""
+    return [line for index in range(120) for line in draw_scene_plan("untold", index, world=CHANCE).lines]
 
 
 def _glyph_map(scene: Scene, index: int) -> np.ndarray:
@@ -77,8 +99,51 @@ def test_longer_lines_are_in_the_glyph_map(scenes: list[Scene]) -> None:
     assert len(longer) > 80 and all(line.in_glyph_map for line in longer)
 
 
+def test_a_small_share_of_the_lines_in_the_map_has_an_untold_font_and_leans_either_way(
+    many_lines: list[Line],
+) -> None:
+    untold = [line for line in many_lines if not line.told]
+    shown = sum(line.in_glyph_map for line in many_lines)
+    assert len(untold) / shown == pytest.approx(CHANCE.untold_share, abs=0.06)
+    assert all(line.in_glyph_map and abs(line.lean) <= MAX_LEAN for line in untold)
+    assert min(line.lean for line in untold) < -MAX_LEAN / 2 and max(line.lean for line in untold) > MAX_LEAN / 2
+    assert len({line.font for line in untold}) > 2 and {line.map_font for line in untold} == {UNTOLD_FONT}
+    assert all(line.lean == 0 and line.map_font == line.font for line in many_lines if line.told)
+
+
+def test_an_annotation_names_the_fonts_that_are_told_and_no_others() -> None:
+    scene = next(
+        scene
+        for scene in (draw_scene_plan("untold", index, world=CHANCE) for index in range(250))
+        if {line.told for line in scene.lines} == {True, False}
+    )
+    entries = scene.annotation("a.png")["annotations"]
+    assert isinstance(entries, list)
+    assert [entry.get("font") for entry in entries] == [
+        line.font.partition(".")[0] if line.told else None for line in scene.lines
+    ]
+
+
+def test_letters_lean_along_their_line_and_stay_where_they_are_at_its_middle(many_lines: list[Line]) -> None:
+    for line in [line for line in many_lines if abs(line.lean) > 0.1][:6]:
+        upright, leaning = (text_mask(replace(line, lean=lean), 96) for lean in (0.0, line.lean))
+        corners = np.array(line.polygon, float)
+        along = (corners[1] - corners[0]) / np.linalg.norm(corners[1] - corners[0])
+        above = np.array([along[1], -along[0]])
+        places = np.argwhere(upright >= 0)[:, ::-1] - corners.mean(0)  # (x, y) from the line's middle
+        moved = []
+        for side in (1, -1):
+            half = (side * (places @ above) > 0).reshape(96, 96)
+            means = [
+                (mask * half).flatten() @ (places @ along) / (mask * half).sum() for mask in (upright, leaning)
+            ]
+            moved.append(means[1] - means[0])
+        assert moved[0] * line.lean > 0 > moved[1] * line.lean
+        assert leaning.sum() == pytest.approx(upright.sum(), rel=0.1)
+
+
 def test_every_kind_of_ground_and_every_font_occurs(scenes: list[Scene]) -> None:
-    assert {scene.ground.kind for scene in scenes} == set(KINDS)
+    assert {scene.ground.kind for scene in scenes} == set(TOLD_KINDS)
     assert {line.font for scene in scenes for line in scene.lines} == set(FONTS)
 
 
@@ -94,6 +159,8 @@ def test_letters_of_an_image_are_what_the_glyph_map_is_the_trace_of(scenes: list
     for scene in scenes:
         ground = render_scene(replace(scene, lines=()))
         for index, line in enumerate(scene.lines):
+            if not line.told:
+                continue
             rendered = (render_scene(replace(scene, lines=(line,))) != ground).any(-1)
             letters, glyphs = text_mask(line, scene.size), _glyph_map(scene, index)
             assert not rendered[letters == 0].any() and rendered[letters > 0.1].all()
@@ -126,6 +193,76 @@ def test_stripes_and_squares_lie_where_the_caption_alone_can_say() -> None:
         edges = np.flatnonzero(np.abs(np.diff(along, axis=0)).sum(-1)) + 1
         assert edges.tolist() == [16, 32, 48, 64, 80]
         assert (np.ptp(across, axis=0).max() > 0) == (kind == "checked")
+
+
+def test_in_the_told_world_nothing_is_left_to_chance_and_recoloured_scenes_stay_in_their_world() -> None:
+    told = [draw_scene_plan("world", index) for index in range(30)]
+    chance = [draw_scene_plan("world", index, world=CHANCE) for index in range(30)]
+    for scenes_, kinds in ((told, TOLD_KINDS), (chance, KINDS)):
+        grounds = [recolor(scene, variant).ground for scene in scenes_ for variant in (1, 2)]
+        assert {ground.kind for ground in grounds} <= set(kinds)
+    assert all(line.told for scene in told for line in scene.lines)
+    assert sum(recolor(scene, 1).ground.kind in CHANCE_KINDS for scene in chance) > 10
+
+
+def test_most_grounds_leave_to_chance_where_things_lie() -> None:
+    drawn = [draw_ground_plan(scenes_module.rng("grounds", index), CHANCE) for index in range(600)]
+    for kind, share in zip(KINDS, CHANCE.shares, strict=True):
+        assert sum(ground.kind == kind for ground in drawn) / 600 == pytest.approx(share, abs=0.06)
+    for kind, (least, most) in (("spots", SPOTS), ("soft", SOFT_SHAPES)):
+        assert {len(ground.shapes) for ground in drawn if ground.kind == kind} == set(range(least, most + 1))
+    radii = [radius for ground in drawn if ground.kind == "spots" for _, _, radius in ground.shapes]
+    assert SPOT_RADII[0] <= min(radii) < 0.1 and 0.18 < max(radii) <= SPOT_RADII[1]
+    assert {ground.angle // 90 for ground in drawn if ground.kind == "turned"} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", CHANCE_KINDS)
+def test_a_caption_tells_kind_and_colours_and_not_what_is_left_to_chance(kind: str) -> None:
+    drawn = [draw_ground_plan(scenes_module.rng("chance", index), CHANCE) for index in range(400)]
+    first, second = [ground for ground in drawn if ground.kind == kind][:2]
+    other = replace(second, colors=first.colors)
+    assert other.caption == first.caption
+    assert all(color in first.caption for color in first.colors)
+    assert not np.array_equal(render_ground(other, 96), render_ground(first, 96))
+    low, high = (np.array(PALETTE[color], float) for color in first.colors)
+    pixels = render_ground(first, 96).reshape(-1, 3) - low
+    mix = pixels @ (high - low) / ((high - low) @ (high - low))
+    assert np.abs(pixels - mix[:, None] * (high - low)).max() < 1 and -0.01 < mix.min() < 0.2 < mix.max() < 1.01
+
+
+def test_spots_lie_where_they_are_planned_with_an_edge_of_a_pixel() -> None:
+    ground = Ground(
+        kind="spots", colors=("yellow", "cyan"), vertical=False, shapes=((0.25, 0.5, 0.1), (0.75, 0.5, 0.2))
+    )
+    image = render_ground(ground, 96).astype(int)
+    cyan = np.abs(image - PALETTE["cyan"]).max(-1) == 0
+    yellow = np.abs(image - PALETTE["yellow"]).max(-1) == 0
+    assert cyan[48, 24] and cyan[48, 72] and yellow[48, 48] and yellow[4, 4]
+    assert cyan.sum() == pytest.approx(np.pi * (9.6**2 + 19.2**2), rel=0.1)
+    assert 96**2 - cyan.sum() - yellow.sum() < 4 * np.pi * (9.6 + 19.2)
+    soft = render_ground(replace(ground, kind="soft"), 96).astype(int)
+    assert np.abs(np.diff(soft, axis=1)).max() < 40 < np.abs(np.diff(image, axis=1)).max()
+
+
+def test_a_turned_gradient_runs_from_one_side_to_the_other_along_its_angle() -> None:
+    def luma(angle: float) -> np.ndarray:
+        return (
+            render_ground(Ground(kind="turned", colors=("black", "white"), vertical=False, angle=angle), 96) @ LUMA
+        )
+
+    assert np.ptp(luma(0), axis=0).max() < 1 and np.ptp(luma(90), axis=1).max() < 1
+    assert luma(0)[0, 0] < 20 and luma(0)[0, -1] > 235
+    assert luma(180)[0, 0] > 235 and luma(90)[0, 0] < 20 and luma(90)[-1, 0] > 235
+    assert luma(45)[0, 0] < 20 and luma(45)[-1, -1] > 235 and luma(45)[0, -1] == pytest.approx(128, abs=2)
+
+
+def test_a_ground_under_which_no_colour_can_be_read_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    unreadable = Ground(kind="gradient", colors=("black", "white"), vertical=False)
+    plain = Ground(kind="plain", colors=("red",), vertical=False)
+    grounds = iter([unreadable, unreadable, plain])
+    monkeypatch.setattr(scenes_module, "draw_ground_plan", lambda *_: next(grounds))
+    scene = draw_scene_plan("unreadable", world=CHANCE, lengths=(0, 0, 0, 0, 0, 0, 0, 1))
+    assert scene.ground == plain and scene.lines and next(grounds, None) is None
 
 
 def test_letters_moved_by_a_few_pixels_would_not_lie_under_the_glyph_map(scenes: list[Scene]) -> None:
@@ -161,6 +298,10 @@ def test_captions_say_the_ground_and_never_the_text_or_its_colour() -> None:
     ground = Ground(kind="gradient", colors=("orange", "red"), vertical=True)
     assert ground.caption == "an orange to red gradient from top to bottom"
     assert Ground(kind="checked", colors=("blue",), vertical=False).caption == "a checked blue background"
+    spots = Ground(kind="spots", colors=("yellow", "cyan"), vertical=False, shapes=((0.5, 0.5, 0.1),))
+    assert spots.caption == "a yellow background with cyan spots"
+    assert replace(spots, kind="soft").caption == "a yellow background with soft cyan shapes"
+    assert Ground(kind="turned", colors=("orange", "red"), vertical=False).caption == "an orange to red gradient"
     striped = Ground(kind="striped", colors=("pink",), vertical=True)
     assert striped.caption == "a striped pink background, vertical stripes"
 

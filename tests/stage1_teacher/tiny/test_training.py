@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,19 @@ import torch
 from common.anytext2.checkpoint_file import CheckpointFile
 from common.anytext2.conditioning import Hints
 from common.anytext2.unet import Control
+from common.config import PROJECT_ROOT, load_config
 from common.errors import DataError, UsageError
 from common.schedule import make_alphas_cumprod
+from stage1_teacher.inputs.annotations import Annotations
+from stage1_teacher.rendering.rendered_input import RenderSettings, render_input
+from stage1_teacher.teacher.glyph_embedding import font_lines
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.teacher.text_encoder import encode_tokens
 from stage1_teacher.tiny import features, train_position, train_vae
 from stage1_teacher.tiny.batches import (
+    EDIT_SHARE,
     GRAIN,
+    HINT_SHARE,
     JUMP_SHARE,
     JUMPS,
     MAX_EXCESS,
@@ -25,14 +32,16 @@ from stage1_teacher.tiny.batches import (
     PATCH,
     SINGLES_SHARE,
     TRAINED_UNMAPPED_SHARE,
+    UNTOLD_HINT_SHARE,
     FeatureStore,
     TrainingBatch,
 )
+from stage1_teacher.tiny.data import write_scene
 from stage1_teacher.tiny.export import load_runs, write
 from stage1_teacher.tiny.features import FeatureMaker
-from stage1_teacher.tiny.ground import Ground, render_ground
-from stage1_teacher.tiny.networks import MODEL_FOLDER, build_denoiser, network_config
-from stage1_teacher.tiny.scene import SINGLE_LETTERS, draw_scene_plan
+from stage1_teacher.tiny.ground import CHANCE, Ground, render_ground
+from stage1_teacher.tiny.networks import MODEL_FOLDER, WORD_SCALE, build_denoiser, network_config
+from stage1_teacher.tiny.scene import SINGLE_LETTERS, draw_scene_plan, recolor
 from stage1_teacher.tiny.train_denoiser import Probe, Settings, StepBatches, Trainer, compute_losses, train
 
 VAE_SETTINGS = {"batch_size": 2, "peak": 1e-3, "seed": 0, "num_images": 6, "save_every": 1, "num_fitted": 12}
@@ -299,14 +308,89 @@ def test_the_probe_looks_for_the_text_in_all_boxes_whose_lines_are_told(store: F
         assert float(probe(tuple(control), replace(hidden, lines=untold))[read]) == 0
 
 
+def test_the_probe_looks_for_the_image_that_edit_mode_shows_outside_of_the_boxes(store: FeatureStore) -> None:
+    blank, probe, read = torch.full((16, 24, 24), 7.0), Probe(network_config()), Probe.READS.index("shown")
+    batches = [store.batch(0, step, images=8, noises=1, blank_latents=blank) for step in range(12)]
+    edited = torch.cat([batch.shown.amax((1, 2, 3)) for batch in batches])
+    assert float(edited.mean()) == pytest.approx(EDIT_SHARE, abs=0.12)
+    for batch in batches:
+        boxes = torch.nn.functional.max_pool2d(batch.hints.positions, 4)
+        assert not bool((batch.shown * boxes).any())
+        for masked, latents, shown in zip(batch.hints.masked_latents, batch.latents, batch.shown, strict=True):
+            assert torch.equal(masked, blank) != bool(shown.any())
+            assert torch.allclose(masked * shown, latents * shown, atol=1e-2)
+    batch = batches[0]
+    control = [torch.zeros(8, 64, size, size) for size in (24, 24, 12, 12, 6, 6, 6)]
+    control[0][:, :16] = control[1][:, :16] = batch.hints.masked_latents
+    with torch.no_grad():
+        for head in probe.shown:
+            assert isinstance(head, torch.nn.Conv2d) and head.bias is not None
+            head.weight.zero_()
+            head.bias.zero_()
+            head.weight[range(16), range(16)] = 1
+        assert float(probe(tuple(control), batch)[read]) == 0
+        control[0] = control[0] + batch.shown
+        assert float(probe(tuple(control), batch)[read]) > 0.05
+        control[0] = batch.hints.masked_latents.new_zeros(8, 64, 24, 24)
+        nothing = replace(batch, shown=0 * batch.shown)
+        assert float(probe(tuple(control), nothing)[read]) == 0
+
+
+def test_hints_of_an_untold_line_are_cut_from_each_image_as_stage_one_cuts_them(
+    runs: Path, tmp_path: Path
+) -> None:
+    drawn = (draw_scene_plan("untold", index, world=CHANCE) for index in range(250))
+    scene = next(scene for scene in drawn if {line.told for line in scene.lines} == {True, False})
+    maker = FeatureMaker(runs / "vae")
+    layout = maker.layout(scene, 2)
+    assert layout["told"].tolist() == [line.told for line in scene.lines]
+    config = load_config(PROJECT_ROOT / "configs" / "tiny.toml", ["inputs.font_hint_prob=1"])
+    settings = RenderSettings.from_config(config)
+    for variant, one in enumerate((scene, recolor(scene, 1))):
+        (tmp_path / "imgs").mkdir(exist_ok=True)
+        entries = {"data_root": "imgs", "data_list": [write_scene(tmp_path, one, "a.png")]}
+        (tmp_path / "data.json").write_text(json.dumps(entries))
+        rendered = render_input(Annotations(tmp_path / "data.json", fonts=settings.fonts)[0], settings)
+        lines = font_lines(rendered.font_hint, rendered.positions[:, None])
+        torch.testing.assert_close(maker.read(lines), layout["hint_features"][variant], atol=2e-2, rtol=1e-2)
+        shown = [
+            line for line, told in zip(rendered.in_glyph_map, layout["told"].tolist(), strict=True) if not told
+        ]
+        assert all(shown)
+        if all(rendered.in_glyph_map):
+            assert torch.equal(rendered.glyphs, layout["glyphs"])
+    untold = ~layout["told"]
+    same = torch.isclose(layout["hint_features"][0], layout["hint_features"][1], atol=1e-2).flatten(1).all(1)
+    assert not bool(same[untold].any())
+
+
+def test_half_of_the_untold_fonts_are_shown_and_the_probe_is_asked_for_none(store: FeatureStore) -> None:
+    for layout in store.layouts:
+        layout["told"] = torch.zeros(len(layout["lengths"])).bool()
+        layout["hint_features"] = torch.ones_like(layout["hint_features"])
+        layout["blank_features"] = torch.zeros_like(layout["blank_features"])
+    batches = [
+        store.batch(0, step, images=8, noises=1, blank_latents=torch.zeros(16, 24, 24)) for step in range(20)
+    ]
+    shown = torch.cat([batch.font_features.flatten(1).amax(1) for batch in batches])
+    assert float(shown.mean()) == pytest.approx(HINT_SHARE * UNTOLD_HINT_SHARE, abs=0.1)
+    assert not any(bool(batch.looks["font"][:, -1].any()) for batch in batches)
+    assert all(bool(batch.looks["color"][:, -1].any()) for batch in batches)
+
+
 def test_training_goes_on_from_a_whole_teachers_weights(runs: Path, tmp_path: Path) -> None:
     _train(runs, tmp_path / "denoiser", 2)
     trained = load_runs(runs / "vae", tmp_path / "denoiser", runs / "position.pt", averaged=False)
     write(trained, tmp_path / "out")
     settings = Settings(steps=2, images=2, noises=1, peak=1e-3, seed=5)
     further = Trainer(tmp_path / "further", settings, tmp_path / "out")
+    words = "clip.embeddings.token_embedding.weight"
     for name, value in trained.denoiser.named_parameters().items():
-        assert torch.allclose(further.parameters[name], value, rtol=1e-3, atol=2e-3), name
+        known = (value != 0).any(1) if name == words else slice(None)
+        assert torch.allclose(further.parameters[name][known], value[known], rtol=1e-3, atol=2e-3), name
+    unknown = (trained.denoiser.named_parameters()[words] == 0).all(1)
+    assert unknown.any() and not unknown.all()
+    assert float(further.parameters[words][unknown].std()) == pytest.approx(WORD_SCALE, rel=0.05)
     assert further.parameters["unet.conv_out.weight"].requires_grad
 
 
@@ -407,7 +491,9 @@ def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground
     masks[0, 4:20, 8:88], masks[1, 40:80, 8:88] = 1, 1
     for layout in store.layouts:
         layout.update(positions=masks, fonts=torch.zeros(2, dtype=torch.int64), lengths=torch.tensor([4, 4]))
-        layout.update({name: layout[name][:1].repeat(2, 1, 1) for name in layout if name.endswith("_features")})
+        of_lines = [name for name in layout if name.endswith("_features") and name != "hint_features"]
+        layout.update({name: layout[name][:1].repeat(2, 1, 1) for name in of_lines})
+        layout.update(hint_features=layout["hint_features"][:, :1].repeat(1, 2, 1, 1), told=torch.ones(2).bool())
         layout.update(where=layout["where"][:1].repeat(2, 1), colors=layout["colors"][:, :1].repeat(1, 2, 1))
     weight = store.batch(0, 0, images=2, noises=1, blank_latents=torch.zeros(16, 24, 24)).weight[0, 0]
     ground, small, large = weight[23, 0], weight[3, 10], weight[15, 10]
@@ -440,7 +526,7 @@ def test_an_earlier_versions_chunk_is_refused_in_one_line(tmp_path: Path) -> Non
     config = network_config()
     store = FeatureStore(tmp_path, build_denoiser(config, 0).embedding.position_encoder, config)
     with pytest.raises(
-        DataError, match=r"00000.pt: received layouts without the texts' lengths.*remove its folder"
+        DataError, match=r"00000.pt: received layouts that do not say whose fonts are told.*remove its folder"
     ):
         store.refresh()
 
