@@ -273,7 +273,8 @@ def make(wrapper: Any, settings: argparse.Namespace, network: dict[str, Any] = R
         "n_lines": [len(settings.text)],
         "guidance_scale": str(settings.guidance_scale),
     }
-    save_file(tensors, str(settings.out), metadata={"meta": json.dumps(meta)})
+    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # some are views of one memory
+    save_file(own, str(settings.out), metadata={"meta": json.dumps(meta)})
     print(f"{settings.out}: {len(tensors)} tensors of {settings.steps} steps")  # noqa: T201
 
 

@@ -284,18 +284,19 @@ def test_a_comparison_shows_layout_teacher_and_student_of_each_record(place: Pla
     shown = np.asarray(grid)[-tile:]
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 100
 
-    # Another student of as many steps is one more column, one of one step two: the teacher's is there, too.
+    # Another student of as many steps is one more column, one of one step three: the teacher is there, too, with
+    # guidance and without.
     write_fresh_student(tmp_path / "other", load_config(place.config, ("lora.rank=2",)))
     write_fresh_student(tmp_path / "one", load_config(place.config, ("lora.rank=2",)), steps=1)
     more = ("--adapter", tmp_path / "other", "--adapter", tmp_path / "one", "--records", "0,2")
     assert call(*base, *more, "--out", tmp_path / "more.png").exit_code == 0
     wide = np.asarray(Image.open(tmp_path / "more.png"))
     column = tile + 6
-    assert wide.shape[1] == grid.width + 3 * column
-    assert np.array_equal(wide[-tile:, : 4 * column], shown[:, : 4 * column])
-    # Without guidance a student that changes nothing is not the guided teacher in as many steps.
-    teacher, student = wide[-tile:, 5 * column : 6 * column], wide[-tile:, 6 * column : 7 * column]
-    assert not np.array_equal(teacher, student)
+    assert wide.shape[1] == grid.width + 4 * column
+    assert np.array_equal(wide[-tile:, : 5 * column], shown[:, : 5 * column])
+    # A student that changes nothing is the teacher in as many steps without guidance.
+    guided, unguided, student = (wide[-tile:, n * column : n * column + tile].astype(int) for n in (6, 7, 8))
+    assert np.abs(unguided - student).max() <= 1 < np.abs(guided - student).max()
 
     refused = call(*base, "--records", "0,99", "--out", tmp_path / "none.png")
     assert refused.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import threading
@@ -25,7 +26,7 @@ from both_stages.page.asked import Limits, read_asked
 from both_stages.page.models import Gone, Made, Models, TooLong, stopping
 from common.config import Config
 from common.errors import UsageError, reason
-from common.faults import explain
+from common.faults import explain, raise_disk_fault
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +222,8 @@ def serve(
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) not in (errno.EACCES, errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            raise_disk_fault(error)
         raise UsageError(f"--host {host} --port {port}: {reason(error)}; give another") from None
     with listening:
         page = Page(config, Models(config, students), limits)

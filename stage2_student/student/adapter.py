@@ -230,7 +230,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     """
     if folder.is_file():
         return exported.read_tensors(folder, exported.read_metadata(folder))
-    parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    parts = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != SAMPLES_DIR)
     return {f"{part}.{name}": tensor for part in parts for name, tensor in load_lora(folder / part)[0].items()}
 
 

@@ -19,7 +19,7 @@ from accelerate.utils import LoggerType
 
 from common.config import Config
 from common.errors import UsageError, reason
-from common.faults import naming
+from common.faults import naming, raise_disk_fault
 from common.files import canonical_json, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class Trackers:
             tracker.start()
             tracker.store_init_configuration(flat(config.as_dict()))
         except Exception as error:  # each library raises its own
+            raise_disk_fault(error)
             raise UsageError(
                 f"train.trackers: {name} did not start ({reason(error)}); log in or set it up as its documentation"
                 f" says, or leave it out"
