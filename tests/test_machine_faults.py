@@ -25,6 +25,7 @@ from common.config import PROJECT_ROOT
 from pipeline import cli
 from shards.remote import connection
 from stage2_student.student.checkpoint_folders import list_checkpoints
+from tests.small_disk import small_disk as mounted
 from tests.stage1_teacher.small_teacher import write_prompts, write_teacher
 
 UNREADABLE = Path("/proc/self/mem")
@@ -84,15 +85,8 @@ def copied(place: Place, tmp_path: Path) -> Path:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 192 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=192k", "none", folder]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
+    with mounted(tmp_path / "disk", "size=192k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from both_stages.doctor.given import check_checkpoint, check_credentials
 from common.config import Config, load_config
 from common.errors import MachineError
 from tests.shards.builders import input_ids, write_set
+from tests.small_disk import small_disk as mounted
 from tests.stage1_teacher.small_teacher import write_teacher
 
 
@@ -124,15 +124,8 @@ def test_a_lock_that_keeps_nobody_out_is_noticed(tmp_path: Path, monkeypatch: py
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MB and few files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=64", "none", folder]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
+    with mounted(tmp_path / "disk", "size=1m,nr_inodes=64") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_space_and_files_are_compared_with_what_the_set_needs(small_disk: Path, config: Config) -> None:
