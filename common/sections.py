@@ -95,13 +95,26 @@ class PrecomputeConfig(Section):
     guidance_scale: float = 7.5
     """s in eps_u + s (eps_c - eps_u)."""
     batch_size: Count = 8
-    """Rollouts run side by side."""
+    """Inputs encoded side by side, and rollouts solved side by side unless `solve_size` says otherwise."""
+    solve_size: NonNegativeInt = 0
+    """Rollouts solved side by side, of several batches of inputs if it is larger; 0 takes batch_size. More of them
+    keep a large GPU busier. Part of a set's identity where it differs from batch_size."""
     store_predictions: bool = False
     """Store the one-step predictions x0_cond and x0_uncond (needed by objectives `lcm` and `x0`)."""
     max_failures: NonNegativeInt = 100
     """Failed inputs in one task after which it stops."""
     render_workers: Count = 2
     """Threads that read images and render while the teacher works."""
+
+    @property
+    def side_by_side(self) -> int:
+        """Rollouts solved side by side, with `solve_size` or without."""
+        return self.solve_size or self.batch_size
+
+    @property
+    def inputs_a_solve(self) -> int:
+        """Inputs whose rollouts fill a batch of solves."""
+        return -(-self.side_by_side // self.num_rollouts)
 
     @field_validator("record_every")
     @classmethod

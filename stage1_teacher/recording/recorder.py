@@ -1,9 +1,15 @@
-"""From rendered inputs to records: encode, solve or noise, round to what is stored."""
+"""From rendered inputs to records: encode, solve or noise, round to what is stored.
+
+On a GPU the next inputs are encoded, and finished solves are made records and written, while it solves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +17,9 @@ from torch import Tensor
 from common.anytext2.conditioning import Conditioning, Uncond
 from common.anytext2.denoiser import predict_branches
 from common.ddim import trailing_grid
+from common.errors import DataError
+from common.on_device import OnItsWay, own_stream, send_to_host, used_here
+from common.overlap import Behind
 from common.schedule import diffuse, make_alphas_cumprod, predict_x0
 from common.sections import PrecomputeConfig
 from common.seeding import derive_seed, rng
@@ -21,23 +30,54 @@ from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 
+Numbered = tuple[int, RenderedInput]
+"""An input with its index in the plan."""
+Batches = Generator[Callable[[], "Recorded"], None, None]
+"""Batches of solves as they come: what makes the records of each."""
+
 
 def round_half(values: Tensor) -> Tensor:
     """Round to what float16 can hold and go on in float32: the teacher sees exactly what is stored."""
     return values.half().float()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Stored(Tensors):
+    """What a record stores of a conditioning, float16; see `Conditioning`."""
+
+    image_context: Tensor
+    text_context: Tensor
+    masked_latents: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """An input with what the teacher's encoders made of it."""
+
+    index: int
+    """In the plan."""
+    rendered: RenderedInput
+    conditioning: Conditioning
+    """Where the teacher is, float32, rounded to what is stored."""
+    stored: OnItsWay[_Stored]
+    """What the record keeps of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Item:
     """One solve: an input and which of its rollouts."""
 
-    rendered: RenderedInput
-    conditioning: Conditioning
+    encoded: Encoded
     rollout: int
 
     @property
+    def conditioning(self) -> Conditioning:
+        return self.encoded.conditioning
+
+    @property
     def seed(self) -> int:
-        return derive_seed(self.rendered.seed, self.rendered.input_id, "noise", self.rollout)
+        rendered = self.encoded.rendered
+        return derive_seed(rendered.seed, rendered.input_id, "noise", self.rollout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +92,8 @@ class _Solved(Tensors):
     """(B, S, C, h, w) float16."""
     x0_uncond: Tensor | None
     """Likewise."""
+    rollouts: Tensor | None = None
+    """Every state of the solves, if they are wanted, (B, N + 1, C, h, w) float16."""
 
     def __len__(self) -> int:
         return len(self.states)
@@ -68,18 +110,24 @@ class _Solved(Tensors):
 class Recorded:
     """What a batch of solves gave."""
 
-    records: list[Record]
-    """Of the inputs whose last rollout was in the batch, in order."""
+    records: list[tuple[int, Record]]
+    """Of the inputs whose last rollout was in the batch, in order, each with its index in the plan."""
     rollouts: Tensor | None
     """Every state of the batch's solves, (B, N + 1, C, h, w) float16 on the CPU, if they are wanted: inputs in
     order, of each its rollouts in order."""
 
 
 class Recorder:
-    """Makes records of rendered inputs, `batch_size` solves side by side."""
+    """Makes records of rendered inputs, `solve_size` solves side by side."""
 
     def __init__(
-        self, teacher: Teacher, uncond: Uncond, settings: PrecomputeConfig, *, whole_rollouts: bool = False
+        self,
+        teacher: Teacher,
+        uncond: Uncond,
+        settings: PrecomputeConfig,
+        *,
+        whole_rollouts: bool = False,
+        overlaps: bool | None = None,
     ) -> None:
         """Take the networks and how they are run.
 
@@ -88,49 +136,82 @@ class Recorder:
             uncond: the set's unconditional contexts, as it stores them.
             settings: how inputs are solved.
             whole_rollouts: give every state of the solves too; records are the same with and without them.
+            overlaps: encode the next inputs while a batch is solved, and let the caller make records meanwhile;
+                None: where the teacher is on a GPU. Records are the same with and without.
         """
         self._teacher, self._settings = teacher, settings
         self._uncond, self._whole_rollouts = uncond.to(teacher.device, torch.float32), whole_rollouts
         self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
+        self.overlaps = teacher.device.type == "cuda" if overlaps is None else overlaps
+        """Whether work beside the solves pays."""
+        self._stream = own_stream(teacher.device) if self.overlaps else None
 
-    def record(self, inputs: Sequence[RenderedInput]) -> Iterator[Recorded]:
+    def record(self, groups: Iterable[Sequence[Numbered]], where: str) -> Batches:
         """Encode and solve inputs; yields after every batch of solves, so that the caller may stop in between.
 
         What a record holds depends on which inputs are given together, to about 1e-6 of its values.
 
         Args:
-            inputs: at most `batch_size`, of one size; with `num_rollouts` R they make R full batches of solves.
+            groups: inputs of one size, those of a group encoded side by side. Solves cross their borders.
+            where: the inputs' shard, named in errors.
+
+        Yields:
+            What makes the records of a batch, once its values are on the CPU; to be called batch by batch, in this
+            thread or in one other.
 
         Raises:
-            DataError: the teacher produced NaN or Inf.
+            DataError: the teacher produced NaN or Inf; names the inputs.
         """
-        if not inputs:
-            return
-        encoded = [_round_conditioning(item) for item in self._teacher.encode(inputs)]
-        count = self._settings.num_rollouts
-        items = [_Item(*pair, rollout) for pair in zip(inputs, encoded, strict=True) for rollout in range(count)]
-        done, waiting = 0, None  # items in records; solves of an input that is not whole yet
-        for start in range(0, len(items), self._settings.batch_size):
-            batch = items[start : start + self._settings.batch_size]
-            solved, rollouts = self._run(batch)
-            solved = solved.to("cpu")  # where records are
-            waiting = solved if waiting is None else waiting.then(solved)
-            records = []
-            while len(waiting) >= count:
-                records.append(self._assemble(items[done : done + count], waiting[:count]))
-                done, waiting = done + count, waiting[count:]
-            yield Recorded(records=records, rollouts=rollouts)
+        size, rollouts = self._settings.side_by_side, range(self._settings.num_rollouts)
+        groups_a_solve = -(-self._settings.inputs_a_solve // self._settings.batch_size)
+        assembly, waiting = _Assembly(self._settings, where), deque[_Item]()
+        with self._encoding(groups_a_solve) as encoding:
+            pieces = (partial(self.encode, group, where) for group in groups if group)
+            for group in encoding.ahead(pieces, groups_a_solve):
+                waiting.extend(_Item(encoded, rollout) for encoded in group for rollout in rollouts)
+                while len(waiting) >= size:
+                    yield self._run([waiting.popleft() for _ in range(size)], assembly)
+            if waiting:
+                yield self._run(list(waiting), assembly)
 
-    def _run(self, batch: Sequence[_Item]) -> tuple[_Solved, Tensor | None]:
-        return self._solve(batch) if self._settings.source == "rollout" else (self._noise(batch), None)
+    def encode(self, group: Sequence[Numbered], where: str) -> list[Encoded]:
+        """Encode inputs of one size side by side.
+
+        Raises:
+            DataError: names `where` and the inputs.
+        """
+        indices, inputs = zip(*group, strict=True)
+        with _naming(where, *indices):
+            encoded = []
+            for index, rendered, exact in zip(indices, inputs, self._teacher.encode(inputs), strict=True):
+                stored = _Stored(
+                    image_context=exact.image_context.half(),
+                    text_context=exact.text_context.half(),
+                    masked_latents=exact.masked_latents.half(),
+                )
+                sent = send_to_host(stored, self._teacher.device)
+                encoded.append(Encoded(index, rendered, _round_conditioning(exact), sent))
+            return encoded
+
+    def _encoding(self, groups_a_solve: int) -> Behind:
+        if self._stream is None:
+            return Behind("encode", threaded=False)
+        return Behind("encode", threaded=True, most_waiting=groups_a_solve + 1, within=self._stream)
+
+    def _run(self, batch: list[_Item], assembly: _Assembly) -> Callable[[], Recorded]:
+        with _naming(assembly.where, *(item.encoded.index for item in batch)):
+            for encoded in {id(item.encoded): item.encoded for item in batch}.values():
+                used_here(encoded.conditioning)
+            solved = self._solve(batch) if self._settings.source == "rollout" else self._noise(batch)
+            return partial(assembly.add, batch, send_to_host(solved, self._teacher.device))
 
     def _draw_noise(self, item: _Item, count: int = 1) -> Tensor:
         """Draw on the CPU, so that devices agree, (count, C, h, w)."""
         generator = torch.Generator().manual_seed(item.seed)
         return torch.randn((count, *item.conditioning.masked_latents.shape), generator=generator)
 
-    def _solve(self, batch: Sequence[_Item]) -> tuple[_Solved, Tensor | None]:
+    def _solve(self, batch: Sequence[_Item]) -> _Solved:
         rollout = solve(
             self._teacher,
             [item.conditioning for item in batch],
@@ -142,13 +223,13 @@ class Recorder:
             store_predictions=self._settings.store_predictions,
             keep_all=self._whole_rollouts,
         )
-        solved = _Solved(
+        return _Solved(
             states=rollout.states,
             timesteps=rollout.timesteps.expand(len(batch), -1),
             x0_cond=rollout.x0_cond,
             x0_uncond=rollout.x0_uncond,
+            rollouts=rollout.all_states,
         )
-        return solved, None if rollout.all_states is None else rollout.all_states.cpu()
 
     @torch.no_grad()
     def _noise(self, batch: Sequence[_Item]) -> _Solved:
@@ -157,7 +238,7 @@ class Recorder:
         Source: Luo et al. 2023 (LCM), algorithm 1.
         """
         teacher, steps = self._teacher, len(self._keep)
-        images = torch.stack([item.rendered.image for item in batch if item.rendered.image is not None])
+        images = torch.stack([image for item in batch if (image := item.encoded.rendered.image) is not None])
         x0 = round_half(teacher.vae.encode(images.to(teacher.device, teacher.dtype)).float())  # (B, C, h, w)
         noise = torch.stack([self._draw_noise(item, steps) for item in batch]).to(x0.device)  # (B, S, C, h, w)
         timesteps = torch.stack([self._draw_timesteps(item) for item in batch])  # (B, S)
@@ -171,7 +252,8 @@ class Recorder:
 
     def _draw_timesteps(self, item: _Item) -> Tensor:
         """Draw S different timesteps of the solver's grid, the same for all rollouts, descending, (S,)."""
-        random, grid = rng(item.rendered.seed, item.rendered.input_id, "timesteps"), self._grid.timesteps.tolist()
+        rendered, grid = item.encoded.rendered, self._grid.timesteps.tolist()
+        random = rng(rendered.seed, rendered.input_id, "timesteps")
         return torch.tensor(sorted(random.sample(grid, len(self._keep)), reverse=True))
 
     def _predict(
@@ -189,9 +271,33 @@ class Recorder:
             uncond.append(predict_x0(z, eps_uncond, alpha).half())
         return torch.stack(cond, dim=1), torch.stack(uncond, dim=1)
 
+
+class _Assembly:
+    """Joins the rollouts of inputs, some of which two batches hold, to records."""
+
+    def __init__(self, settings: PrecomputeConfig, where: str) -> None:
+        self._settings, self.where = settings, where
+        self._items: list[_Item] = []
+        self._waiting: _Solved | None = None  # of those, while an input is not whole yet
+
+    def add(self, batch: Sequence[_Item], arriving: OnItsWay[_Solved]) -> Recorded:
+        """Take the next batch; returns the records that are whole now."""
+        solved, count = arriving.get(), self._settings.num_rollouts
+        rollouts, solved = solved.rollouts, replace(solved, rollouts=None)
+        self._items += batch
+        waiting = solved if self._waiting is None else self._waiting.then(solved)
+        records = []
+        while len(waiting) >= count:
+            items, self._items = self._items[:count], self._items[count:]
+            with _naming(self.where, items[0].encoded.index):
+                records.append((items[0].encoded.index, self._assemble(items, waiting[:count])))
+            waiting = waiting[count:]
+        self._waiting = waiting
+        return Recorded(records=records, rollouts=rollouts)
+
     def _assemble(self, items: Sequence[_Item], solved: _Solved) -> Record:
         """Join an input and its R rollouts to its record."""
-        rendered, conditioning = items[0].rendered, items[0].conditioning
+        rendered, stored = items[0].encoded.rendered, items[0].encoded.stored.get()
         return Record(
             meta=SampleMeta(
                 input_id=rendered.input_id,
@@ -206,9 +312,9 @@ class Recorder:
                 size=rendered.size,
                 guidance_scale=self._settings.guidance_scale,
             ),
-            image_context=conditioning.image_context.half().cpu(),
-            text_context=conditioning.text_context.half().cpu(),
-            masked_latents=conditioning.masked_latents.half().cpu(),
+            image_context=stored.image_context,
+            text_context=stored.text_context,
+            masked_latents=stored.masked_latents,
             rollout_latents=solved.states,
             rollout_timesteps=solved.timesteps[0],
             x0_cond=solved.x0_cond,
@@ -216,6 +322,17 @@ class Recorder:
             glyphs=rendered.glyphs,
             positions=rendered.positions.sum(0, keepdim=True, dtype=torch.uint8),
         )
+
+
+@contextmanager
+def _naming(where: str, *indices: int) -> Iterator[None]:
+    """Say of which inputs an error is, and where they belong."""
+    try:
+        yield
+    except DataError as error:
+        first, last = min(indices), max(indices)
+        which = f"input {first}" if first == last else f"inputs {first} to {last}"
+        raise type(error)(f"{where}, {which}: {error}") from None
 
 
 def _round_conditioning(conditioning: Conditioning) -> Conditioning:
