@@ -33,6 +33,12 @@ class ModelConfig(Section):
     """Arithmetic of the frozen networks."""
     device: str = "auto"
     """"auto" (CUDA if there is one), or a torch device such as "cuda:1" or "cpu"."""
+    compile: bool = False
+    """`precompute` and `train`: compile UNet and WriteNet, once for each shape of a batch. Results differ in
+    rounding. What was compiled is kept for later processes, see `common.compiling`."""
+    channels_last: bool = False
+    """`precompute` and `train`: keep UNet's and WriteNet's weights in the memory order in which a GPU's tensor
+    cores convolve. Results differ in rounding."""
 
 
 class TeacherConfig(Section):
