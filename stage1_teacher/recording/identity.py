@@ -20,7 +20,7 @@ from common.config import Config
 from common.files import read_bytes
 from common.grids import alphas_cumprod_table, trailing_steps
 from common.machine import describe_device, installed_versions
-from common.sections import PrecomputeConfig
+from common.sections import ModelConfig, PrecomputeConfig
 from stage1_teacher.inputs.fonts import font_sha256, text_layout
 from stage1_teacher.rendering.settings import RenderSettings
 
@@ -114,21 +114,22 @@ def _hash_tokenizer(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return device and library versions: what two runs must share to write the same bytes."""
+def describe_machine(device: torch.device, model: ModelConfig) -> dict[str, Any]:
+    """Return what two runs must share to write the same bytes: device, versions, and what [model] does for speed."""
     import torch
 
     versions = installed_versions(_PACKAGES)
     return {
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
+        **{key: True for key in ("compile", "channels_last") if getattr(model, key)},
         "python": platform.python_version(),
         "packages": {name: versions.get(name, "none") for name in _PACKAGES},
         "freetype": features.version("freetype2") or "",
     }
 
 
-def describe_run(device: torch.device) -> dict[str, Any]:
+def describe_run(device: torch.device, model: ModelConfig) -> dict[str, Any]:
     """Return `describe_machine` with host and time, for the manifest."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**describe_machine(device), "host": socket.gethostname(), "created": now}
+    return {**describe_machine(device, model), "host": socket.gethostname(), "created": now}

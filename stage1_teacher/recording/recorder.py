@@ -128,6 +128,7 @@ class Recorder:
         *,
         whole_rollouts: bool = False,
         overlaps: bool | None = None,
+        full_batches: bool = False,
     ) -> None:
         """Take the networks and how they are run.
 
@@ -138,8 +139,9 @@ class Recorder:
             whole_rollouts: give every state of the solves too; records are the same with and without them.
             overlaps: encode the next inputs while a batch is solved, and let the caller make records meanwhile;
                 None: where the teacher is on a GPU. Records are the same with and without.
+            full_batches: fill up a shard's last batch of solves with copies, for networks compiled for one shape.
         """
-        self._teacher, self._settings = teacher, settings
+        self._teacher, self._settings, self._full_batches = teacher, settings, full_batches
         self._uncond, self._whole_rollouts = uncond.to(teacher.device, torch.float32), whole_rollouts
         self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
@@ -203,8 +205,16 @@ class Recorder:
         with _naming(assembly.where, *(item.encoded.index for item in batch)):
             for encoded in {id(item.encoded): item.encoded for item in batch}.values():
                 used_here(encoded.conditioning)
-            solved = self._solve(batch) if self._settings.source == "rollout" else self._noise(batch)
-            return partial(assembly.add, batch, send_to_host(solved, self._teacher.device))
+            items = self._filled_up(batch) if self._full_batches else batch
+            solved = self._solve(items) if self._settings.source == "rollout" else self._noise(items)
+            return partial(assembly.add, batch, send_to_host(solved[: len(batch)], self._teacher.device))
+
+    def _filled_up(self, batch: list[_Item]) -> list[_Item]:
+        """Put copies of the last item behind a batch; each counts as an input of its own, for WriteNet too."""
+        last, missing = batch[-1], self._settings.side_by_side - len(batch)
+        encoded = last.encoded
+        copies = (replace(encoded, conditioning=replace(encoded.conditioning)) for _ in range(missing))
+        return batch + [_Item(copy, last.rollout) for copy in copies]
 
     def _draw_noise(self, item: _Item, count: int = 1) -> Tensor:
         """Draw on the CPU, so that devices agree, (count, C, h, w)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -142,6 +143,40 @@ def test_solves_cross_batches_of_inputs_but_no_shard(
     assert rows == [5, 5, 4]
     first = ShardSet.open(tmp_path / "rollouts")[0]
     assert torch.equal(first.rollout_latents[0, 0], small[0].rollout_latents[0, 0])
+
+
+def test_the_last_batch_of_a_shard_can_be_filled_up_and_its_records_stay(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = count_rows(monkeypatch)
+    monkeypatch.setattr(making, "Recorder", lambda *a, **options: Recorder(*a, **options | {"full_batches": True}))
+    run(folder, tmp_path / "full", "precompute.num_rollouts=3", limit=7)
+    assert rows == [2] * 11  # 21 solves
+    run(folder, tmp_path / "noised", 'precompute.source="noised"', annotations=[folder / "data.json"], prompts=[])
+    filled = ShardSet.open(tmp_path / "full")
+    for one, other in zip(ShardSet.open(whole), filled, strict=False):
+        assert other.rollout_latents.shape[0] == 3
+        difference = (one.rollout_latents[0].float() - other.rollout_latents[0].float()).norm()
+        assert difference < 2e-3 * one.rollout_latents.float().norm()
+    assert [len(record.rollout_latents) for record in ShardSet.open(tmp_path / "noised")] == [1] * 4
+
+
+def test_what_is_done_for_speed_is_in_provenance_and_not_in_identity(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = []
+    monkeypatch.setattr(making, "prepare_networks", lambda model, *networks: prepared.append((model, networks)))
+    rows = count_rows(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "load", classmethod(lambda _cls, config: copy.deepcopy(load_teacher(folder))))
+        run(folder, tmp_path / "fast", "model.compile=true", "model.channels_last=true")
+    assert rows == [2] * 5  # of 7 and 2 inputs: filled up
+    ((model, networks),) = prepared
+    assert model.compile and model.channels_last
+    assert [type(network).__name__ for network in networks] == ["UNet", "WriteNet"]
+    usual, fast = (ShardSet.open(out).headers[0].provenance for out in (whole, tmp_path / "fast"))
+    assert fast == usual | {"compile": True, "channels_last": True}
+    assert ShardSet.open(tmp_path / "fast").manifest.identity == ShardSet.open(whole).manifest.identity
 
 
 def test_the_size_of_solves_is_identity_only_where_it_is_another(folder: Path, tmp_path: Path) -> None:
