@@ -115,7 +115,7 @@ def _hash_tokenizer(folder: Path) -> str:
 
 
 def describe_machine(device: torch.device, model: ModelConfig) -> dict[str, Any]:
-    """Return what two runs must share to write the same bytes: device, versions, and what [model] does for speed."""
+    """Return what two runs must share to write the same bytes: device, versions, what [model] does for speed."""
     import torch
 
     versions = installed_versions(_PACKAGES)

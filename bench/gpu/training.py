@@ -1,0 +1,313 @@
+"""Stage two's parts: a step of training in every way, from shards, beside the online teacher, on smaller cards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench.gpu.learning import (
+    first_batch,
+    from_shards,
+    gradients,
+    in_memory,
+    noise_step,
+    online_step,
+    open_trainer,
+    ours,
+    plain_peft,
+)
+from bench.gpu.measuring import Step, count_flops, free, matmul_rate, time_step, time_stream
+from bench.gpu.place import FULL, Place
+from bench.gpu.rows import Row, write_row
+from bench.gpu.solving import FAST, describe_failure
+from bench.inputs import finish, render_inputs
+from common.compiling import as_it_is, prepare_networks
+from stage1_teacher.teacher.teacher import Teacher
+from stage2_student.train import train
+from stage2_student.training.trainer import Trainer
+
+PEFT = "step, plain PEFT under autocast, eager"
+BEST = "step, folded and compiled"
+FASTEST = ("train.fold_adapters=true", "model.compile=true")
+LOSS_TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+GRADIENT_TOLERANCE = {torch.bfloat16: 1e-1, torch.float32: 1e-3}
+"""Of folded or compiled against PEFT, relative, by the base's type: bfloat16 rounds by 4e-3 in each operation."""
+
+
+class Steps:
+    """Rows of a part: samples a second, and the share of what the plain student's arithmetic allows."""
+
+    def __init__(self, place: Place, part: str) -> None:
+        """Measure the matrix product."""
+        self.place, self.part = place, part
+        self._matmul = matmul_rate(place.out, place.size.matmul_side, place.dtype)
+        self._flops = sample_flops(place)
+
+    def add(
+        self,
+        case: str,
+        make: Callable[[], Step],
+        *,
+        samples: int = 0,
+        stream: bool = False,
+        baseline: str = "",
+        note: str = "",
+    ) -> None:
+        """Make a step, time it, write it down, and free it; an error is written down too.
+
+        Args:
+            case: what it is.
+            make: makes the step; what it holds is part of the memory.
+            samples: of a step; 0 for the size's batch.
+            stream: time a row of steps instead of each to its end.
+            baseline: the case to compare its rate with.
+            note: what else there is to say.
+        """
+        place, samples = self.place, samples or self.place.size.batch
+        try:
+            step = make()
+            timed = time_step(place.out, step, place.size.rounds)
+            seconds = time_stream(place.out, step, 2 * place.size.rounds, warm_up=0) if stream else timed.seconds
+        except Exception as error:
+            write_row(place.out, Row(part=self.part, case=case, note=describe_failure(error)))
+        else:
+            rate = samples / seconds
+            row = Row(
+                part=self.part,
+                case=case,
+                rate=rate,
+                unit="samples/s",
+                milliseconds=1000 * seconds,
+                of_matmul=rate * self._flops / self._matmul,
+                gib=timed.gib,
+                baseline=baseline,
+                note=note,
+            )
+            write_row(place.out, row)
+        step = None  # type: ignore[assignment]
+        free()
+
+    def compare(self, case: str, error: float, tolerance: float) -> None:
+        """Write down how far values are from what they should be."""
+        write_row(self.place.out, Row(part=self.part, case=case, error=error, tolerance=tolerance))
+
+
+def sample_flops(place: Place) -> float:
+    """Return a sample's arithmetic in plain PEFT, forward, backward and WriteNet; counted once for all parts."""
+    path = place.out / "flops.json"
+    if not path.exists():
+        learner = plain_peft(place)
+        batch = first_batch(open_trainer(place, "train.batch_size=1"))
+        flops = count_flops(noise_step(learner, batch)) / len(batch)
+        free()
+        path.write_text(json.dumps({"step": flops}))
+    return float(json.loads(path.read_text())["step"])
+
+
+def _ours(place: Place, *settings: str) -> Callable[[], Step]:
+    return lambda: in_memory(open_trainer(place, *settings))
+
+
+def step_today(place: Place) -> None:
+    """The baseline, and ours without any improvement."""
+    steps = Steps(place, "step-today")
+    steps.add(PEFT, lambda: noise_step(plain_peft(place), first_batch(open_trainer(place))))
+    steps.add("step, ours, eager", _ours(place), baseline=PEFT)
+
+
+def step_best(place: Place) -> None:
+    """The fastest step, and its loss against the same run as it is."""
+    steps = Steps(place, "step-best")
+
+    def make() -> Step:
+        trainer = open_trainer(place, *FASTEST)
+        batch = first_batch(trainer)
+        compiled = float(trainer.losses(batch).mean())
+        with as_it_is():
+            eager = float(trainer.losses(batch).mean())
+        tolerance = LOSS_TOLERANCE[place.dtype]
+        steps.compare("loss, compiled against eager", abs(compiled - eager) / abs(eager), tolerance)
+        return in_memory(trainer)
+
+    steps.add(BEST, make, baseline=PEFT)
+
+
+def step_values(place: Place) -> None:
+    """Losses and gradients of the folded student against PEFT's."""
+    steps = Steps(place, "step-values")
+    trainer = open_trainer(place)
+    batch = first_batch(trainer)
+    loss, expected = gradients(trainer, batch)
+    del trainer
+    free()
+    other, found = gradients(open_trainer(place, "train.fold_adapters=true"), batch)
+    steps.compare("loss, folded against PEFT", abs(other - loss) / abs(loss), LOSS_TOLERANCE[place.dtype])
+    difference = sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
+    norm = sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+    steps.compare("gradients, folded against PEFT", difference / norm, GRADIENT_TOLERANCE[place.dtype])
+
+
+def step_variants(place: Place) -> None:
+    """Each improvement alone, and what may help beside the best."""
+    steps = Steps(place, "step-variants")
+    steps.add("step, folded, eager", _ours(place, "train.fold_adapters=true"), baseline=PEFT)
+    half = place.size.batch // 2
+    draws = (f"train.batch_size={half}", "train.draws_per_sample=2", *FASTEST)
+    steps.add("step, folded and compiled, two states an image", _ours(place, *draws), baseline=PEFT)
+    steps.add("step, folded, compiled, channels_last", _ours(place, *FASTEST, FAST[1]), baseline=PEFT)
+    steps.add("step, PEFT, compiled", _ours(place, "model.compile=true"), baseline=PEFT)
+    checkpointing = "train.gradient_checkpointing=true"
+    steps.add("step, PEFT, eager, gradient checkpointing", _ours(place, checkpointing), baseline=PEFT)
+
+
+def step_graphs(place: Place) -> None:
+    """CUDA graphs of the folded student."""
+
+    def make() -> Step:
+        trainer = open_trainer(place, "train.fold_adapters=true")
+        if place.size.compiles:
+            trainer.student.unet.compile(mode="reduce-overhead", dynamic=False)
+        step = in_memory(trainer)
+
+        def marked() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
+            step()
+
+        return marked
+
+    Steps(place, "step-graphs").add("step, folded, CUDA graphs", make, baseline=PEFT)
+
+
+def shards(place: Place) -> None:
+    """The fastest step from shards, against the same on one batch in memory; rows of steps, as in training."""
+    steps, held = Steps(place, "shards"), list[Trainer]()
+
+    def trainer() -> Trainer:
+        if not held:
+            held.append(open_trainer(place, *FASTEST))
+        return held[0]
+
+    memory = "step, one batch in memory"
+    steps.add(memory, lambda: in_memory(trainer()), stream=True)
+    for workers in (1, 4) if place.size is FULL else (0,):
+        case = f"step, from shards, {workers} workers"
+        steps.add(case, lambda: from_shards(trainer(), workers), stream=True, baseline=memory)  # noqa: B023
+
+
+def online(place: Place) -> None:
+    """A step with the teacher in the process: as diffusers' LCM script has it, and with every improvement."""
+    steps, config = Steps(place, "online"), place.config()
+    inputs = render_inputs(config, place.annotations, place.size.batch)
+    scale = config.precompute.guidance_scale
+
+    def today() -> Step:
+        return online_step(plain_peft(place), Teacher.load(config), inputs, scale, together=False)
+
+    def best() -> Step:
+        fast = place.config(*FAST)
+        teacher = Teacher.load(fast)
+        prepare_networks(fast.model, teacher.denoiser.unet, teacher.denoiser.writenet)
+        return online_step(ours(open_trainer(place, *FASTEST)), teacher, inputs, scale, together=True)
+
+    note = "teacher, VAE, CLIP and recognizer included"
+    steps.add("step, online teacher, eager", today, samples=len(inputs), note=note)
+    steps.add("step, online teacher, every improvement", best, samples=len(inputs), note=note)
+
+
+CARDS = {
+    24: ("train.batch_size=8", "train.gradient_accumulation=2"),
+    16: ("train.batch_size=16", "train.gradient_checkpointing=true"),
+}
+"""A card's GiB, and the settings that fit it with an effective batch of 16."""
+CONTEXT_GIB = 1.0
+"""What CUDA itself takes of a card, about."""
+
+
+def cards(place: Place) -> None:
+    """Settings for smaller cards, PyTorch given no more memory than they have."""
+    steps = Steps(place, "cards")
+    for gib, settings in CARDS.items():
+        asked = settings if place.size is FULL else settings[1:]
+        for name, more in (("eager", ()), ("compiled", ("model.compile=true",))):
+            _limit(gib)
+            case = f"step, {gib} GB card, {name}"
+            steps.add(case, _ours(place, *asked, *more), samples=_samples(place, asked), note=" ".join(settings))
+    _limit(None)
+
+
+def _samples(place: Place, settings: tuple[str, ...]) -> int:
+    train = place.config(*settings).train
+    return train.batch_size * train.gradient_accumulation
+
+
+def _limit(gib: float | None) -> None:
+    """Let PyTorch have what a card of so many GiB leaves to it; None for all there is."""
+    if torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else min(1.0, (gib - CONTEXT_GIB) / whole))
+
+
+def deterministic(place: Place) -> None:
+    """`train.deterministic`: whether a run that was stopped ends with the same bits, and what it costs."""
+    steps, on = Steps(place, "deterministic"), "train.deterministic=true"
+    free_running = "step, folded, eager, any algorithms"
+    folded = "train.fold_adapters=true"
+    steps.add(free_running, _ours(place, folded))
+    steps.add("step, folded, eager, deterministic", _ours(place, folded, on), baseline=free_running)
+    few = ("train.max_steps=4", "train.checkpoint_every=2", "train.trackers=[]", "train.num_workers=0", on, folded)
+    config = place.config(*few)
+    whole, parted = place.out / "whole-run", place.out / "parted-run"
+    for run in (whole, parted):
+        shutil.rmtree(run, ignore_errors=True)
+    train(config, shards=place.shards, run=whole)
+    shutil.copytree(whole, parted)
+    shutil.rmtree(parted / "checkpoints" / "step-00000004")
+    resumed = train(config, shards=place.shards, run=parted, resume="auto")
+    assert resumed.resumed_from == 2
+    equal = _weights(whole) == _weights(parted)
+    steps.compare(
+        "weights of a resumed run against an unbroken one's, 1 if any bit differs", float(not equal), 0.0
+    )
+
+
+def _weights(run: Path) -> bytes:
+    return (run / "checkpoints" / "step-00000004" / "lora" / "unet" / "adapter_model.safetensors").read_bytes()
+
+
+def profile(place: Place) -> None:
+    """Where the time of a step goes, kernel by kernel, into files of the output folder."""
+    for case, settings in (("ours, eager", ()), ("folded and compiled", FASTEST)):
+        try:
+            step = in_memory(open_trainer(place, *settings))
+            note = _profile(place, case, step)
+        except Exception as error:
+            note = describe_failure(error)
+        write_row(place.out, Row(part="profile", case=f"profile of a step, {case}", note=note))
+        step = None  # type: ignore[assignment]
+        free()
+
+
+def _profile(place: Place, case: str, step: Step) -> str:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    on_gpu = torch.cuda.is_available()
+    for _ in range(3):
+        step()
+    finish()
+    activities = [ProfilerActivity.CUDA] if on_gpu else []
+    with record(activities=[ProfilerActivity.CPU, *activities]) as found:
+        for _ in range(2):
+            step()
+        finish()
+    averages = found.key_averages()
+    column = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    path = place.out / f"profile-{case.replace(', ', '-').replace(' ', '-')}.txt"
+    path.write_text(averages.table(sort_by=column, row_limit=80, max_name_column_width=120))
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    busy = sum(getattr(each, attribute) for each in averages) / 2e3
+    return f"{busy:.1f} ms of {'kernels' if on_gpu else 'operators'} a step: {path.name}"
