@@ -1,4 +1,4 @@
-"""Networks made fast for a GPU without a change to what they compute: compiled, and in another memory order.
+"""How networks are run: compiled, in another memory order, by algorithms that give the same bits every time.
 
 What is compiled is kept in a folder for later processes: a job that goes on, or the next task of an array, then
 compiles nothing and only loads. $TORCHINDUCTOR_CACHE_DIR places the folder, as PyTorch has it; without it, it is
@@ -97,6 +97,21 @@ def as_it_is() -> Iterator[None]:
 
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def make_deterministic() -> None:
+    """Have PyTorch choose algorithms that give the same bits in every run, for the rest of this process.
+
+    Call it before CUDA starts and before anything is compiled: both read their settings once.
+    """
+    import torch
+    from torch.utils import deterministic
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that cuBLAS promises this for
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # else it chooses the fastest kernel by timing
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
 
 
 def _use_cache() -> None:

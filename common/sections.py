@@ -177,6 +177,9 @@ class TrainConfig(Section):
     """Samples per rank and forward."""
     gradient_accumulation: Count = 1
     """Forwards per optimizer step."""
+    draws_per_sample: Count = 1
+    """States of a sample that are trained on side by side, at different phases as long as there are any left: one
+    call of WriteNet for all of them. A forward has batch_size times this many rows."""
     learning_rate: PositiveFloat = 1e-4
     """Peak of the schedule."""
     warmup_steps: NonNegativeInt = 50
@@ -191,6 +194,12 @@ class TrainConfig(Section):
     """accelerate's: "no", "fp16" or "bf16"."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    fold_adapters: bool = False
+    """Add the adapters to the weights once a step and run the plain network: fewer operations and activations a
+    layer, for the gradients of all weights. Results differ in rounding; checkpoints are the same."""
+    deterministic: bool = False
+    """Choose algorithms that give the same bits in every run, so that a run on a GPU goes on as if it had never
+    stopped. Slower."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """EMA of the LoRA weights; 0 for none."""
     num_workers: NonNegativeInt = 2

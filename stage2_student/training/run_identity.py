@@ -11,6 +11,8 @@ HARMLESS = frozenset(
     {
         "batch_size",  # batch_size x processes is noted instead
         "checkpoint_every",
+        "deterministic",
+        "fold_adapters",
         "gradient_checkpointing",
         "keep_adapters",
         "held_out_every",
@@ -25,7 +27,7 @@ HARMLESS = frozenset(
 )
 """Keys of [train] that do not change what is learnt."""
 
-ONLY_IF_SET = {"grid": "trailing"}
+ONLY_IF_SET: dict[str, Any] = {"draws_per_sample": 1, "grid": "trailing"}
 """Keys that came later, and what runs begun before have."""
 
 

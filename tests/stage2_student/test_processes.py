@@ -25,7 +25,7 @@ from stage2_student.training.runlog import read_log
 from tests.shards.builders import write_over
 from tests.stage2_student.conftest import Configure, write_shards
 
-TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds"}
+TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds", "seconds_left"}
 RUN_AND_LIST_MODULES = """
 import json, runpy, sys
 sys.argv = ["pipeline.py", *sys.argv[2:]]
