@@ -210,7 +210,11 @@ def _ask(
 # Values.
 
 
-def gradients(trainer: Trainer, batch: Batch) -> tuple[float, dict[str, Tensor]]:
+Learnt = tuple[float, dict[str, Tensor]]
+"""A step's mean loss, and the gradient of each adapter's parameter."""
+
+
+def gradients(trainer: Trainer, batch: Batch) -> Learnt:
     """Do a step; return its mean loss and the gradients of the adapters, before they are clipped.
 
     Every B is set to small numbers first, for where it is zero the gradient of A is too.
@@ -221,8 +225,13 @@ def gradients(trainer: Trainer, batch: Batch) -> tuple[float, dict[str, Tensor]]
             parameter.data.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
     if trainer.learner.folded is not None:
         trainer.learner.folded.refresh()
-    with torch.no_grad(), trainer.accelerator.autocast():
-        loss = float(trainer.losses(batch).mean())
+    losses: Callable[[Batch], Tensor] = trainer.losses
+    seen: list[Tensor] = []
+
+    def look(of: Batch) -> Tensor:
+        seen.append(losses(of))
+        return seen[-1]
+
     found: dict[str, Tensor] = {}
     clip: Callable[..., Any] = trainer.accelerator.clip_grad_norm_
 
@@ -232,9 +241,9 @@ def gradients(trainer: Trainer, batch: Batch) -> tuple[float, dict[str, Tensor]]
         )
         return clip(trainer.learner.parameters.values(), math.inf)
 
-    trainer.accelerator.clip_grad_norm_ = keep  # type: ignore[method-assign]
+    trainer.accelerator.clip_grad_norm_, trainer.losses = keep, look  # type: ignore[method-assign]
     try:
         trainer.optimizer_step(iter([batch]))
     finally:
-        trainer.accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
-    return loss, found
+        trainer.accelerator.clip_grad_norm_, trainer.losses = clip, losses  # type: ignore[method-assign]
+    return float(seen[0].detach().mean()), found

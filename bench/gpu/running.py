@@ -18,6 +18,7 @@ LOGS = "logs"
 SIDE_BY_SIDE = 3
 """Parts at once: they measure in turn, and one compiles on the CPU while another measures."""
 _LOOK_SECONDS = 0.05
+_TIME_UP = "the run's time was up"
 
 
 class Limited(Protocol):
@@ -41,6 +42,10 @@ class _Running:
     part: Limited
     process: subprocess.Popen[bytes]
     until: float
+    why: str
+    """What is said of it if it is ended then."""
+    why: str
+    """It is ended then."""
 
 
 def run_parts(
@@ -67,6 +72,7 @@ def run_parts(
     try:
         while waiting or running:
             now = time.monotonic()
+            running = [each for each in running if not _has_ended(each, out)]
             if now >= deadline:
                 break
             left = gib - sum(each.part.gib for each in running)
@@ -74,28 +80,29 @@ def run_parts(
             if part is not None and len(running) < SIDE_BY_SIDE:
                 waiting.remove(part)
                 print(f"{part.name} ...", flush=True)
+                process = _start(part, out, command(part.name), environment)
+                limit = f"it took longer than its {part.seconds:.0f} s"
+                own = now + part.seconds < deadline
                 running.append(
-                    _start(part, out, command(part.name), min(deadline, now + part.seconds), environment)
+                    _Running(part, process, now + part.seconds if own else deadline, limit if own else _TIME_UP)
                 )
                 continue
             time.sleep(_LOOK_SECONDS)
-            running = [each for each in running if not _has_ended(each, out)]
     finally:
         for each in running:
             _end(each)
-            write_row(out, Row(part=each.part.name, case=f"{each.part.name}: ended", note="the run's time was up"))
+            write_row(out, Row(part=each.part.name, case=f"{each.part.name}: ended", note=_TIME_UP))
     for part in waiting:
-        write_row(out, Row(part=part.name, case=f"{part.name}: not begun", note="the run's time was up"))
+        write_row(out, Row(part=part.name, case=f"{part.name}: not begun", note=_TIME_UP))
 
 
 def _start(
-    part: Limited, out: Path, command: Sequence[str], until: float, environment: Mapping[str, str] | None
-) -> _Running:
+    part: Limited, out: Path, command: Sequence[str], environment: Mapping[str, str] | None
+) -> subprocess.Popen[bytes]:
     with (out / LOGS / f"{part.name}.log").open("wb") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
-    return _Running(part, process, until)
 
 
 def _has_ended(running: _Running, out: Path) -> bool:
@@ -104,8 +111,7 @@ def _has_ended(running: _Running, out: Path) -> bool:
         return False
     if code is None:
         _end(running)
-        note = f"it took longer than its {running.part.seconds:.0f} s"
-        write_row(out, Row(part=name, case=f"{name}: ended", note=note))
+        write_row(out, Row(part=name, case=f"{name}: ended", note=running.why))
     elif code:
         note = f"exit code {code}, see {LOGS}/{name}.log"
         write_row(out, Row(part=name, case=f"{name}: failed", note=note))

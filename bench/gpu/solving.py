@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from bench.gpu.measuring import Step, alone, count_flops, free, matmul_rate, tim
 from bench.gpu.place import Place
 from bench.gpu.rows import Row, write_row
 from bench.inputs import finish, render_inputs
-from common.anytext2.conditioning import ConditioningBatch
+from common.anytext2.conditioning import Conditioning, ConditioningBatch
 from common.anytext2.denoiser import predict_branches
 from common.compiling import prepare_networks
 from common.config import Config
@@ -38,21 +38,23 @@ COMPILED_TOLERANCE = 2e-2
 """Of compiled against eager, both in bfloat16."""
 
 
-class Calls:
-    """Calls of UNet and WriteNet on drawn inputs, both branches of guidance side by side."""
+def encode(place: Place, config: Config, teacher: Teacher, count: int) -> list[Conditioning]:
+    """Encode drawn inputs, as many at a time as `precompute` does."""
+    inputs, size = render_inputs(config, place.annotations, count), config.precompute.batch_size
+    return [item for start in range(0, count, size) for item in teacher.encode(inputs[start : start + size])]
 
-    def __init__(self, place: Place, config: Config, teacher: Teacher, rows: int, *, masked: bool = False) -> None:
-        """Encode `rows` / 2 inputs; `masked` makes one caption longer than the others."""
-        conditionings = teacher.encode(render_inputs(config, place.annotations, rows // 2))
-        if masked:
-            longer = torch.cat([conditionings[0].image_context] * 2)
-            conditionings[0] = replace(conditionings[0], image_context=longer)
-        self._teacher, self._conditionings = teacher, conditionings
-        self._predict = predict_branches(teacher.denoiser, conditionings, teacher.unconditional())
+
+class Calls:
+    """Calls of UNet and WriteNet on encoded inputs, both branches of guidance side by side."""
+
+    def __init__(self, teacher: Teacher, conditionings: Sequence[Conditioning]) -> None:
+        """Prepare what `precompute` prepares once a solve; two rows an input."""
+        self._teacher, self._conditionings, count = teacher, list(conditionings), len(conditionings)
+        self._predict = predict_branches(teacher.denoiser, self._conditionings, teacher.unconditional())
+        latents = conditionings[0].masked_latents
         generator = torch.Generator().manual_seed(0)
-        shape = (rows // 2, *teacher.network.latent_shape(config.inputs.size))
-        self._z = torch.randn(shape, generator=generator).to(teacher.device)
-        self._t = torch.full((rows // 2,), 500, device=teacher.device)
+        self._z = torch.randn((count, *latents.shape), generator=generator).to(teacher.device)
+        self._t = torch.full((count,), 500, device=teacher.device)
 
     def unet(self) -> Tensor:
         """Predict the noise of all rows, (rows, C, h, w)."""
@@ -116,18 +118,18 @@ def solve_today(place: Place) -> None:
     product = Row(part=rates.part, case="matrix product", rate=rates.matmul / 1e12, unit="TFLOP/s")
     write_row(place.out, product)
     teacher = Teacher.load(config)
-    small = Calls(place, config, teacher, place.size.rows[0])
-    unet_flops = count_flops(small.unet) / place.size.rows[0]
-    writenet_flops = count_flops(small.writenet) / place.size.rows[0]
+    least, most = place.size.rows[0], place.size.rows[-1]
+    encoded = encode(place, config, teacher, most // 2)
+    few = Calls(teacher, encoded[: least // 2])
+    unet_flops, writenet_flops = count_flops(few.unet) / least, count_flops(few.writenet) / least
     for rows in place.size.rows:
-        rates.add(f"UNet, eager, {rows} rows", Calls(place, config, teacher, rows).unet, rows, unet_flops)
-    rows = place.size.rows[0]
-    masked = Calls(place, config, teacher, rows, masked=True)
-    rates.add(f"UNet, eager, {rows} rows, context mask", masked.unet, rows, unet_flops)
-    most = place.size.rows[-1]
-    rates.add(f"WriteNet, eager, {most} rows", Calls(place, config, teacher, most).writenet, most, writenet_flops)
-    few, case = place.size.inputs // 3 or 1, "precompute, as it was"
-    time_precompute(rates, case, config, teacher, few, unet_flops, baseline=f"UNet, eager, {rows} rows")
+        rates.add(f"UNet, eager, {rows} rows", Calls(teacher, encoded[: rows // 2]).unet, rows, unet_flops)
+    longer = replace(encoded[0], image_context=torch.cat([encoded[0].image_context] * 2))
+    masked = Calls(teacher, [longer, *encoded[1 : least // 2]])
+    rates.add(f"UNet, eager, {least} rows, context mask", masked.unet, least, unet_flops)
+    rates.add(f"WriteNet, eager, {most} rows", Calls(teacher, encoded).writenet, most, writenet_flops)
+    inputs, bare = place.size.inputs // 3 or 1, f"UNet, eager, {least} rows"
+    time_precompute(rates, "precompute, as it was", config, teacher, inputs, unet_flops, baseline=bare)
 
 
 def solve_best(place: Place) -> None:
@@ -136,10 +138,11 @@ def solve_best(place: Place) -> None:
     config = place.config(*FAST, f"precompute.solve_size={rows // 2}")
     with making(place, config) as maker:
         eager = Teacher.load(config)
-        calls = Calls(place, config, eager, rows)
+        encoded = encode(place, config, eager, rows // 2)
+        calls = Calls(eager, encoded)
         flops, expected = count_flops(calls.unet) / rows, calls.unet()
         teacher = prepared(maker, eager)
-        calls = Calls(place, config, teacher, rows)
+        calls = Calls(teacher, encoded)
         part.compare("UNet, compiled, against eager", calls.unet(), expected, COMPILED_TOLERANCE)
         part.add(f"UNet, channels_last and compiled, {rows} rows", calls.unet, rows, flops)
         case = "precompute, every improvement"
@@ -155,11 +158,12 @@ def solve_variants(place: Place) -> None:
     for setting in (("model.channels_last=true",), ("model.compile=true",), FAST):
         config = place.config(*setting)
         teacher = Teacher.load(config)
-        flops = count_flops(Calls(place, config, teacher, base).unet) / base
+        encoded = encode(place, config, teacher, place.size.rows[-1] // 2)
+        flops = count_flops(Calls(teacher, encoded[: base // 2]).unet) / base
         prepare_networks(config.model, teacher.denoiser.unet, teacher.denoiser.writenet)
         name = ", ".join(each.removeprefix("model.").removesuffix("=true") for each in setting)
         for rows in (base, place.size.rows[-1]) if setting == FAST else (base,):
-            calls = Calls(place, config, teacher, rows)
+            calls = Calls(teacher, encoded[: rows // 2])
             eager = f"UNet, eager, {rows} rows"
             rates.add(f"UNet, {name}, {rows} rows", calls.unet, rows, flops, baseline=eager)
         del teacher
@@ -194,8 +198,10 @@ def compare_devices(place: Place) -> None:
     rates, config = Rates(place, "devices"), place.config()
     rendered = devices.draw(config)
     reference = devices.compute(devices.load(config, "cpu", "float32"), rendered, {})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for dtype, tolerance in (("float32", EXACT_TOLERANCE), ("bfloat16", BF16_TOLERANCE)):
+    device, types = "cpu", {"bfloat16": BF16_TOLERANCE}
+    if torch.cuda.is_available():
+        device, types = "cuda", {"float32": EXACT_TOLERANCE, **types}
+    for dtype, tolerance in types.items():
         with devices.tf32(False):
             found = devices.compute(devices.load(config, device, dtype), rendered, reference)
         for name, value in found.items():

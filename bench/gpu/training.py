@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu.learning import (
+    Learnt,
     first_batch,
     from_shards,
     gradients,
@@ -95,6 +96,15 @@ class Steps:
         """Write down how far values are from what they should be."""
         write_row(self.place.out, Row(part=self.part, case=case, error=error, tolerance=tolerance))
 
+    def compare_learning(self, what: str, found: Learnt, expected: Learnt) -> None:
+        """Compare losses and gradients; see `gradients`."""
+        loss = abs(found[0] - expected[0]) / abs(expected[0])
+        self.compare(f"loss, {what}", loss, LOSS_TOLERANCE[self.place.dtype])
+        pairs = [(found[1][name], value) for name, value in expected[1].items()]
+        difference = sum(float((mine - other).square().sum()) for mine, other in pairs) ** 0.5
+        norm = sum(float(other.square().sum()) for _, other in pairs) ** 0.5
+        self.compare(f"gradients, {what}", difference / norm, GRADIENT_TOLERANCE[self.place.dtype])
+
 
 def sample_flops(place: Place) -> float:
     """Return a sample's arithmetic in plain PEFT, forward, backward and WriteNet; counted once for all parts."""
@@ -120,17 +130,15 @@ def step_today(place: Place) -> None:
 
 
 def step_best(place: Place) -> None:
-    """The fastest step, and its loss against the same run as it is."""
+    """The fastest step, and its gradients against the same network's as it is."""
     steps = Steps(place, "step-best")
 
     def make() -> Step:
         trainer = open_trainer(place, *FASTEST)
         batch = first_batch(trainer)
-        compiled = float(trainer.losses(batch).mean())
         with as_it_is():
-            eager = float(trainer.losses(batch).mean())
-        tolerance = LOSS_TOLERANCE[place.dtype]
-        steps.compare("loss, compiled against eager", abs(compiled - eager) / abs(eager), tolerance)
+            expected = gradients(trainer, batch)
+        steps.compare_learning("compiled against eager", gradients(trainer, batch), expected)
         return in_memory(trainer)
 
     steps.add(BEST, make, baseline=PEFT)
@@ -141,14 +149,11 @@ def step_values(place: Place) -> None:
     steps = Steps(place, "step-values")
     trainer = open_trainer(place)
     batch = first_batch(trainer)
-    loss, expected = gradients(trainer, batch)
+    expected = gradients(trainer, batch)
     del trainer
     free()
-    other, found = gradients(open_trainer(place, "train.fold_adapters=true"), batch)
-    steps.compare("loss, folded against PEFT", abs(other - loss) / abs(loss), LOSS_TOLERANCE[place.dtype])
-    difference = sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
-    norm = sum(float(value.square().sum()) for value in expected.values()) ** 0.5
-    steps.compare("gradients, folded against PEFT", difference / norm, GRADIENT_TOLERANCE[place.dtype])
+    found = gradients(open_trainer(place, "train.fold_adapters=true"), batch)
+    steps.compare_learning("folded against PEFT", found, expected)
 
 
 def step_variants(place: Place) -> None:
