@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Behind:
         self._name, self._most_waiting, self._within = name, most_waiting, within
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name) if threaded else None
         self._waiting: deque[Future[Any]] = deque()
+        self._gate = threading.Lock()
         self._failure: BaseException | None = None
         self._dropped = False
 
@@ -83,6 +85,12 @@ class Behind:
         while futures:
             yield futures.popleft().result()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Wait for the piece in work, and let none begin for as long as the context lasts."""
+        with self._gate:
+            yield
+
     def finish(self) -> None:
         """Wait for all pieces.
 
@@ -110,7 +118,7 @@ class Behind:
         if self._dropped:
             raise CancelledError
         try:
-            with self._within():
+            with self._gate, self._within():
                 return piece()
         except BaseException as error:
             self._failure = error

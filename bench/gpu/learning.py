@@ -23,7 +23,7 @@ from common.config import Config
 from common.ddim import consistency_value
 from common.schedule import alphas_at, diffuse, guided, make_alphas_cumprod, predict_x0
 from shards.reading.reader import ShardSet
-from shards.records.batch import Batch
+from shards.records.batch import Batch, collate
 from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.student.student import Student, find_modules, load_base, training_dtype
@@ -52,6 +52,13 @@ def open_trainer(place: Place, *settings: str) -> Trainer:
     config = place.config(*settings)
     dataset = ShardSet.open(place.shards)
     return prepare(config, make_accelerator(config), dataset, place.out / "run", None, Ancestry())[0]
+
+
+def read_batch(place: Place, count: int) -> Batch:
+    """Read the first records of the place's shards side by side, from where copies to a GPU are fast."""
+    shards = ShardSet.open(place.shards)
+    batch = collate([shards[index] for index in range(count)])
+    return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 def first_batch(trainer: Trainer) -> Batch:

@@ -7,7 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,28 +30,41 @@ class Timed:
     """Most memory that was allocated, all that the process holds included; None without a GPU."""
 
 
+_depth = 0
+
+
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Wait until no other process of the benchmark measures; they may compile meanwhile."""
-    with (out / ".measuring").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Wait until no other process of the benchmark has the GPU to itself; they may load and compile meanwhile.
+
+    May be entered within itself.
+    """
+    global _depth
+    with ExitStack() as held:
+        if not _depth:
+            fcntl.flock(held.enter_context((out / ".measuring").open("w")), fcntl.LOCK_EX)
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
 
 
-def time_step(out: Path, step: Step, rounds: int, *, warm_up: int = 2) -> Timed:
-    """Time a step, each round to its end; what it compiles and allocates at first is not counted.
+def time_step(out: Path, step: Step, rounds: int, *, compiles: bool = False) -> Timed:
+    """Time a step, each round to its end, alone; what it compiles and allocates at first is not counted.
 
     Args:
         out: the benchmark's folder.
         step: does its work.
         rounds: that are timed.
-        warm_up: that are not.
+        compiles: the first call does little but compile, beside other processes.
     """
-    for _ in range(warm_up):
+    if compiles:
         step()
-    finish()
+        finish()
     with alone(out):
-        step()
+        for _ in range(2):
+            step()
         finish()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -65,12 +78,11 @@ def time_step(out: Path, step: Step, rounds: int, *, warm_up: int = 2) -> Timed:
     return Timed(seconds=statistics.median(seconds), gib=peak)
 
 
-def time_stream(out: Path, step: Step, rounds: int, *, warm_up: int = 2) -> float:
-    """Return the seconds of a step in a row of them, waited for at the row's end alone."""
-    for _ in range(warm_up):
-        step()
-    finish()
+def time_stream(out: Path, step: Step, rounds: int) -> float:
+    """Return the seconds of a step in a row of them, waited for at the row's end only; one more goes before."""
     with alone(out):
+        step()
+        finish()
         before = time.perf_counter()
         for _ in range(rounds):
             step()

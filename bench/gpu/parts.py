@@ -34,7 +34,7 @@ PARTS = {
         Part(name="step-values", run=training.step_values, seconds=90, gib=32, quick=True),
         Part(name="devices", run=solving.compare_devices, seconds=100, gib=12, quick=True),
         Part(name="shards", run=training.shards, seconds=150, gib=24),
-        Part(name="online", run=training.online, seconds=200, gib=40),
+        Part(name="online", run=training.online, seconds=300, gib=40),
         Part(name="deterministic", run=training.deterministic, seconds=120, gib=24),
         Part(name="cards", run=training.cards, seconds=240, gib=24),
         Part(name="profile", run=training.profile, seconds=150, gib=32),

@@ -41,7 +41,8 @@ COMPILED_TOLERANCE = 2e-2
 def encode(place: Place, config: Config, teacher: Teacher, count: int) -> list[Conditioning]:
     """Encode drawn inputs, as many at a time as `precompute` does."""
     inputs, size = render_inputs(config, place.annotations, count), config.precompute.batch_size
-    return [item for start in range(0, count, size) for item in teacher.encode(inputs[start : start + size])]
+    with alone(place.out):
+        return [item for start in range(0, count, size) for item in teacher.encode(inputs[start : start + size])]
 
 
 class Calls:
@@ -81,7 +82,7 @@ class Rates:
     def add(self, case: str, step: Step, rows: int, flops_a_row: float, **more: Any) -> None:
         """Time a step of so many rows and write it down; an error is written down too."""
         try:
-            timed = time_step(self.place.out, step, self.place.size.rounds)
+            timed = time_step(self.place.out, step, self.place.size.rounds, compiles="compile" in case)
         except Exception as error:
             self.fail(case, error)
             return
@@ -121,7 +122,8 @@ def solve_today(place: Place) -> None:
     least, most = place.size.rows[0], place.size.rows[-1]
     encoded = encode(place, config, teacher, most // 2)
     few = Calls(teacher, encoded[: least // 2])
-    unet_flops, writenet_flops = count_flops(few.unet) / least, count_flops(few.writenet) / least
+    with alone(place.out):
+        unet_flops, writenet_flops = count_flops(few.unet) / least, count_flops(few.writenet) / least
     for rows in place.size.rows:
         rates.add(f"UNet, eager, {rows} rows", Calls(teacher, encoded[: rows // 2]).unet, rows, unet_flops)
     longer = replace(encoded[0], image_context=torch.cat([encoded[0].image_context] * 2))
@@ -139,8 +141,9 @@ def solve_best(place: Place) -> None:
     with making(place, config) as maker:
         eager = Teacher.load(config)
         encoded = encode(place, config, eager, rows // 2)
-        calls = Calls(eager, encoded)
-        flops, expected = count_flops(calls.unet) / rows, calls.unet()
+        with alone(place.out):
+            calls = Calls(eager, encoded)
+            flops, expected = count_flops(calls.unet) / rows, calls.unet()
         teacher = prepared(maker, eager)
         calls = Calls(teacher, encoded)
         part.compare("UNet, compiled, against eager", calls.unet(), expected, COMPILED_TOLERANCE)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +22,9 @@ from bench.gpu.learning import (
     open_trainer,
     ours,
     plain_peft,
+    read_batch,
 )
-from bench.gpu.measuring import Step, count_flops, free, matmul_rate, time_step, time_stream
+from bench.gpu.measuring import Step, alone, count_flops, free, matmul_rate, time_step, time_stream
 from bench.gpu.place import FULL, Place
 from bench.gpu.rows import Row, write_row
 from bench.gpu.solving import FAST, describe_failure
@@ -46,7 +49,6 @@ class Steps:
         """Measure the matrix product."""
         self.place, self.part = place, part
         self._matmul = matmul_rate(place.out, place.size.matmul_side, place.dtype)
-        self._flops = sample_flops(place)
 
     def add(
         self,
@@ -57,6 +59,7 @@ class Steps:
         stream: bool = False,
         baseline: str = "",
         note: str = "",
+        keep: bool = False,
     ) -> None:
         """Make a step, time it, write it down, and free it; an error is written down too.
 
@@ -67,12 +70,14 @@ class Steps:
             stream: time a row of steps instead of each to its end.
             baseline: the case to compare its rate with.
             note: what else there is to say.
+            keep: keep what the step holds, and its compiled code, for the next case.
         """
         place, samples = self.place, samples or self.place.size.batch
         try:
             step = make()
-            timed = time_step(place.out, step, place.size.rounds)
-            seconds = time_stream(place.out, step, 2 * place.size.rounds, warm_up=0) if stream else timed.seconds
+            timed = time_step(place.out, step, place.size.rounds, compiles="compile" in case)
+            seconds = time_stream(place.out, step, 2 * place.size.rounds) if stream else timed.seconds
+            flops = sample_flops(place)
         except Exception as error:
             write_row(place.out, Row(part=self.part, case=case, note=describe_failure(error)))
         else:
@@ -83,14 +88,15 @@ class Steps:
                 rate=rate,
                 unit="samples/s",
                 milliseconds=1000 * seconds,
-                of_matmul=rate * self._flops / self._matmul,
+                of_matmul=rate * flops / self._matmul,
                 gib=timed.gib,
                 baseline=baseline,
                 note=note,
             )
             write_row(place.out, row)
         step = None  # type: ignore[assignment]
-        free()
+        if not keep:
+            free()
 
     def compare(self, case: str, error: float, tolerance: float) -> None:
         """Write down how far values are from what they should be."""
@@ -108,14 +114,11 @@ class Steps:
 
 def sample_flops(place: Place) -> float:
     """Return a sample's arithmetic in plain PEFT, forward, backward and WriteNet; counted once for all parts."""
-    path = place.out / "flops.json"
-    if not path.exists():
-        learner = plain_peft(place)
-        batch = first_batch(open_trainer(place, "train.batch_size=1"))
-        flops = count_flops(noise_step(learner, batch)) / len(batch)
-        free()
-        path.write_text(json.dumps({"step": flops}))
-    return float(json.loads(path.read_text())["step"])
+    path = place.out / "sample_flops.json"
+    with alone(place.out):
+        if not path.exists():
+            path.write_text(json.dumps(count_flops(noise_step(plain_peft(place), read_batch(place, 1)))))
+    return float(json.loads(path.read_text()))
 
 
 def _ours(place: Place, *settings: str) -> Callable[[], Step]:
@@ -125,7 +128,7 @@ def _ours(place: Place, *settings: str) -> Callable[[], Step]:
 def step_today(place: Place) -> None:
     """The baseline, and ours without any improvement."""
     steps = Steps(place, "step-today")
-    steps.add(PEFT, lambda: noise_step(plain_peft(place), first_batch(open_trainer(place))))
+    steps.add(PEFT, lambda: noise_step(plain_peft(place), read_batch(place, place.size.batch)))
     steps.add("step, ours, eager", _ours(place), baseline=PEFT)
 
 
@@ -136,7 +139,7 @@ def step_best(place: Place) -> None:
     def make() -> Step:
         trainer = open_trainer(place, *FASTEST)
         batch = first_batch(trainer)
-        with as_it_is():
+        with as_it_is(), alone(place.out):
             expected = gradients(trainer, batch)
         steps.compare_learning("compiled against eager", gradients(trainer, batch), expected)
         return in_memory(trainer)
@@ -197,10 +200,11 @@ def shards(place: Place) -> None:
         return held[0]
 
     memory = "step, one batch in memory"
-    steps.add(memory, lambda: in_memory(trainer()), stream=True)
+    steps.add(memory, lambda: in_memory(trainer()), stream=True, keep=True)
     for workers in (1, 4) if place.size is FULL else (0,):
         case = f"step, from shards, {workers} workers"
-        steps.add(case, lambda: from_shards(trainer(), workers), stream=True, baseline=memory)  # noqa: B023
+        step = partial(from_shards, trainer(), workers)
+        steps.add(case, step, stream=True, baseline=memory, keep=True)
 
 
 def online(place: Place) -> None:
@@ -258,6 +262,7 @@ def _limit(gib: float | None) -> None:
 
 def deterministic(place: Place) -> None:
     """`train.deterministic`: whether a run that was stopped ends with the same bits, and what it costs."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which CUDA reads when it starts: before anything else
     steps, on = Steps(place, "deterministic"), "train.deterministic=true"
     free_running = "step, folded, eager, any algorithms"
     folded = "train.fold_adapters=true"

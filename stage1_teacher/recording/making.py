@@ -114,7 +114,7 @@ class Maker:
                 uncond,
                 self.config.precompute,
                 whole_rollouts=keeper is not None,
-                full_batches=self.config.model.compile,
+                compiled=self.config.model.compile,
             )
             maker.make_all(work(maker.check_stop), self.inputs, self.settings, recorder)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -128,7 +128,7 @@ class Recorder:
         *,
         whole_rollouts: bool = False,
         overlaps: bool | None = None,
-        full_batches: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Take the networks and how they are run.
 
@@ -139,14 +139,17 @@ class Recorder:
             whole_rollouts: give every state of the solves too; records are the same with and without them.
             overlaps: encode the next inputs while a batch is solved, and let the caller make records meanwhile;
                 None: where the teacher is on a GPU. Records are the same with and without.
-            full_batches: fill up a shard's last batch of solves with copies, for networks compiled for one shape.
+            compiled: the networks compile themselves for each shape that they meet. So a shard's last batch is
+                filled up with copies, and no other thread runs a network while one may be compiled: tracing one
+                patches PyTorch's modules for all threads.
         """
-        self._teacher, self._settings, self._full_batches = teacher, settings, full_batches
+        self._teacher, self._settings, self._compiled = teacher, settings, compiled
         self._uncond, self._whole_rollouts = uncond.to(teacher.device, torch.float32), whole_rollouts
         self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
         self.overlaps = teacher.device.type == "cuda" if overlaps is None else overlaps
         """Whether work beside the solves pays."""
+        self._shapes: set[object] = set()
         self._stream = own_stream(teacher.device) if self.overlaps else None
 
     def record(self, groups: Iterable[Sequence[Numbered]], where: str) -> Batches:
@@ -173,9 +176,9 @@ class Recorder:
             for group in encoding.ahead(pieces, groups_a_solve):
                 waiting.extend(_Item(encoded, rollout) for encoded in group for rollout in rollouts)
                 while len(waiting) >= size:
-                    yield self._run([waiting.popleft() for _ in range(size)], assembly)
+                    yield self._run([waiting.popleft() for _ in range(size)], assembly, encoding)
             if waiting:
-                yield self._run(list(waiting), assembly)
+                yield self._run(list(waiting), assembly, encoding)
 
     def encode(self, group: Sequence[Numbered], where: str) -> list[Encoded]:
         """Encode inputs of one size side by side.
@@ -201,13 +204,22 @@ class Recorder:
             return Behind("encode", threaded=False)
         return Behind("encode", threaded=True, most_waiting=groups_a_solve + 1, within=self._stream)
 
-    def _run(self, batch: list[_Item], assembly: _Assembly) -> Callable[[], Recorded]:
+    def _run(self, batch: list[_Item], assembly: _Assembly, encoding: Behind) -> Callable[[], Recorded]:
         with _naming(assembly.where, *(item.encoded.index for item in batch)):
             for encoded in {id(item.encoded): item.encoded for item in batch}.values():
                 used_here(encoded.conditioning)
-            items = self._filled_up(batch) if self._full_batches else batch
-            solved = self._solve(items) if self._settings.source == "rollout" else self._noise(items)
+            items = self._filled_up(batch) if self._compiled else batch
+            with encoding.paused() if self._compiled and self._is_new_shape(items) else nullcontext():
+                solved = self._solve(items) if self._settings.source == "rollout" else self._noise(items)
             return partial(assembly.add, batch, send_to_host(solved[: len(batch)], self._teacher.device))
+
+    def _is_new_shape(self, items: Sequence[_Item]) -> bool:
+        """Tell whether networks may meet this batch's shape for the first time."""
+        contexts = frozenset(item.conditioning.image_context.shape[0] for item in items)
+        shape = (len({id(item.conditioning) for item in items}), contexts, items[0].encoded.rendered.size)
+        is_new = shape not in self._shapes
+        self._shapes.add(shape)
+        return is_new
 
     def _filled_up(self, batch: list[_Item]) -> list[_Item]:
         """Put copies of the last item behind a batch; each counts as an input of its own, for WriteNet too."""

@@ -164,6 +164,25 @@ def test_an_error_ahead_reaches_the_caller_that_asks_for_a_later_result() -> Non
     assert seen in ([], [0])
 
 
+def test_while_it_is_paused_no_piece_begins_and_the_one_in_work_has_ended() -> None:
+    trace: list[str] = []
+    begun = threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.05)
+        trace.append("slow")
+
+    with Behind("work", threaded=True) as behind:
+        behind.do(slow)
+        begun.wait(10)
+        with behind.paused():
+            behind.do(partial(trace.append, "next"))
+            time.sleep(0.05)
+            trace.append("paused")
+    assert trace == ["slow", "paused", "next"]
+
+
 def test_each_piece_runs_in_its_context(threaded: bool) -> None:
     trace: list[str] = []
 

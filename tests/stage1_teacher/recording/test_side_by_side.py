@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -149,7 +150,7 @@ def test_the_last_batch_of_a_shard_can_be_filled_up_and_its_records_stay(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = count_rows(monkeypatch)
-    monkeypatch.setattr(making, "Recorder", lambda *a, **options: Recorder(*a, **options | {"full_batches": True}))
+    monkeypatch.setattr(making, "Recorder", lambda *a, **options: Recorder(*a, **options | {"compiled": True}))
     run(folder, tmp_path / "full", "precompute.num_rollouts=3", limit=7)
     assert rows == [2] * 11  # 21 solves
     run(folder, tmp_path / "noised", 'precompute.source="noised"', annotations=[folder / "data.json"], prompts=[])
@@ -159,6 +160,38 @@ def test_the_last_batch_of_a_shard_can_be_filled_up_and_its_records_stay(
         difference = (one.rollout_latents[0].float() - other.rollout_latents[0].float()).norm()
         assert difference < 2e-3 * one.rollout_latents.float().norm()
     assert [len(record.rollout_latents) for record in ShardSet.open(tmp_path / "noised")] == [1] * 4
+
+
+def test_nothing_is_encoded_while_a_network_meets_a_new_shape(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled is traced, and a network that another thread runs meanwhile would be traced with it."""
+    encoding, beside = [0], list[int]()
+    encode, solve = Teacher.encode, recorder.solve
+
+    def slow(self: Teacher, inputs: Any) -> Any:
+        encoding[0] += 1
+        time.sleep(0.02)
+        result = encode(self, inputs)
+        encoding[0] -= 1
+        return result
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen = 0
+        for _ in range(60):
+            seen = seen or encoding[0]
+            time.sleep(0 if seen else 0.005)
+        beside.append(seen)
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(Teacher, "encode", slow)
+    monkeypatch.setattr(recorder, "solve", watched)
+    for compiled in (False, True):
+        options = {"overlaps": True, "compiled": compiled}
+        monkeypatch.setattr(making, "Recorder", lambda *a, **given: Recorder(*a, **given | options))  # noqa: B023
+        run(folder, tmp_path / str(compiled), "shards.samples_per_shard=9")
+    assert beside[0] == 1  # usually encoded beside the first solve
+    assert beside[5:] == [0, *beside[6:]] and 1 in beside[6:]  # not so where shapes are new, later again
 
 
 def test_what_is_done_for_speed_is_in_provenance_and_not_in_identity(
