@@ -224,12 +224,11 @@ Learnt = tuple[float, dict[str, Tensor]]
 def gradients(trainer: Trainer, batch: Batch) -> Learnt:
     """Do a step; return its mean loss and the gradients of the adapters, before they are clipped.
 
-    Every B is set to small numbers first, for where it is zero the gradient of A is too.
+    The adapters are set to the same small numbers first: where B is zero, the gradient of A is too.
     """
-    for index, (name, parameter) in enumerate(trainer.learner.parameters.items()):
-        if name.endswith("lora_B.weight"):
-            generator = torch.Generator().manual_seed(index)
-            parameter.data.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
+    for index, parameter in enumerate(trainer.learner.parameters.values()):
+        generator = torch.Generator().manual_seed(index)
+        parameter.data.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
     if trainer.learner.folded is not None:
         trainer.learner.folded.refresh()
     losses: Callable[[Batch], Tensor] = trainer.losses
