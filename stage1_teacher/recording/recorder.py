@@ -6,9 +6,9 @@ On a GPU the next inputs are encoded, and finished solves are made records and w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,104 +17,25 @@ from torch import Tensor
 from common.anytext2.conditioning import Conditioning, Uncond
 from common.anytext2.denoiser import predict_branches
 from common.ddim import trailing_grid
-from common.errors import DataError
-from common.on_device import OnItsWay, own_stream, send_to_host, used_here
+from common.on_device import own_stream, send_to_host, used_here
 from common.overlap import Behind
 from common.schedule import diffuse, make_alphas_cumprod, predict_x0
 from common.sections import PrecomputeConfig
-from common.seeding import derive_seed, rng
-from common.tensors import Tensors
-from shards.records.meta import SampleMeta
-from shards.records.record import Record
+from common.seeding import rng
+from stage1_teacher.recording.assembly import Assembly, Encoded, Item, Recorded, Solved, Stored, naming
 from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
 
 Numbered = tuple[int, RenderedInput]
 """An input with its index in the plan."""
-Batches = Generator[Callable[[], "Recorded"], None, None]
+Batches = Generator[Callable[[], Recorded], None, None]
 """Batches of solves as they come: what makes the records of each."""
 
 
 def round_half(values: Tensor) -> Tensor:
     """Round to what float16 can hold and go on in float32: the teacher sees exactly what is stored."""
     return values.half().float()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Stored(Tensors):
-    """What a record stores of a conditioning, float16; see `Conditioning`."""
-
-    image_context: Tensor
-    text_context: Tensor
-    masked_latents: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """An input with what the teacher's encoders made of it."""
-
-    index: int
-    """In the plan."""
-    rendered: RenderedInput
-    conditioning: Conditioning
-    """Where the teacher is, float32, rounded to what is stored."""
-    stored: OnItsWay[_Stored]
-    """What the record keeps of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One solve: an input and which of its rollouts."""
-
-    encoded: Encoded
-    rollout: int
-
-    @property
-    def conditioning(self) -> Conditioning:
-        return self.encoded.conditioning
-
-    @property
-    def seed(self) -> int:
-        rendered = self.encoded.rendered
-        return derive_seed(rendered.seed, rendered.input_id, "noise", self.rollout)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Solved(Tensors):
-    """What came of a batch of items, in their order: S called states and the end of each, on one device."""
-
-    states: Tensor
-    """(B, S + 1, C, h, w) float16."""
-    timesteps: Tensor
-    """(B, S) int64."""
-    x0_cond: Tensor | None
-    """(B, S, C, h, w) float16."""
-    x0_uncond: Tensor | None
-    """Likewise."""
-    rollouts: Tensor | None = None
-    """Every state of the solves, if they are wanted, (B, N + 1, C, h, w) float16."""
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __getitem__(self, rows: slice) -> _Solved:
-        return self.map(lambda values: values[rows])
-
-    def then(self, later: _Solved) -> _Solved:
-        """Put a later batch's items behind these."""
-        return self.map(lambda *values: torch.cat(values), later)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Recorded:
-    """What a batch of solves gave."""
-
-    records: list[tuple[int, Record]]
-    """Of the inputs whose last rollout was in the batch, in order, each with its index in the plan."""
-    rollouts: Tensor | None
-    """Every state of the batch's solves, (B, N + 1, C, h, w) float16 on the CPU, if they are wanted: inputs in
-    order, of each its rollouts in order."""
 
 
 class Recorder:
@@ -170,11 +91,11 @@ class Recorder:
         """
         size, rollouts = self._settings.side_by_side, range(self._settings.num_rollouts)
         groups_a_solve = -(-self._settings.inputs_a_solve // self._settings.batch_size)
-        assembly, waiting = _Assembly(self._settings, where), deque[_Item]()
+        assembly, waiting = Assembly(self._settings, where), deque[Item]()
         with self._encoding(groups_a_solve) as encoding:
             pieces = (partial(self.encode, group, where) for group in groups if group)
             for group in encoding.ahead(pieces, groups_a_solve):
-                waiting.extend(_Item(encoded, rollout) for encoded in group for rollout in rollouts)
+                waiting.extend(Item(encoded, rollout) for encoded in group for rollout in rollouts)
                 while len(waiting) >= size:
                     yield self._run([waiting.popleft() for _ in range(size)], assembly, encoding)
             if waiting:
@@ -187,10 +108,10 @@ class Recorder:
             DataError: names `where` and the inputs.
         """
         indices, inputs = zip(*group, strict=True)
-        with _naming(where, *indices):
+        with naming(where, *indices):
             encoded = []
             for index, rendered, exact in zip(indices, inputs, self._teacher.encode(inputs), strict=True):
-                stored = _Stored(
+                stored = Stored(
                     image_context=exact.image_context.half(),
                     text_context=exact.text_context.half(),
                     masked_latents=exact.masked_latents.half(),
@@ -204,8 +125,8 @@ class Recorder:
             return Behind("encode", threaded=False)
         return Behind("encode", threaded=True, most_waiting=groups_a_solve + 1, within=self._stream)
 
-    def _run(self, batch: list[_Item], assembly: _Assembly, encoding: Behind) -> Callable[[], Recorded]:
-        with _naming(assembly.where, *(item.encoded.index for item in batch)):
+    def _run(self, batch: list[Item], assembly: Assembly, encoding: Behind) -> Callable[[], Recorded]:
+        with naming(assembly.where, *(item.encoded.index for item in batch)):
             for encoded in {id(item.encoded): item.encoded for item in batch}.values():
                 used_here(encoded.conditioning)
             items = self._filled_up(batch) if self._compiled else batch
@@ -213,7 +134,7 @@ class Recorder:
                 solved = self._solve(items) if self._settings.source == "rollout" else self._noise(items)
             return partial(assembly.add, batch, send_to_host(solved[: len(batch)], self._teacher.device))
 
-    def _is_new_shape(self, items: Sequence[_Item]) -> bool:
+    def _is_new_shape(self, items: Sequence[Item]) -> bool:
         """Tell whether networks may meet this batch's shape for the first time."""
         contexts = frozenset(item.conditioning.image_context.shape[0] for item in items)
         shape = (len({id(item.conditioning) for item in items}), contexts, items[0].encoded.rendered.size)
@@ -221,19 +142,19 @@ class Recorder:
         self._shapes.add(shape)
         return is_new
 
-    def _filled_up(self, batch: list[_Item]) -> list[_Item]:
+    def _filled_up(self, batch: list[Item]) -> list[Item]:
         """Put copies of the last item behind a batch; each counts as an input of its own, for WriteNet too."""
         last, missing = batch[-1], self._settings.side_by_side - len(batch)
         encoded = last.encoded
         copies = (replace(encoded, conditioning=replace(encoded.conditioning)) for _ in range(missing))
-        return batch + [_Item(copy, last.rollout) for copy in copies]
+        return batch + [Item(copy, last.rollout) for copy in copies]
 
-    def _draw_noise(self, item: _Item, count: int = 1) -> Tensor:
+    def _draw_noise(self, item: Item, count: int = 1) -> Tensor:
         """Draw on the CPU, so that devices agree, (count, C, h, w)."""
         generator = torch.Generator().manual_seed(item.seed)
         return torch.randn((count, *item.conditioning.masked_latents.shape), generator=generator)
 
-    def _solve(self, batch: Sequence[_Item]) -> _Solved:
+    def _solve(self, batch: Sequence[Item]) -> Solved:
         rollout = solve(
             self._teacher,
             [item.conditioning for item in batch],
@@ -245,7 +166,7 @@ class Recorder:
             store_predictions=self._settings.store_predictions,
             keep_all=self._whole_rollouts,
         )
-        return _Solved(
+        return Solved(
             states=rollout.states,
             timesteps=rollout.timesteps.expand(len(batch), -1),
             x0_cond=rollout.x0_cond,
@@ -254,7 +175,7 @@ class Recorder:
         )
 
     @torch.no_grad()
-    def _noise(self, batch: Sequence[_Item]) -> _Solved:
+    def _noise(self, batch: Sequence[Item]) -> Solved:
         """Noise data latents at timesteps rendered from the whole grid: z_t = alpha_t x0 + sigma_t eps.
 
         Source: Luo et al. 2023 (LCM), algorithm 1.
@@ -270,16 +191,16 @@ class Recorder:
             self._predict(batch, states, timesteps, alphas) if self._settings.store_predictions else (None,) * 2
         )
         whole = torch.cat([states, x0[:, None]], dim=1).half()  # (B, S + 1, C, h, w)
-        return _Solved(states=whole, timesteps=timesteps, x0_cond=predicted[0], x0_uncond=predicted[1])
+        return Solved(states=whole, timesteps=timesteps, x0_cond=predicted[0], x0_uncond=predicted[1])
 
-    def _draw_timesteps(self, item: _Item) -> Tensor:
+    def _draw_timesteps(self, item: Item) -> Tensor:
         """Draw S different timesteps of the solver's grid, the same for all rollouts, descending, (S,)."""
         rendered, grid = item.encoded.rendered, self._grid.timesteps.tolist()
         random = rng(rendered.seed, rendered.input_id, "timesteps")
         return torch.tensor(sorted(random.sample(grid, len(self._keep)), reverse=True))
 
     def _predict(
-        self, batch: Sequence[_Item], states: Tensor, timesteps: Tensor, alphas: Tensor
+        self, batch: Sequence[Item], states: Tensor, timesteps: Tensor, alphas: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Predict x0 with and without the condition at every state, (B, S, C, h, w) float16 each."""
         conditionings = [item.conditioning for item in batch]
@@ -292,69 +213,6 @@ class Recorder:
             cond.append(predict_x0(z, eps_cond, alpha).half())
             uncond.append(predict_x0(z, eps_uncond, alpha).half())
         return torch.stack(cond, dim=1), torch.stack(uncond, dim=1)
-
-
-class _Assembly:
-    """Joins the rollouts of inputs, some of which two batches hold, to records."""
-
-    def __init__(self, settings: PrecomputeConfig, where: str) -> None:
-        self._settings, self.where = settings, where
-        self._items: list[_Item] = []
-        self._waiting: _Solved | None = None  # of those, while an input is not whole yet
-
-    def add(self, batch: Sequence[_Item], arriving: OnItsWay[_Solved]) -> Recorded:
-        """Take the next batch; returns the records that are whole now."""
-        solved, count = arriving.get(), self._settings.num_rollouts
-        rollouts, solved = solved.rollouts, replace(solved, rollouts=None)
-        self._items += batch
-        waiting = solved if self._waiting is None else self._waiting.then(solved)
-        records = []
-        while len(waiting) >= count:
-            items, self._items = self._items[:count], self._items[count:]
-            with _naming(self.where, items[0].encoded.index):
-                records.append((items[0].encoded.index, self._assemble(items, waiting[:count])))
-            waiting = waiting[count:]
-        self._waiting = waiting
-        return Recorded(records=records, rollouts=rollouts)
-
-    def _assemble(self, items: Sequence[_Item], solved: _Solved) -> Record:
-        """Join an input and its R rollouts to its record."""
-        rendered, stored = items[0].encoded.rendered, items[0].encoded.stored.get()
-        return Record(
-            meta=SampleMeta(
-                input_id=rendered.input_id,
-                caption=rendered.caption,
-                text_caption=rendered.text_caption,
-                texts=rendered.texts,
-                languages=rendered.languages,
-                polygons=rendered.polygons,
-                mode=rendered.mode,
-                source=self._settings.source,
-                seeds=tuple(item.seed for item in items),
-                size=rendered.size,
-                guidance_scale=self._settings.guidance_scale,
-            ),
-            image_context=stored.image_context,
-            text_context=stored.text_context,
-            masked_latents=stored.masked_latents,
-            rollout_latents=solved.states,
-            rollout_timesteps=solved.timesteps[0],
-            x0_cond=solved.x0_cond,
-            x0_uncond=solved.x0_uncond,
-            glyphs=rendered.glyphs,
-            positions=rendered.positions.sum(0, keepdim=True, dtype=torch.uint8),
-        )
-
-
-@contextmanager
-def _naming(where: str, *indices: int) -> Iterator[None]:
-    """Say of which inputs an error is, and where they belong."""
-    try:
-        yield
-    except DataError as error:
-        first, last = min(indices), max(indices)
-        which = f"input {first}" if first == last else f"inputs {first} to {last}"
-        raise type(error)(f"{where}, {which}: {error}") from None
 
 
 def _round_conditioning(conditioning: Conditioning) -> Conditioning:

@@ -30,7 +30,8 @@ from shards.remote.upload import Uploader
 from shards.writing.writer import ShardWriter
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import FontLacksCharacters, InputFailure
-from stage1_teacher.recording.recorder import Numbered, Recorded, Recorder
+from stage1_teacher.recording.assembly import Recorded
+from stage1_teacher.recording.recorder import Numbered, Recorder
 from stage1_teacher.recording.sending import send
 from stage1_teacher.recording.share import Share, Todo
 from stage1_teacher.recording.stops import Stops, refuse_endless_stops
