@@ -25,7 +25,7 @@ import torch
 from bench.gpu.parts import AIMS, PARTS, QUICK, Part, choose
 from bench.gpu.place import FULL, SIZES, SMALL, Place, prepare_place
 from bench.gpu.rows import ROWS_FILE, TABLE_FILE, Row, judge, read_rows, tabulate, write_row
-from bench.gpu.running import run_parts
+from bench.gpu.running import SIDE_BY_SIDE, run_parts
 from bench.gpu.solving import describe_failure
 from common.compiling import CACHE_DIR_VARIABLE
 from common.config import PROJECT_ROOT
@@ -50,7 +50,9 @@ def measure_beside(place: Place, parts: list[Part], deadline: float) -> None:
     """Run parts in processes of their own, on a cold cache of compiled code unless the environment names one."""
     cache = place.out / "compiled"
     shutil.rmtree(cache, ignore_errors=True)
-    environment = {CACHE_DIR_VARIABLE: str(cache), "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    compilers = str(max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))
+    usual = {CACHE_DIR_VARIABLE: str(cache), "TORCHINDUCTOR_COMPILE_THREADS": compilers}
+    environment = {**usual, "TOKENIZERS_PARALLELISM": "false", **os.environ}
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
     common = [sys.executable, str(Path(__file__).resolve()), "--out", str(place.out), "--size", place.size.name]
     run_parts(

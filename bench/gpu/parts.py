@@ -62,6 +62,7 @@ AIMS = (
         field="of_matmul",
         least=0.45,
     ),
+    Aim(what="`precompute` over `precompute` as it was", case=_PRECOMPUTE, baseline="precompute, as it was"),
     Aim(
         what="a step over plain eager PEFT under autocast",
         case=training.BEST,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from bench.rule_weights import make_weights
 from common.anytext2.checkpoint import write_checkpoint
 from common.anytext2.conditioning import Uncond
 from common.config import PROJECT_ROOT, Config
+from common.overlap import Behind
 from common.schedule import trailing_timesteps
 from shards.files.manifest import create_or_check
 from shards.records.meta import SampleMeta
@@ -155,13 +157,14 @@ def prepare_place(place: Place) -> None:
     font = PROJECT_ROOT / "models" / "fonts" / "DejaVuSans.ttf"
     (place.out / "small.toml").write_text(f'[model]\nnetwork = "network.toml"\n[inputs]\nfont = "{font}"\n')
     config = place.config()
-    weights = place.out / "weights.safetensors"
-    if not weights.exists():
-        write_checkpoint(weights, make_weights(teacher_shapes(config.load_network())))
-    if not place.annotations.exists():
-        write_dataset(place.out / "data", count=place.size.inputs, seed=1, size=config.inputs.size)
-    if not list(place.shards.glob("shard-*.json")):
-        write_records(place.shards, config, place.size.records)
+    weights, draw = place.out / "weights.safetensors", partial(write_dataset, place.out / "data", seed=1)
+    with Behind("draw", threaded=True) as drawing:
+        if not place.annotations.exists():
+            drawing.do(partial(draw, count=place.size.inputs, size=config.inputs.size))
+        if not weights.exists():
+            write_checkpoint(weights, make_weights(teacher_shapes(config.load_network())))
+        if not list(place.shards.glob("shard-*.json")):
+            write_records(place.shards, config, place.size.records)
 
 
 def write_records(folder: Path, config: Config, count: int) -> None:

@@ -95,7 +95,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aim:
-    """What a figure is to reach."""
+    """A figure, and what it is to reach, if anything."""
 
     what: str
     case: str
@@ -113,16 +113,25 @@ class Aim:
         found = [row for row in rows if row.case == self.case]
         return getattr(found[0], self.field) if found else None
 
+    @property
+    def expected(self) -> str:
+        """In words."""
+        bounds = {"at least": self.least, "at most": self.most}
+        return ", ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+
+    def verdict(self, value: float | None) -> str:
+        """Return "met" or "missed"; nothing where there is no figure or no bound."""
+        if value is None or not self.expected:
+            return ""
+        met = (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+        return "met" if met else "missed"
+
 
 def judge(rows: Sequence[Row], aims: Sequence[Aim]) -> str:
     """Return the table of aims, in Markdown."""
     lines = ["| what | aim | measured | |", "| --- | --- | --- | --- |"]
     for aim in aims:
         value = aim.received(rows)
-        expected = f"at least {aim.least:g}" if aim.least is not None else f"at most {aim.most:g}"
-        if value is None:
-            lines.append(f"| {aim.what} | {expected} | not measured | |")
-            continue
-        met = (aim.least is None or value >= aim.least) and (aim.most is None or value <= aim.most)
-        lines.append(f"| {aim.what} | {expected} | {value:.3g} | {'met' if met else 'missed'} |")
+        measured = "not measured" if value is None else f"{value:.3g}"
+        lines.append(f"| {aim.what} | {aim.expected} | {measured} | {aim.verdict(value)} |")
     return "\n".join(lines)

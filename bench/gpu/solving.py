@@ -26,7 +26,9 @@ from common.compiling import prepare_networks
 from common.config import Config
 from stage1_teacher.inputs.files import open_inputs
 from stage1_teacher.precompute import precompute
+from stage1_teacher.recording import making
 from stage1_teacher.recording.making import Maker, repeatable
+from stage1_teacher.recording.recorder import Recorder
 from stage1_teacher.recording.shard_maker import ShardMaker
 from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.teacher import Teacher
@@ -114,7 +116,7 @@ def describe_failure(error: Exception) -> str:
 
 
 def solve_today(place: Place) -> None:
-    """The networks and `precompute` as they were: eager, 8 inputs at a time."""
+    """The networks and `precompute` as they were: eager, 8 inputs at a time; and with what needs no setting."""
     rates, config = Rates(place, "solve-today"), place.config()
     product = Row(part=rates.part, case="matrix product", rate=rates.matmul / 1e12, unit="TFLOP/s")
     write_row(place.out, product)
@@ -131,23 +133,25 @@ def solve_today(place: Place) -> None:
     rates.add(f"UNet, eager, {least} rows, context mask", masked.unet, least, unet_flops)
     rates.add(f"WriteNet, eager, {most} rows", Calls(teacher, encoded).writenet, most, writenet_flops)
     inputs, bare = place.size.inputs // 3 or 1, f"UNet, eager, {least} rows"
-    time_precompute(rates, "precompute, as it was", config, teacher, inputs, unet_flops, baseline=bare)
+    for case, overlaps in (("precompute, as it was", False), ("precompute, eager, work beside the solves", True)):
+        time_precompute(rates, case, config, teacher, inputs, unet_flops, baseline=bare, overlaps=overlaps)
 
 
 def solve_best(place: Place) -> None:
     """`precompute` with every improvement, beside a loop of the same UNet calls and nothing else."""
     rows, part = place.size.rows[1], Rates(place, "solve-best")
     config = place.config(*FAST, f"precompute.solve_size={rows // 2}")
-    with making(place, config) as maker:
+    with preparing(place, config) as maker:
         eager = Teacher.load(config)
         encoded = encode(place, config, eager, rows // 2)
         with alone(place.out):
             calls = Calls(eager, encoded)
             flops, expected = count_flops(calls.unet) / rows, calls.unet()
-        teacher = prepared(maker, eager)
+        teacher = prepare_teacher(maker, eager)
         calls = Calls(teacher, encoded)
         part.compare("UNet, compiled, against eager", calls.unet(), expected, COMPILED_TOLERANCE)
-        part.add(f"UNet, channels_last and compiled, {rows} rows", calls.unet, rows, flops)
+        case, eager_calls = f"UNet, channels_last and compiled, {rows} rows", f"UNet, eager, {rows} rows"
+        part.add(case, calls.unet, rows, flops, baseline=eager_calls)
         case = "precompute, every improvement"
         bare = f"bare loop of {config.precompute.solver_steps} calls, the same"
         loop = time_stream(place.out, calls.unet, config.precompute.solver_steps)
@@ -216,7 +220,7 @@ def compare_devices(place: Place) -> None:
 
 
 @contextmanager
-def making(place: Place, config: Config) -> Iterator[Maker]:
+def preparing(place: Place, config: Config) -> Iterator[Maker]:
     """Make a maker as `precompute` does, under its settings of cuDNN."""
     settings = RenderSettings.from_config(config)
     inputs = open_inputs([place.annotations], [], config.inputs, settings.fonts)
@@ -224,7 +228,7 @@ def making(place: Place, config: Config) -> Iterator[Maker]:
         yield Maker(config=config, settings=settings, inputs=inputs, folder=place.out)
 
 
-def prepared(maker: Maker, teacher: Teacher) -> Teacher:
+def prepare_teacher(maker: Maker, teacher: Teacher) -> Teacher:
     """Let a maker prepare a teacher that is loaded already."""
     load = Teacher.load
     Teacher.load = staticmethod(lambda _config: teacher)  # type: ignore[method-assign, assignment]
@@ -235,10 +239,18 @@ def prepared(maker: Maker, teacher: Teacher) -> Teacher:
 
 
 def time_precompute(
-    rates: Rates, case: str, config: Config, teacher: Teacher, inputs: int, flops: float, baseline: str = ""
+    rates: Rates,
+    case: str,
+    config: Config,
+    teacher: Teacher,
+    inputs: int,
+    flops: float,
+    *,
+    baseline: str,
+    overlaps: bool = True,
 ) -> None:
     """Run `precompute` with a prepared teacher, warm; counted is the making of its shards, writing included."""
-    run = partial(_time_shards, rates.place, config, teacher)
+    run = partial(_time_shards, rates.place, config, teacher, overlaps)
     try:
         run(config.precompute.inputs_a_solve)
         seconds = run(inputs)
@@ -250,7 +262,7 @@ def time_precompute(
     rates.note(case, rows / seconds, flops, baseline=baseline, gib=gib)
 
 
-def _time_shards(place: Place, config: Config, teacher: Teacher, inputs: int) -> float:
+def _time_shards(place: Place, config: Config, teacher: Teacher, overlaps: bool, inputs: int) -> float:
     seconds = 0.0
     make_all, own = ShardMaker.make_all, Maker.__dict__["teacher"]
 
@@ -267,9 +279,11 @@ def _time_shards(place: Place, config: Config, teacher: Teacher, inputs: int) ->
 
     out = Path(tempfile.mkdtemp(dir=place.out))
     ShardMaker.make_all, Maker.teacher = timed, teacher  # type: ignore[method-assign, assignment]
+    making.Recorder = partial(Recorder, overlaps=overlaps)  # type: ignore[misc, assignment]
     try:
         precompute(config, out / "set", annotations=[place.annotations], limit=inputs)
     finally:
         ShardMaker.make_all, Maker.teacher = make_all, own  # type: ignore[method-assign]
+        making.Recorder = Recorder  # type: ignore[misc]
         shutil.rmtree(out)
     return seconds

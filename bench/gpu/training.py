@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import profiler
+from torch.profiler import ProfilerActivity
 
 from bench.gpu.learning import (
     Learnt,
@@ -27,7 +30,7 @@ from bench.gpu.learning import (
 from bench.gpu.measuring import Step, alone, count_flops, free, matmul_rate, time_step, time_stream
 from bench.gpu.place import FULL, Place
 from bench.gpu.rows import Row, write_row
-from bench.gpu.solving import FAST, describe_failure
+from bench.gpu.solving import FAST, Calls, describe_failure, encode
 from bench.inputs import finish, render_inputs
 from common.compiling import as_it_is, prepare_networks
 from stage1_teacher.teacher.teacher import Teacher
@@ -289,35 +292,46 @@ def _weights(run: Path) -> bytes:
 
 
 def profile(place: Place) -> None:
-    """Where the time of a step goes, kernel by kernel, into files of the output folder."""
-    for case, settings in (("ours, eager", ()), ("folded and compiled", FASTEST)):
+    """Where the time of a step and of stage one's UNet call goes: kernel by kernel, into the output folder."""
+    cases: dict[str, Callable[[], Step]] = {
+        "step, ours, eager": _ours(place),
+        "step, folded and compiled": _ours(place, *FASTEST),
+        "UNet, channels_last and compiled": lambda: _unet_call(place),
+    }
+    for case, make in cases.items():
         try:
-            step = in_memory(open_trainer(place, *settings))
-            note = _profile(place, case, step)
+            note = _profile(place, case, make())
         except Exception as error:
             note = describe_failure(error)
-        write_row(place.out, Row(part="profile", case=f"profile of a step, {case}", note=note))
-        step = None  # type: ignore[assignment]
+        write_row(place.out, Row(part="profile", case=f"profile of {case}", note=note))
         free()
 
 
-def _profile(place: Place, case: str, step: Step) -> str:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
+def _unet_call(place: Place) -> Step:
+    config = place.config(*FAST)
+    teacher = Teacher.load(config)
+    prepare_networks(config.model, teacher.denoiser.unet, teacher.denoiser.writenet)
+    return Calls(teacher, encode(place, config, teacher, place.size.rows[1] // 2)).unet
 
+
+def _profile(place: Place, case: str, step: Step) -> str:
+    """Write the table of a step's kernels, the longest first; returns a line about it."""
     on_gpu = torch.cuda.is_available()
-    for _ in range(3):
+    step()  # compiles
+    with alone(place.out):
         step()
-    finish()
-    activities = [ProfilerActivity.CUDA] if on_gpu else []
-    with record(activities=[ProfilerActivity.CPU, *activities]) as found:
-        for _ in range(2):
-            step()
         finish()
-    averages = found.key_averages()
-    column = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        before = time.perf_counter()
+        step()
+        finish()
+        whole = 1000 * (time.perf_counter() - before)
+        kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+        with profiler.profile(activities=[kind]) as found:
+            step()
+            finish()
+    averages, column = found.key_averages(), "cuda" if on_gpu else "cpu"
     path = place.out / f"profile-{case.replace(', ', '-').replace(' ', '-')}.txt"
-    path.write_text(averages.table(sort_by=column, row_limit=80, max_name_column_width=120))
-    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    busy = sum(getattr(each, attribute) for each in averages) / 2e3
-    return f"{busy:.1f} ms of {'kernels' if on_gpu else 'operators'} a step: {path.name}"
+    path.write_text(averages.table(sort_by=f"self_{column}_time_total", row_limit=80, max_name_column_width=120))
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    busy = sum(getattr(each, own) for each in averages) / 1000
+    return f"{busy:.1f} ms of {'kernels' if on_gpu else 'operators'} in {whole:.1f} ms: {path.name}"

@@ -12,7 +12,7 @@ from bench import bench_gpu
 from bench.gpu import parts, training
 from bench.gpu.measuring import count_flops
 from bench.gpu.parts import AIMS, PARTS, choose
-from bench.gpu.place import FULL, Place
+from bench.gpu.place import FULL, Place, make_record
 from bench.gpu.rows import Aim, Row, judge, ratio, read_rows, tabulate, write_row
 from common.errors import DataError, UsageError
 
@@ -95,6 +95,17 @@ def test_every_case_that_an_aim_names_is_measured_by_a_part() -> None:
     assert FULL.rows[1] // 2 == 16
 
 
+def test_the_full_sizes_settings_and_records_are_those_of_the_released_network(tmp_path: Path) -> None:
+    config = Place(tmp_path, FULL).config(*training.FASTEST, *parts.solving.FAST, "precompute.solve_size=16")
+    assert config.model.compile and config.train.fold_adapters and config.precompute.side_by_side == 16
+    assert (config.train.batch_size, config.lora.rank, config.train.mixed_precision) == (16, 64, "bf16")
+    record = make_record(config, 0)
+    assert record.rollout_latents.shape == (1, 9, 4, 64, 64) and record.image_context.shape == (77, 768)
+    for settings in training.CARDS.values():
+        train = Place(tmp_path, FULL).config(*settings).train
+        assert train.batch_size * train.gradient_accumulation == 16
+
+
 def test_rows_become_tables_with_ratios_and_aims(tmp_path: Path) -> None:
     write_row(tmp_path, Row(part="one", case="before", rate=10.0, unit="samples/s", of_matmul=0.1, gib=20.5))
     write_row(tmp_path, Row(part="two", case="after", rate=30.0, unit="samples/s", baseline="before"))
@@ -111,11 +122,13 @@ def test_rows_become_tables_with_ratios_and_aims(tmp_path: Path) -> None:
         Aim(what="faster", case="after", baseline="before", least=2.5),
         Aim(what="small", case="before", field="gib", most=20),
         Aim(what="gone", case="none", least=1),
+        Aim(what="compared", case="after", baseline="before"),
     ]
     assert judge(rows, aims).splitlines()[2:] == [
         "| faster | at least 2.5 | 3 | met |",
         "| small | at most 20 | 20.5 | missed |",
-        "| gone | at least 1 | not measured | |",
+        "| gone | at least 1 | not measured |  |",
+        "| compared |  | 3 |  |",
     ]
 
 
