@@ -76,7 +76,12 @@ format: $(DEV_STAMP)  ## rewrite the code in the house format
 
 .PHONY: bench
 bench: $(DEV_STAMP)  ## the benchmarks: tables of ratios measured side by side
-	for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out bench/bench_gpu.py,$(wildcard bench/bench_*.py)); do $(BIN)/python $$script || exit 1; done
+
+PARTS ?= quick
+.PHONY: bench-gpu
+bench-gpu: $(DEV_STAMP)  ## both stages at full size on a GPU, before and after: PARTS="quick" (4 minutes) or "all" (9)
+	$(BIN)/python bench/bench_gpu.py $(PARTS)
 
 .PHONY: torture
 torture: $(DEV_STAMP)  ## kill writers, fail disks and flip bits for a few minutes

@@ -23,53 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from bench.gpu.learning import online_step, ours
 from bench.inputs import bench_parser, finish, read_config, render_inputs
-from common.anytext2.conditioning import ConditioningBatch
-from common.anytext2.denoiser import guide, predict_branches
-from common.ddim import consistency_value
-from common.schedule import alphas_at, diffuse, make_alphas_cumprod, predict_x0
 from common.scripts import run_script
 from shards.reading.reader import ShardSet
 from stage1_teacher.precompute import precompute
-from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.teacher import Teacher
 from stage1_teacher.tiny.data import write_dataset
 from stage2_student.train import make_accelerator
-from stage2_student.training.losses import guided_solver_step, pseudo_huber
+from stage2_student.training.ancestry import Ancestry
 from stage2_student.training.prepare import make_loader, prepare
 from stage2_student.training.trainer import Trainer
 
 Step = Callable[[], None]
-
-
-def make_online_step(trainer: Trainer, teacher: Teacher, inputs: list[RenderedInput]) -> Step:
-    """Return a step of latent consistency distillation with the teacher in the process."""
-    table = make_alphas_cumprod().to(teacher.device)
-    images = torch.stack([item.image for item in inputs if item.image is not None])
-    scale = trainer.plan.config.precompute.guidance_scale
-    uncond = teacher.unconditional()
-
-    def step() -> None:
-        t = torch.randint(20, 1000, (len(inputs),)).to(teacher.device)
-        a, a_next = alphas_at(table, t), alphas_at(table, t - 20)
-        with torch.no_grad():
-            latents = teacher.vae.encode(images.to(teacher.device, teacher.dtype)).float()
-            conditionings = teacher.encode(inputs)
-            z = diffuse(latents, torch.randn_like(latents), a)
-            eps = guide(predict_branches(teacher.denoiser, conditionings, uncond), scale)(z, t)
-            x0 = predict_x0(z, eps, a)
-            z_next = guided_solver_step(z, x0, a, a_next)
-            conditioning = ConditioningBatch.stack(conditionings).to(teacher.device, trainer.student.dtype)
-            control = trainer.student.control(conditioning)
-            target_eps = trainer.student(z_next, t - 20, conditioning, control).float()
-            target = consistency_value(z_next, target_eps, t - 20, a_next)
-        value = consistency_value(z, trainer.model(z, t, conditioning, control).float(), t, a)
-        trainer.accelerator.backward(pseudo_huber(value - target, 1e-3).mean())
-        trainer.accelerator.clip_grad_norm_(trainer.learner.parameters.values(), 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    return step
 
 
 def endless(batches: Iterator[object], trainer: Trainer) -> Step:
@@ -115,17 +81,18 @@ def main() -> None:
         precompute(config, folder / "shards", annotations=[annotations])
         dataset = ShardSet.open(folder / "shards")
         accelerator = make_accelerator(config)
-        trainer, _ = prepare(config, accelerator, dataset, folder / "run", None)
+        trainer, _ = prepare(config, accelerator, dataset, folder / "run", None, Ancestry())
         loader = make_loader(config.replace(train=config.train.replace(num_workers=1)), accelerator, dataset)
         batch = next(iter(trainer.loader))
         from_memory = endless(itertools.repeat(batch), trainer)
         report_memory("student alone", from_memory)
         rendered = render_inputs(config, annotations, config.train.batch_size)
+        scale = config.precompute.guidance_scale
         steps = {
             "one batch in memory": from_memory,
             "from shards": endless(iter(trainer.loader), trainer),
             "from shards, 1 worker": endless(iter(loader), trainer),
-            "teacher online": make_online_step(trainer, Teacher.load(config), rendered),
+            "teacher online": online_step(ours(trainer), Teacher.load(config), rendered, scale, together=True),
         }
         report_memory("teacher online", steps["teacher online"])
         seconds = measure(steps, arguments.rounds)

@@ -67,3 +67,12 @@ class Progress:
         of_total = f"/{self._total}" if self._total is not None else ""
         facts = "".join(f", {name} {value}" for name, value in self._facts.items())
         logger.info("%s: %d%s %s, %.3g/s%s", self._description, self._count, of_total, self._unit, rate, facts)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return e.g. "42 s", "3 min 5 s", "7 h 12 min", "3 d 4 h"."""
+    whole = round(seconds)
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // small} {small_unit}"
+    return f"{whole} s"

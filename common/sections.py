@@ -33,6 +33,12 @@ class ModelConfig(Section):
     """Arithmetic of the frozen networks."""
     device: str = "auto"
     """"auto" (CUDA if there is one), or a torch device such as "cuda:1" or "cpu"."""
+    compile: bool = False
+    """`precompute` and `train`: compile UNet and WriteNet, once for each shape of a batch. Results differ in
+    rounding. What was compiled is kept for later processes, see `common.compiling`."""
+    channels_last: bool = False
+    """`precompute` and `train`: keep UNet's and WriteNet's weights in the memory order in which a GPU's tensor
+    cores convolve. Results differ in rounding."""
 
 
 class TeacherConfig(Section):
@@ -95,13 +101,26 @@ class PrecomputeConfig(Section):
     guidance_scale: float = 7.5
     """s in eps_u + s (eps_c - eps_u)."""
     batch_size: Count = 8
-    """Rollouts run side by side."""
+    """Inputs encoded side by side, and rollouts solved side by side unless `solve_size` says otherwise."""
+    solve_size: NonNegativeInt = 0
+    """Rollouts solved side by side, of several batches of inputs if it is larger; 0 takes batch_size. More of them
+    keep a large GPU busier. Part of a set's identity where it differs from batch_size."""
     store_predictions: bool = False
     """Store the one-step predictions x0_cond and x0_uncond (needed by objectives `lcm` and `x0`)."""
     max_failures: NonNegativeInt = 100
     """Failed inputs in one task after which it stops."""
     render_workers: Count = 2
     """Threads that read images and render while the teacher works."""
+
+    @property
+    def side_by_side(self) -> int:
+        """Rollouts solved side by side, with `solve_size` or without."""
+        return self.solve_size or self.batch_size
+
+    @property
+    def inputs_a_solve(self) -> int:
+        """Inputs whose rollouts fill a batch of solves."""
+        return -(-self.side_by_side // self.num_rollouts)
 
     @field_validator("record_every")
     @classmethod
@@ -158,6 +177,9 @@ class TrainConfig(Section):
     """Samples per rank and forward."""
     gradient_accumulation: Count = 1
     """Forwards per optimizer step."""
+    draws_per_sample: Count = 1
+    """States of a sample that are trained on side by side, at different phases as long as there are any left: one
+    call of WriteNet for all of them. A forward has batch_size times this many rows."""
     learning_rate: PositiveFloat = 1e-4
     """Peak of the schedule."""
     warmup_steps: NonNegativeInt = 50
@@ -172,6 +194,12 @@ class TrainConfig(Section):
     """accelerate's: "no", "fp16" or "bf16"."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    fold_adapters: bool = False
+    """Add the adapters to the weights once a step and run the plain network: fewer operations and activations a
+    layer, for the gradients of all weights. Results differ in rounding; checkpoints are the same."""
+    deterministic: bool = False
+    """Choose algorithms that give the same bits in every run, so that a run on a GPU goes on as if it had never
+    stopped. Slower."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """EMA of the LoRA weights; 0 for none."""
     num_workers: NonNegativeInt = 2

@@ -30,6 +30,10 @@ class Tensors:
         """Move to a device, and to a type if one is given; masks of booleans keep theirs."""
         return self.map(lambda tensor: tensor.to(device, None if tensor.dtype == torch.bool else dtype))
 
+    def send(self, device: torch.device | str) -> Self:
+        """Move to a device, without waiting for the copy to a GPU where this lies in page-locked memory."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
     def pin_memory(self) -> Self:
         """Copy to page-locked memory, from which copies to a GPU run beside its work."""
         return self.map(Tensor.pin_memory)

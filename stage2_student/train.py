@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
 
+from common.compiling import make_deterministic
 from common.config import Config
 from common.errors import AppError, UsageError
 from common.files import canonical_json, hold, write_bytes_atomic
@@ -182,6 +183,8 @@ def make_accelerator(config: Config) -> Accelerator:
     Raises:
         UsageError: the device cannot do what is asked of it.
     """
+    if config.train.deterministic:
+        make_deterministic()
     precision, device = config.train.mixed_precision, config.model.device
     cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if device.startswith("cuda") and not torch.cuda.is_available():

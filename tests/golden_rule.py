@@ -1,37 +1,16 @@
-"""The rule that fills a network of any size with reproducible weights, key by key (see golden/README.md)."""
+"""A checkpoint of a network of any size with the rule's weights, key by key (see golden/README.md)."""
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from common.anytext2.checkpoint import schedule_buffers
+from bench.rule_weights import rule_tensor
 from common.anytext2.checkpoint_file import CheckpointFile
-from common.anytext2.keys import POSITION_IDS_KEY, SCHEDULE_KEYS
 
-
-def rule_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the tensor that the rule puts under a key."""
-    if key in SCHEDULE_KEYS:
-        return schedule_buffers()[key]
-    if key == POSITION_IDS_KEY:
-        return torch.arange(shape[-1]).expand(shape)
-    if key.endswith("num_batches_tracked"):
-        return torch.zeros(shape, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    x = torch.randn(shape, generator=generator, dtype=torch.float32)
-    if key.endswith("running_var"):
-        return 1 + 0.1 * x.abs()
-    if len(shape) <= 1:
-        return 1 + 0.02 * x if key.endswith("weight") else 0.02 * x
-    if "embedding.weight" in key:
-        return 0.02 * x
-    return x / math.sqrt(math.prod(shape[1:]))
+__all__ = ["RuleCheckpoint", "rule_tensor"]
 
 
 class RuleCheckpoint(CheckpointFile):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from common.progress import format_seconds
 from shards.files.names import parse_shard_name
 from shards.looking.status import SeenTask, Status
 
@@ -121,12 +122,3 @@ def format_numbers(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def format_seconds(seconds: float) -> str:
-    """Return e.g. "42 s", "3 min 5 s", "7 h 12 min", "3 d 4 h"."""
-    whole = round(seconds)
-    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // small} {small_unit}"
-    return f"{whole} s"

@@ -109,6 +109,11 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
     @property
+    def name(self) -> str:
+        """The shard's file name."""
+        return self._name
+
+    @property
     def count(self) -> int:
         """Samples added so far."""
         return len(self._entries)

@@ -20,6 +20,7 @@ from common.config import Config
 from common.files import read_bytes
 from common.grids import alphas_cumprod_table, trailing_steps
 from common.machine import describe_device, installed_versions
+from common.sections import ModelConfig, PrecomputeConfig
 from stage1_teacher.inputs.fonts import font_sha256, text_layout
 from stage1_teacher.rendering.settings import RenderSettings
 
@@ -31,6 +32,8 @@ RECIPE = 1
 
 _NOT_IDENTITY = {"ignore_fields", "max_failures", "render_workers"}
 """Settings of `inputs` and `precompute` that change no record."""
+_ONLY_WHERE_SET = {"solve_size"}
+"""Settings of `precompute` that came later: sets begun before go on, for they are there only where they matter."""
 _OTHERWISE = {"font", "fonts", "fallback_fonts", "font_hint_prob", "frame"}
 """Settings of `inputs` that the identity holds elsewhere, fonts by their content, or only where they are set."""
 _PACKAGES = (
@@ -70,7 +73,7 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
         "config": {  # under the names that these keys had first: sets begun before go on
             "model": {"dtype": config.model.dtype},
             "teacher": {**config.teacher.model_dump(), "font_hint_prob": config.inputs.font_hint_prob},
-            "precompute": {**config.precompute.model_dump(exclude=_NOT_IDENTITY), **inputs, **frame},
+            "precompute": {**_describe_solves(config.precompute), **inputs, **frame},
             "shards": {"samples_per_shard": config.shards.samples_per_shard},
         },
         "fonts": describe_fonts(settings),
@@ -79,6 +82,14 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
         "solver": {"name": "ddim", "timesteps": grid, "alphas_cumprod_end": 1.0},
         "timesteps": grid[:: config.precompute.record_every] if rollout else [],
         "alphas_cumprod": alphas_cumprod_table().tolist(),
+    }
+
+
+def _describe_solves(settings: PrecomputeConfig) -> dict[str, Any]:
+    solves = settings.side_by_side
+    return {
+        **settings.model_dump(exclude=_NOT_IDENTITY | _ONLY_WHERE_SET),
+        **({} if solves == settings.batch_size else {"solve_size": solves}),
     }
 
 
@@ -103,21 +114,22 @@ def _hash_tokenizer(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return device and library versions: what two runs must share to write the same bytes."""
+def describe_machine(device: torch.device, model: ModelConfig) -> dict[str, Any]:
+    """Return what two runs must share to write the same bytes: device, versions, what [model] does for speed."""
     import torch
 
     versions = installed_versions(_PACKAGES)
     return {
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
+        **{key: True for key in ("compile", "channels_last") if getattr(model, key)},
         "python": platform.python_version(),
         "packages": {name: versions.get(name, "none") for name in _PACKAGES},
         "freetype": features.version("freetype2") or "",
     }
 
 
-def describe_run(device: torch.device) -> dict[str, Any]:
+def describe_run(device: torch.device, model: ModelConfig) -> dict[str, Any]:
     """Return `describe_machine` with host and time, for the manifest."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**describe_machine(device), "host": socket.gethostname(), "created": now}
+    return {**describe_machine(device, model), "host": socket.gethostname(), "created": now}

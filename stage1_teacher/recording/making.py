@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from common.compiling import prepare_networks
 from common.config import Config
 from common.job import local_rank
 from common.machine import resolve_device
@@ -47,13 +48,19 @@ class Maker:
 
     @functools.cached_property
     def teacher(self) -> Teacher:
-        """Of the configuration.
+        """Of the configuration, made as fast as its [model] asks for.
 
         Raises:
             UsageError: too many of the first inputs have lines that no font can render.
+            MachineError: this machine cannot compile.
         """
         require_fonts(self.inputs, self.settings)
-        return Teacher.load(self.config)
+        teacher = Teacher.load(self.config)
+        prepare_networks(self.config.model, teacher.denoiser.unet, teacher.denoiser.writenet)
+        if self.config.model.compile:  # not without: it rounds otherwise, and sets begun before go on to the bit
+            teacher.recognizer.fold_norms()
+            teacher.glyph_embedding.font_predictor.fold_norms()
+        return teacher
 
     def make_manifest(self, identity: Mapping[str, Any]) -> Manifest:
         """Create the set's unconditional contexts and manifest, or join them."""
@@ -61,7 +68,7 @@ class Maker:
             manifest, _uncond = create_or_check(
                 self.folder,
                 identity,
-                describe_run(self.device),
+                describe_run(self.device, self.config.model),
                 lambda: self.teacher.unconditional().to("cpu", torch.float16),
             )
         return manifest
@@ -97,12 +104,18 @@ class Maker:
                 share,
                 self.config.precompute,
                 stop,
-                describe_machine(self.device),
+                describe_machine(self.device, self.config.model),
                 stops,
                 rollouts=keeper,
                 uploader=uploader,
             )
-            recorder = Recorder(teacher, uncond, self.config.precompute, whole_rollouts=keeper is not None)
+            recorder = Recorder(
+                teacher,
+                uncond,
+                self.config.precompute,
+                whole_rollouts=keeper is not None,
+                compiled=self.config.model.compile,
+            )
             maker.make_all(work(maker.check_stop), self.inputs, self.settings, recorder)
 
 

@@ -1,9 +1,15 @@
-"""From rendered inputs to records: encode, solve or noise, round to what is stored."""
+"""From rendered inputs to records: encode, solve or noise, round to what is stored.
+
+On a GPU the next inputs are encoded, and finished solves are made records and written, while it solves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,15 +17,20 @@ from torch import Tensor
 from common.anytext2.conditioning import Conditioning, Uncond
 from common.anytext2.denoiser import predict_branches
 from common.ddim import trailing_grid
+from common.on_device import own_stream, send_to_host, used_here
+from common.overlap import Behind
 from common.schedule import diffuse, make_alphas_cumprod, predict_x0
 from common.sections import PrecomputeConfig
-from common.seeding import derive_seed, rng
-from common.tensors import Tensors
-from shards.records.meta import SampleMeta
-from shards.records.record import Record
+from common.seeding import rng
+from stage1_teacher.recording.assembly import Assembly, Encoded, Item, Recorded, Solved, Stored, naming
 from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.teacher import Teacher
+
+Numbered = tuple[int, RenderedInput]
+"""An input with its index in the plan."""
+Batches = Generator[Callable[[], Recorded], None, None]
+"""Batches of solves as they come: what makes the records of each."""
 
 
 def round_half(values: Tensor) -> Tensor:
@@ -27,59 +38,18 @@ def round_half(values: Tensor) -> Tensor:
     return values.half().float()
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One solve: an input and which of its rollouts."""
-
-    rendered: RenderedInput
-    conditioning: Conditioning
-    rollout: int
-
-    @property
-    def seed(self) -> int:
-        return derive_seed(self.rendered.seed, self.rendered.input_id, "noise", self.rollout)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Solved(Tensors):
-    """What came of a batch of items, in their order: S called states and the end of each, on one device."""
-
-    states: Tensor
-    """(B, S + 1, C, h, w) float16."""
-    timesteps: Tensor
-    """(B, S) int64."""
-    x0_cond: Tensor | None
-    """(B, S, C, h, w) float16."""
-    x0_uncond: Tensor | None
-    """Likewise."""
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __getitem__(self, rows: slice) -> _Solved:
-        return self.map(lambda values: values[rows])
-
-    def then(self, later: _Solved) -> _Solved:
-        """Put a later batch's items behind these."""
-        return self.map(lambda *values: torch.cat(values), later)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Recorded:
-    """What a batch of solves gave."""
-
-    records: list[Record]
-    """Of the inputs whose last rollout was in the batch, in order."""
-    rollouts: Tensor | None
-    """Every state of the batch's solves, (B, N + 1, C, h, w) float16 on the CPU, if they are wanted: inputs in
-    order, of each its rollouts in order."""
-
-
 class Recorder:
-    """Makes records of rendered inputs, `batch_size` solves side by side."""
+    """Makes records of rendered inputs, `solve_size` solves side by side."""
 
     def __init__(
-        self, teacher: Teacher, uncond: Uncond, settings: PrecomputeConfig, *, whole_rollouts: bool = False
+        self,
+        teacher: Teacher,
+        uncond: Uncond,
+        settings: PrecomputeConfig,
+        *,
+        whole_rollouts: bool = False,
+        overlaps: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         """Take the networks and how they are run.
 
@@ -88,49 +58,103 @@ class Recorder:
             uncond: the set's unconditional contexts, as it stores them.
             settings: how inputs are solved.
             whole_rollouts: give every state of the solves too; records are the same with and without them.
+            overlaps: encode the next inputs while a batch is solved, and let the caller make records meanwhile;
+                None: where the teacher is on a GPU. Records are the same with and without.
+            compiled: the networks compile themselves for each shape that they meet. So a shard's last batch is
+                filled up with copies, and no other thread runs a network while one may be compiled: tracing one
+                patches PyTorch's modules for all threads.
         """
-        self._teacher, self._settings = teacher, settings
+        self._teacher, self._settings, self._compiled = teacher, settings, compiled
         self._uncond, self._whole_rollouts = uncond.to(teacher.device, torch.float32), whole_rollouts
         self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
+        self.overlaps = teacher.device.type == "cuda" if overlaps is None else overlaps
+        """Whether work beside the solves pays."""
+        self._shapes: set[object] = set()
+        self._stream = own_stream(teacher.device) if self.overlaps else None
 
-    def record(self, inputs: Sequence[RenderedInput]) -> Iterator[Recorded]:
+    def record(self, groups: Iterable[Sequence[Numbered]], where: str) -> Batches:
         """Encode and solve inputs; yields after every batch of solves, so that the caller may stop in between.
 
         What a record holds depends on which inputs are given together, to about 1e-6 of its values.
 
         Args:
-            inputs: at most `batch_size`, of one size; with `num_rollouts` R they make R full batches of solves.
+            groups: inputs of one size, those of a group encoded side by side. Solves cross their borders.
+            where: the inputs' shard, named in errors.
+
+        Yields:
+            What makes the records of a batch, once its values are on the CPU; to be called batch by batch, in this
+            thread or in one other.
 
         Raises:
-            DataError: the teacher produced NaN or Inf.
+            DataError: the teacher produced NaN or Inf; names the inputs.
         """
-        if not inputs:
-            return
-        encoded = [_round_conditioning(item) for item in self._teacher.encode(inputs)]
-        count = self._settings.num_rollouts
-        items = [_Item(*pair, rollout) for pair in zip(inputs, encoded, strict=True) for rollout in range(count)]
-        done, waiting = 0, None  # items in records; solves of an input that is not whole yet
-        for start in range(0, len(items), self._settings.batch_size):
-            batch = items[start : start + self._settings.batch_size]
-            solved, rollouts = self._run(batch)
-            solved = solved.to("cpu")  # where records are
-            waiting = solved if waiting is None else waiting.then(solved)
-            records = []
-            while len(waiting) >= count:
-                records.append(self._assemble(items[done : done + count], waiting[:count]))
-                done, waiting = done + count, waiting[count:]
-            yield Recorded(records=records, rollouts=rollouts)
+        size, rollouts = self._settings.side_by_side, range(self._settings.num_rollouts)
+        groups_a_solve = -(-self._settings.inputs_a_solve // self._settings.batch_size)
+        assembly, waiting = Assembly(self._settings, where), deque[Item]()
+        with self._encoding(groups_a_solve) as encoding:
+            pieces = (partial(self.encode, group, where) for group in groups if group)
+            for group in encoding.ahead(pieces, groups_a_solve):
+                waiting.extend(Item(encoded, rollout) for encoded in group for rollout in rollouts)
+                while len(waiting) >= size:
+                    yield self._run([waiting.popleft() for _ in range(size)], assembly, encoding)
+            if waiting:
+                yield self._run(list(waiting), assembly, encoding)
 
-    def _run(self, batch: Sequence[_Item]) -> tuple[_Solved, Tensor | None]:
-        return self._solve(batch) if self._settings.source == "rollout" else (self._noise(batch), None)
+    def encode(self, group: Sequence[Numbered], where: str) -> list[Encoded]:
+        """Encode inputs of one size side by side.
 
-    def _draw_noise(self, item: _Item, count: int = 1) -> Tensor:
+        Raises:
+            DataError: names `where` and the inputs.
+        """
+        indices, inputs = zip(*group, strict=True)
+        with naming(where, *indices):
+            encoded = []
+            for index, rendered, exact in zip(indices, inputs, self._teacher.encode(inputs), strict=True):
+                stored = Stored(
+                    image_context=exact.image_context.half(),
+                    text_context=exact.text_context.half(),
+                    masked_latents=exact.masked_latents.half(),
+                )
+                sent = send_to_host(stored, self._teacher.device)
+                encoded.append(Encoded(index, rendered, _round_conditioning(exact), sent))
+            return encoded
+
+    def _encoding(self, groups_a_solve: int) -> Behind:
+        if self._stream is None:
+            return Behind("encode", threaded=False)
+        return Behind("encode", threaded=True, most_waiting=groups_a_solve + 1, within=self._stream)
+
+    def _run(self, batch: list[Item], assembly: Assembly, encoding: Behind) -> Callable[[], Recorded]:
+        with naming(assembly.where, *(item.encoded.index for item in batch)):
+            for encoded in {id(item.encoded): item.encoded for item in batch}.values():
+                used_here(encoded.conditioning)
+            items = self._filled_up(batch) if self._compiled else batch
+            with encoding.paused() if self._compiled and self._is_new_shape(items) else nullcontext():
+                solved = self._solve(items) if self._settings.source == "rollout" else self._noise(items)
+            return partial(assembly.add, batch, send_to_host(solved[: len(batch)], self._teacher.device))
+
+    def _is_new_shape(self, items: Sequence[Item]) -> bool:
+        """Tell whether networks may meet this batch's shape for the first time."""
+        contexts = frozenset(item.conditioning.image_context.shape[0] for item in items)
+        shape = (len({id(item.conditioning) for item in items}), contexts, items[0].encoded.rendered.size)
+        is_new = shape not in self._shapes
+        self._shapes.add(shape)
+        return is_new
+
+    def _filled_up(self, batch: list[Item]) -> list[Item]:
+        """Put copies of the last item behind a batch; each counts as an input of its own, for WriteNet too."""
+        last, missing = batch[-1], self._settings.side_by_side - len(batch)
+        encoded = last.encoded
+        copies = (replace(encoded, conditioning=replace(encoded.conditioning)) for _ in range(missing))
+        return batch + [Item(copy, last.rollout) for copy in copies]
+
+    def _draw_noise(self, item: Item, count: int = 1) -> Tensor:
         """Draw on the CPU, so that devices agree, (count, C, h, w)."""
         generator = torch.Generator().manual_seed(item.seed)
         return torch.randn((count, *item.conditioning.masked_latents.shape), generator=generator)
 
-    def _solve(self, batch: Sequence[_Item]) -> tuple[_Solved, Tensor | None]:
+    def _solve(self, batch: Sequence[Item]) -> Solved:
         rollout = solve(
             self._teacher,
             [item.conditioning for item in batch],
@@ -142,22 +166,22 @@ class Recorder:
             store_predictions=self._settings.store_predictions,
             keep_all=self._whole_rollouts,
         )
-        solved = _Solved(
+        return Solved(
             states=rollout.states,
             timesteps=rollout.timesteps.expand(len(batch), -1),
             x0_cond=rollout.x0_cond,
             x0_uncond=rollout.x0_uncond,
+            rollouts=rollout.all_states,
         )
-        return solved, None if rollout.all_states is None else rollout.all_states.cpu()
 
     @torch.no_grad()
-    def _noise(self, batch: Sequence[_Item]) -> _Solved:
+    def _noise(self, batch: Sequence[Item]) -> Solved:
         """Noise data latents at timesteps rendered from the whole grid: z_t = alpha_t x0 + sigma_t eps.
 
         Source: Luo et al. 2023 (LCM), algorithm 1.
         """
         teacher, steps = self._teacher, len(self._keep)
-        images = torch.stack([item.rendered.image for item in batch if item.rendered.image is not None])
+        images = torch.stack([image for item in batch if (image := item.encoded.rendered.image) is not None])
         x0 = round_half(teacher.vae.encode(images.to(teacher.device, teacher.dtype)).float())  # (B, C, h, w)
         noise = torch.stack([self._draw_noise(item, steps) for item in batch]).to(x0.device)  # (B, S, C, h, w)
         timesteps = torch.stack([self._draw_timesteps(item) for item in batch])  # (B, S)
@@ -167,15 +191,16 @@ class Recorder:
             self._predict(batch, states, timesteps, alphas) if self._settings.store_predictions else (None,) * 2
         )
         whole = torch.cat([states, x0[:, None]], dim=1).half()  # (B, S + 1, C, h, w)
-        return _Solved(states=whole, timesteps=timesteps, x0_cond=predicted[0], x0_uncond=predicted[1])
+        return Solved(states=whole, timesteps=timesteps, x0_cond=predicted[0], x0_uncond=predicted[1])
 
-    def _draw_timesteps(self, item: _Item) -> Tensor:
+    def _draw_timesteps(self, item: Item) -> Tensor:
         """Draw S different timesteps of the solver's grid, the same for all rollouts, descending, (S,)."""
-        random, grid = rng(item.rendered.seed, item.rendered.input_id, "timesteps"), self._grid.timesteps.tolist()
+        rendered, grid = item.encoded.rendered, self._grid.timesteps.tolist()
+        random = rng(rendered.seed, rendered.input_id, "timesteps")
         return torch.tensor(sorted(random.sample(grid, len(self._keep)), reverse=True))
 
     def _predict(
-        self, batch: Sequence[_Item], states: Tensor, timesteps: Tensor, alphas: Tensor
+        self, batch: Sequence[Item], states: Tensor, timesteps: Tensor, alphas: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Predict x0 with and without the condition at every state, (B, S, C, h, w) float16 each."""
         conditionings = [item.conditioning for item in batch]
@@ -188,34 +213,6 @@ class Recorder:
             cond.append(predict_x0(z, eps_cond, alpha).half())
             uncond.append(predict_x0(z, eps_uncond, alpha).half())
         return torch.stack(cond, dim=1), torch.stack(uncond, dim=1)
-
-    def _assemble(self, items: Sequence[_Item], solved: _Solved) -> Record:
-        """Join an input and its R rollouts to its record."""
-        rendered, conditioning = items[0].rendered, items[0].conditioning
-        return Record(
-            meta=SampleMeta(
-                input_id=rendered.input_id,
-                caption=rendered.caption,
-                text_caption=rendered.text_caption,
-                texts=rendered.texts,
-                languages=rendered.languages,
-                polygons=rendered.polygons,
-                mode=rendered.mode,
-                source=self._settings.source,
-                seeds=tuple(item.seed for item in items),
-                size=rendered.size,
-                guidance_scale=self._settings.guidance_scale,
-            ),
-            image_context=conditioning.image_context.half().cpu(),
-            text_context=conditioning.text_context.half().cpu(),
-            masked_latents=conditioning.masked_latents.half().cpu(),
-            rollout_latents=solved.states,
-            rollout_timesteps=solved.timesteps[0],
-            x0_cond=solved.x0_cond,
-            x0_uncond=solved.x0_uncond,
-            glyphs=rendered.glyphs,
-            positions=rendered.positions.sum(0, keepdim=True, dtype=torch.uint8),
-        )
 
 
 def _round_conditioning(conditioning: Conditioning) -> Conditioning:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from common.errors import DataError, Stopped
+from common.overlap import Behind
 from common.progress import Progress
 from common.sections import PrecomputeConfig
 from common.signals import StopFlag
@@ -27,7 +30,8 @@ from shards.remote.upload import Uploader
 from shards.writing.writer import ShardWriter
 from stage1_teacher.inputs.files import Inputs
 from stage1_teacher.inputs.input import FontLacksCharacters, InputFailure
-from stage1_teacher.recording.recorder import Recorder
+from stage1_teacher.recording.assembly import Recorded
+from stage1_teacher.recording.recorder import Numbered, Recorder
 from stage1_teacher.recording.sending import send
 from stage1_teacher.recording.share import Share, Todo
 from stage1_teacher.recording.stops import Stops, refuse_endless_stops
@@ -93,7 +97,7 @@ class ShardMaker:
             Stopped: a signal came; the shard in work is dropped.
         """
         workers = self._settings.render_workers
-        ahead = 2 * self._settings.batch_size + workers
+        ahead = 2 * max(self._settings.batch_size, self._settings.inputs_a_solve) + workers
         with Progress(self._share.own_inputs, "precompute", "input") as progress:
             for item in todo:
                 self.check_stop()
@@ -113,7 +117,7 @@ class ShardMaker:
             raise
         self._stops.clear(name)
 
-    def _expect(self, shard: PlannedShard, inputs: int) -> None:
+    def expect(self, shard: PlannedShard, inputs: int) -> None:
         """Say after the first batch how long a shard takes."""
         seconds = time.monotonic() - self._begun
         self._expected = seconds * len(shard.input_ids) / inputs
@@ -140,23 +144,15 @@ class ShardMaker:
         writer = ShardWriter(
             self._folder, shard.shard_index, identity_sha256=self._identity_sha256, provenance=self._machine
         )
-        rollouts: list[Tensor] = []
-        failed: list[int] = []
-        first = 0  # place within the shard
+        sheet = _Sheet(self, shard, writer, progress)
+        groups = group_by_rendered(rendered, len(shard.input_ids), self._settings.batch_size)
         with writer:
-            for group in group_by_rendered(rendered, len(shard.input_ids), self._settings.batch_size):
-                records, states = self._record_group(shard, first, group, recorder)
-                rollouts += states
-                for place, outcome in enumerate(group, start=first):
-                    if isinstance(outcome, RenderedInput):
-                        writer.add(shard.first_index + place, records.popleft())
-                    else:
-                        writer.fail(self._note(shard, place, outcome))
-                        failed.append(place)
-                if not first:
-                    self._expect(shard, len(group))
-                first += len(group)
-                progress.update(len(group), failed=self._share.done.failed)
+            with Behind("write", threaded=recorder.overlaps) as writing:
+                with closing(recorder.record(sheet.lay_out(groups), writer.name)) as batches:
+                    for batch in batches:
+                        self.check_stop()
+                        writing.do(partial(sheet.write, batch))
+                writing.do(sheet.write_rest)
             header = writer.commit()
         if self._rollouts is not None:
             if header.sha256 != writer.sha256:
@@ -165,7 +161,7 @@ class ShardMaker:
                     "trajectories are not those of its records to the last bit",
                     header.shard,
                 )
-            self._rollouts.write(shard, rollouts, failed)
+            self._rollouts.write(shard, sheet.rollouts, sheet.failed)
         if writer.has_won or self._rollouts is not None:
             self._share.note_written(shard, writer.count)
             self._send([header.shard])
@@ -174,29 +170,17 @@ class ShardMaker:
         if self._uploader is not None:
             send(self._uploader, shards, self._share, self._folder, self.check_stop)
 
-    def _record_group(
-        self, shard: PlannedShard, first: int, group: list[Outcome], recorder: Recorder
-    ) -> tuple[deque[Record], list[Tensor]]:
-        """Return the records of a group that starts at a place of its shard, and what whole rollouts there are."""
-        records: deque[Record] = deque()
-        rollouts: list[Tensor] = []
-        try:
-            for recorded in recorder.record([item for item in group if isinstance(item, RenderedInput)]):
-                self.check_stop()
-                records += recorded.records
-                rollouts += [] if recorded.rollouts is None else [recorded.rollouts]
-        except DataError as error:
-            begin, end = shard.first_index + first, shard.first_index + first + len(group) - 1
-            raise type(error)(f"{shard_name(shard.shard_index)}, inputs {begin} to {end}: {error}") from None
-        return records, rollouts
+    @property
+    def failed(self) -> int:
+        """Inputs of this task that failed so far."""
+        return self._share.done.failed
 
-    def _note(self, shard: PlannedShard, place: int, failure: InputFailure) -> Failure:
+    def note(self, input_id: str, index: int, failure: InputFailure) -> Failure:
         """Count a failed input.
 
         Raises:
             DataError: it is one too many.
         """
-        index = shard.first_index + place
         logger.warning("input %d failed: %s", index, failure)
         done = self._share.done
         done.failed += 1
@@ -212,11 +196,66 @@ class ShardMaker:
                 f'{count} of them now with "{reason}"; the last one: {failure}; mend the inputs or raise the limit'
             )
         return Failure(
-            input_id=shard.input_ids[place],
+            input_id=input_id,
             sample_index=index,
             reason=failure.reason,
             message=str(failure),
         )
+
+
+class _Sheet:
+    """A shard's inputs in their order, and what has been written of them.
+
+    Laid out by the maker, written perhaps by another thread: records in the order of inputs, failures among them.
+    """
+
+    def __init__(self, maker: ShardMaker, shard: PlannedShard, writer: ShardWriter, progress: Progress) -> None:
+        self._maker, self._shard, self._writer, self._progress = maker, shard, writer, progress
+        self._laid_out = self._written = 0
+        self._waiting: deque[tuple[int, Outcome]] = deque()  # by index in the plan
+        self._records: deque[tuple[int, Record]] = deque()
+        self.rollouts: list[Tensor] = []
+        """What whole rollouts there are."""
+        self.failed: list[int] = []
+        """Places within the shard of inputs that failed."""
+
+    def lay_out(self, groups: Iterable[Sequence[Outcome]]) -> Iterator[list[Numbered]]:
+        """Pass groups on without their failures, for the recorder."""
+        for group in groups:
+            numbered = list(enumerate(group, start=self._shard.first_index + self._laid_out))
+            self._laid_out += len(group)
+            self._waiting.extend(numbered)
+            yield [(index, item) for index, item in numbered if isinstance(item, RenderedInput)]
+
+    def write(self, batch: Callable[[], Recorded]) -> None:
+        """Write the records of a batch of solves, and the failures before and between them."""
+        recorded = batch()
+        self._records += recorded.records
+        self.rollouts += [] if recorded.rollouts is None else [recorded.rollouts]
+        self._write_waiting()
+
+    def write_rest(self) -> None:
+        """Write the failures behind the last record."""
+        self._write_waiting()
+        assert not self._waiting, "an input is neither recorded nor failed"
+
+    def _write_waiting(self) -> None:
+        before = self._written
+        while self._waiting:
+            index, outcome = self._waiting[0]
+            if not isinstance(outcome, RenderedInput):
+                place = index - self._shard.first_index
+                self._writer.fail(self._maker.note(self._shard.input_ids[place], index, outcome))
+                self.failed.append(place)
+            elif self._records:
+                self._writer.add(*self._records.popleft())
+            else:
+                break
+            self._waiting.popleft()
+            self._written += 1
+        if self._written > before == 0:
+            self._maker.expect(self._shard, self._written)
+        self._progress.update(self._written - before, failed=self._maker.failed)
 
 
 def group_by_rendered(rendered: Iterator[Outcome], count: int, batch_size: int) -> Iterator[list[Outcome]]:

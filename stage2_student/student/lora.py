@@ -137,6 +137,15 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def leave_types_to_autocast(model: nn.Module) -> None:
+    """Keep PEFT from converting what goes into an adapter to float32, for autocast to convert it back.
+
+    The results are the same bits. Without autocast an adapter needs the conversion.
+    """
+    for layer in adapted_layers(model).values():
+        layer.cast_input_dtype_enabled = False
+
+
 def merge(model: nn.Module) -> list[str]:
     """Add the adapters to the weights, W + (alpha / rank) B A, and take them off; returns the changed modules."""
     layers = adapted_layers(model)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common.anytext2.checkpoint import load_denoiser
+from common.anytext2.conditioning import ConditioningBatch
 from common.anytext2.denoiser import Denoiser
+from common.anytext2.unet import Control
 from common.config import Config
 from stage2_student.student.lora import Adapted, adapt, find_targets, lora_parameters
 
@@ -18,6 +21,31 @@ MIXED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 class Student(Denoiser):
     """The denoiser with LoRA adapters, once `add_adapters` has put them in."""
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: ConditioningBatch,
+        control: Control | None = None,
+        *,
+        attnx_scale: float = 1.0,
+    ) -> Tensor:
+        """Predict as `Denoiser.forward` does, for n states of each image that follow each other, (B n, C, h, w).
+
+        WriteNet runs once an image; `control`, if it is given, is of the B images.
+        """
+        draws = len(noisy_latents) // len(conditioning)
+        if draws > 1:
+            control = self.control(conditioning) if control is None else control
+            control = tuple(residual.repeat_interleave(draws, dim=0) for residual in control)
+            mask = conditioning.context_mask
+            conditioning = replace(  # the rest is WriteNet's
+                conditioning,
+                image_context=conditioning.image_context.repeat_interleave(draws, dim=0),
+                context_mask=None if mask is None else mask.repeat_interleave(draws, dim=0),
+            )
+        return super().forward(noisy_latents, timesteps, conditioning, control, attnx_scale=attnx_scale)
 
     @property
     def adapts_writenet(self) -> bool:

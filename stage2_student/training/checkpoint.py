@@ -17,6 +17,7 @@ from common.errors import DataError, reason
 from common.faults import naming, raise_disk_fault
 from common.files import canonical_json, write_bytes_atomic
 from stage2_student.student.adapter import EMA_DIR, LORA_DIR, Card, load_tensors, save_adapter
+from stage2_student.student.folding import FoldedAdapters
 from stage2_student.student.lora import load_parameters
 from stage2_student.training.ema import Ema
 
@@ -51,6 +52,8 @@ class Learner:
     """AdamW over the parameters, in their order."""
     ema: Ema | None
     """Their average, if the run keeps one."""
+    folded: FoldedAdapters | None = None
+    """The network's weights that they are folded into, if they are: to be made anew when they change."""
 
 
 def write_state(
@@ -107,6 +110,8 @@ def restore(folder: Path, learner: Learner) -> None:
         DataError: the checkpoint is of another network or another version.
     """
     load_parameters(learner.parameters, load_tensors(folder / LORA_DIR), f"checkpoint {folder}")
+    if learner.folded is not None:
+        learner.folded.refresh()
     if learner.ema is not None:
         learner.ema.load(load_tensors(folder / EMA_DIR))
     moments: dict[str, dict[str, Tensor]] = {}
@@ -116,7 +121,10 @@ def restore(folder: Path, learner: Learner) -> None:
     for name, parameter in learner.parameters.items():
         if name not in moments:
             raise DataError(f"checkpoint {folder}: {OPTIMIZER_FILE} has nothing for {name}")
+        fused = learner.optimizer.defaults.get("fused")  # which counts on the device, else AdamW does on the CPU
         learner.optimizer.state[parameter] = {
-            moment: tensor if moment == "step" else tensor.to(parameter.device)  # AdamW counts on the CPU
+            moment: (tensor.to(parameter.device) if fused else tensor)
+            if moment == "step"
+            else torch.empty_like(parameter).copy_(tensor)  # in the parameter's own memory order
             for moment, tensor in moments[name].items()
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,14 +12,20 @@ from torch import Tensor, nn
 class Ema:
     """The average of parameters over optimizer steps, float32, on their device."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        decay: float,
+        swapped: Callable[[], None] = lambda: None,
+    ) -> None:
         """Start at the parameters' current values.
 
         Args:
             parameters: what to average, by name.
             decay: of the average, in (0, 1); less in the first steps, so that the start is forgotten.
+            swapped: called when the average took the parameters' place, and when they returned.
         """
-        self._parameters, self._decay = dict(parameters), decay
+        self._parameters, self._decay, self._swapped = dict(parameters), decay, swapped
         self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
@@ -30,8 +36,10 @@ class Ema:
             step: steps done, from 1. The decay is min(decay, (1 + step) / (10 + step)).
         """
         decay = min(self._decay, (1 + step) / (10 + step))
-        for name, parameter in self._parameters.items():
-            self.values[name].lerp_(parameter.detach(), 1 - decay)
+        values, parameters = zip(
+            *((self.values[name], p.detach()) for name, p in self._parameters.items()), strict=True
+        )
+        torch._foreach_lerp_(values, parameters, 1 - decay)  # on a GPU some kernels for all of them
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Take over stored values."""
@@ -50,3 +58,4 @@ class Ema:
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.data, self.values[name] = self.values[name], parameter.data
+        self._swapped()

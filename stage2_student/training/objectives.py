@@ -26,7 +26,7 @@ from common.schedule import (
 from common.sections import TrainConfig
 from common.tensors import Tensors
 from stage2_student.training.losses import crossing_loss, elementwise_loss, guided_solver_step
-from stage2_student.training.phases import Draws, Phases
+from stage2_student.training.phases import Draws, Phases, placed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,8 +57,9 @@ class Rollouts(Tensors):
         """Return the rollouts with t of the phases' boundaries as the student will meet them."""
         if phases.labels is None:
             return self
-        timesteps = self.timesteps.clone()
-        timesteps[:, list(phases.boundaries[:-1])] = timesteps.new_tensor(phases.labels[:-1])
+        device = self.timesteps.device
+        labels = placed(phases.labels[:-1], device).expand(len(self.timesteps), -1)
+        timesteps = self.timesteps.index_copy(1, placed(phases.boundaries[:-1], device), labels)
         return replace(self, timesteps=timesteps, end_timestep=phases.labels[-1])
 
     def guided_x0(self, state: Tensor, guidance_scale: float) -> Tensor:
@@ -75,23 +76,23 @@ class Rollouts(Tensors):
 def select_rollout(
     states: Tensor, timesteps: Tensor, x0_cond: Tensor | None, x0_uncond: Tensor | None, rollout: Tensor
 ) -> Rollouts:
-    """Pick one of each record's rollouts.
+    """Pick one of each record's rollouts, or n of them, which follow each other.
 
     Args:
         states: (B, R, S + 1, C, h, w) float16.
         timesteps: (B, R, S) or (B, S) int64.
         x0_cond: (B, R, S, C, h, w) float16, or None.
         x0_uncond: likewise.
-        rollout: which of the R, (B,) int64.
+        rollout: which of the R, (B n,) int64.
     """
-    rows = torch.arange(len(rollout), device=rollout.device)
+    rows = torch.arange(len(rollout), device=rollout.device) // (len(rollout) // len(states))
 
     def pick(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[rows, rollout]
 
     return Rollouts(
         states=states[rows, rollout],
-        timesteps=timesteps[rows, rollout] if timesteps.dim() == 3 else timesteps,
+        timesteps=timesteps[rows, rollout] if timesteps.dim() == 3 else timesteps[rows],
         x0_cond=pick(x0_cond),
         x0_uncond=pick(x0_uncond),
     )

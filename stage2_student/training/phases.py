@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,8 +53,14 @@ class Phases:
 
     def end(self, state: Tensor) -> Tensor:
         """Return, for indices of called states, the index of the state that ends their phase (int64)."""
-        boundaries = torch.tensor(self.boundaries, device=state.device)
+        boundaries = placed(self.boundaries, state.device)
         return boundaries[torch.bucketize(state, boundaries, right=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def placed(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return integers as an int64 tensor, copied once: a copy waits for what the device has still to do."""
+    return torch.tensor(values, device=device)
 
 
 def even_phases(num_states: int, num_phases: int) -> Phases:
@@ -163,20 +170,32 @@ def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Draws(Tensors):
-    """Which part of each sample's record is trained on; keyed by (seed, epoch, sample index) alone."""
+    """Which parts of each sample's record are trained on, n of them; keyed by (seed, epoch, index, number) alone.
+
+    A sample's draws follow each other: B n rows.
+    """
 
     rollout: Tensor
-    """Which of the record's R rollouts, (B,) int64."""
+    """Which of the record's R rollouts, (B n,) int64."""
     state: Tensor
-    """Which called state, (B,) int64 in [0, S)."""
+    """Which called state, (B n,) int64 in [0, S)."""
     position: Tensor
-    """Where in a phase, (B,) float32 in [0, 1); for states between the stored ones."""
+    """Where in a phase, (B n,) float32 in [0, 1); for states between the stored ones."""
 
 
 def draw(
-    samples: Sequence[tuple[int, int]], *, seed: int, num_rollouts: int, phases: Phases, starts_only: bool
+    samples: Sequence[tuple[int, int]],
+    *,
+    seed: int,
+    num_rollouts: int,
+    phases: Phases,
+    starts_only: bool,
+    per_sample: int = 1,
 ) -> Draws:
     """Draw rollout, state and position for each sample.
+
+    A sample's draws meet different phases (states) as long as there are any left, then all of them again. The
+    first draw is the same however many follow.
 
     Args:
         samples: (epoch, index in the set) of each, B of them.
@@ -184,14 +203,18 @@ def draw(
         num_rollouts: R of the records.
         phases: the phases of a solve.
         starts_only: draw among the M phase starts; else among all S called states.
+        per_sample: n, draws of each sample.
     """
+    choices = [phases.start(phase) for phase in range(phases.num_phases)]
+    if not starts_only:
+        choices = list(range(phases.num_states))
     rollouts, states, positions = [], [], []
     for epoch, index in samples:
-        random = rng(seed, epoch, index, "training draw")
-        rollouts.append(random.randrange(num_rollouts))
-        if starts_only:
-            states.append(phases.start(random.randrange(phases.num_phases)))
-        else:
-            states.append(random.randrange(phases.num_states))
-        positions.append(random.random())
+        left: list[int] = []
+        for number in range(per_sample):
+            random = rng(seed, epoch, index, "training draw", *((number,) if number else ()))
+            rollouts.append(random.randrange(num_rollouts))
+            left = left or choices.copy()
+            states.append(left.pop(random.randrange(len(left))))
+            positions.append(random.random())
     return Draws(rollout=torch.tensor(rollouts), state=torch.tensor(states), position=torch.tensor(positions))

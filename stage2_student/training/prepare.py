@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from common.compiling import prepare_networks
 from common.config import Config
 from shards.reading.loader import ShardLoader
 from shards.reading.reader import ShardSet
-from stage2_student.student.lora import Adapted
-from stage2_student.student.student import Student, add_adapters, load_base, training_dtype
+from stage2_student.student.folding import FoldedAdapters
+from stage2_student.student.lora import Adapted, leave_types_to_autocast
+from stage2_student.student.student import MIXED, Student, add_adapters, load_base, training_dtype
 from stage2_student.training.ancestry import Ancestry, take_over
 from stage2_student.training.checkpoint import Learner, restore
 from stage2_student.training.ema import Ema
@@ -21,9 +24,12 @@ from stage2_student.training.trainer import Trainer
 
 
 def load_student(config: Config, device: torch.device) -> tuple[Student, list[Adapted]]:
-    """Load the frozen base and add fresh adapters."""
-    student, _ = load_base(config, training_dtype(config), device)
+    """Load the frozen base and add fresh adapters; those that will be folded need it in float32."""
+    dtype = torch.float32 if config.train.fold_adapters else training_dtype(config)
+    student, _ = load_base(config, dtype, device)
     adapted = add_adapters(student, config)
+    if config.train.mixed_precision != "no":
+        leave_types_to_autocast(student)
     if config.train.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
         if config.lora.writenet:
@@ -31,12 +37,37 @@ def load_student(config: Config, device: torch.device) -> tuple[Student, list[Ad
     return student, adapted
 
 
-def make_learner(config: Config, student: Student) -> Learner:
-    """Make the optimizer over the adapters, and their average if the run keeps one."""
+def fold(config: Config, student: Student) -> FoldedAdapters:
+    """Fold the student's adapters; `Student.trainable` knows nothing of them from here on."""
+    dtype = training_dtype(config)
+    compute_dtype = MIXED.get(config.train.mixed_precision, dtype)
+    if student.device.type == "cuda" and compute_dtype != torch.float32:
+        torch.backends.cuda.matmul.allow_tf32 = (
+            True  # B A and its gradients alone: the network computes in a half type
+        )
+    return FoldedAdapters(student.parts.values(), dtype=dtype, compute_dtype=compute_dtype)
+
+
+def make_learner(config: Config, student: Student, *, fused: bool = False) -> Learner:
+    """Make the optimizer over the adapters, their average if the run keeps one, and fold them if it folds them.
+
+    Args:
+        config: the resolved configuration.
+        student: with adapters that have their first values.
+        fused: one kernel for all parameters, which can leave them alone where the device says so.
+    """
     train, parameters = config.train, student.trainable()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=train.learning_rate, weight_decay=train.weight_decay)
-    ema = Ema(parameters, train.ema_decay) if train.ema_decay else None
-    return Learner(parameters=parameters, optimizer=optimizer, ema=ema)
+    settings: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
+    optimizer = torch.optim.AdamW(parameters.values(), **settings, fused=fused or None)
+    folded = fold(config, student) if train.fold_adapters else None
+    swapped = {} if folded is None else {"swapped": folded.refresh}
+    ema = Ema(parameters, train.ema_decay, **swapped) if train.ema_decay else None
+    return Learner(parameters=parameters, optimizer=optimizer, ema=ema, folded=folded)
+
+
+def looks_later(device: torch.device) -> bool:
+    """Whether a step's losses are looked at when later steps were given to the device (see `training.finite`)."""
+    return device.type == "cuda"
 
 
 def make_loader(config: Config, accelerator: Accelerator, dataset: ShardSet) -> ShardLoader:
@@ -66,11 +97,13 @@ def prepare(
     plan = make_plan(config, accelerator, dataset, run, checkpoint, ancestry)
     student, adapted = load_student(config, accelerator.device)
     take_over(student, ancestry)  # before an average is started from the weights
-    learner = make_learner(config, student)
-    loader = make_loader(config, accelerator, dataset)
-    model, optimizer = accelerator.prepare(
-        student, learner.optimizer
-    )  # never the loader: ours is exact, see shards
+    look_later = looks_later(accelerator.device)
+    learner = make_learner(config, student, fused=look_later)
+    prepare_networks(config.model, *student.parts.values())
+    loader = make_loader(config, accelerator, dataset)  # never to accelerate: ours is exact, see shards
+    optimizer = accelerator.prepare(learner.optimizer)
+    # Wrapped for the adapters' gradients, which are not the network's own once they are folded.
+    model = accelerator.prepare_model(student, evaluation_mode=learner.folded is not None)
     if checkpoint is not None:
         restore(checkpoint, learner)
         loader.load_state_dict(plan.progression.loader)
@@ -84,5 +117,6 @@ def prepare(
         optimizer=optimizer,
         learner=learner,
         loader=loader,
+        look_later=look_later,
     )
     return trainer, adapted

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
+from common.compiling import as_it_is
 from common.config import Config
-from common.errors import DataError
-from common.progress import Progress
+from common.progress import Progress, format_seconds
 from common.schedule import make_alphas_cumprod
 from common.signals import StopFlag
 from shards.reading.loader import ShardLoader
 from shards.records.batch import Batch
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, prune, save_checkpoint
 from stage2_student.student.student import Student
+from stage2_student.training.agreement import StopVote
 from stage2_student.training.checkpoint import RESUME_FILES, Learner, Progression, write_state
+from stage2_student.training.finite import LossCheck
 from stage2_student.training.held_out_loss import HeldOut
 from stage2_student.training.losses import per_sample, region_weights
 from stage2_student.training.objectives import LossSettings, loss_of, select_rollout
@@ -71,15 +72,21 @@ class Trainer:
     optimizer: Any
     learner: Learner
     loader: ShardLoader
+    look_later: bool
+    """Look at losses, and at other processes' wish to stop, when more was given to the device meanwhile, so that
+    it never waits. Needs an optimizer that is fused."""
     held_out: HeldOut | None = None
     _clock: _Clock = field(default_factory=_Clock)
     _last_loss: float | None = None
+    _last_norm: float = math.nan
 
     def __post_init__(self) -> None:
         table = make_alphas_cumprod().to(self.accelerator.device)
         self._loss_settings = LossSettings(
             train=self.plan.config.train, phases=self.plan.phases, alphas_cumprod=table
         )
+        self._check = LossCheck(accelerator=self.accelerator, name=self.plan.shards.key)
+        self._vote = StopVote(self.accelerator, later=self.look_later)
 
     @property
     def progression(self) -> Progression:
@@ -107,12 +114,12 @@ class Trainer:
                 if log is not None and facts is not None:
                     log.write(state.step, facts)
                 if progress is not None:
-                    progress.update(1, **({"loss": f"{facts['loss']:.4g}"} if facts else {}))
+                    progress.update(1, **(_shown(facts) if facts else {}))
                 if self.held_out is not None and self.held_out.is_due(state.step):
                     measured = self._measure(self.held_out)
                     if log is not None:
                         log.write(state.step, measured)
-                stopping = self._agree(stop.stop_requested)
+                stopping = self._vote.agree(stop.stop_requested)
                 if stopping or state.step == total or state.step % self.plan.config.train.checkpoint_every == 0:
                     before = time.perf_counter()
                     self.save()
@@ -125,13 +132,20 @@ class Trainer:
 
     def _measure(self, held_out: HeldOut) -> dict[str, float]:
         """Measure the loss on records that are not trained on; it is not the steps' time."""
+        self._look()
         before = time.perf_counter()
-        measured = held_out.measure(self.losses, self.learner.ema, self.accelerator)
+        with as_it_is() if self.plan.config.model.compile else nullcontext():
+            measured = held_out.measure(self.losses, self.learner.ema, self.accelerator)
         self._clock.started += time.perf_counter() - before
         return measured
 
     def save(self) -> None:
-        """Write a checkpoint from the main process; the others wait."""
+        """Write a checkpoint from the main process; the others wait.
+
+        Raises:
+            DataError: a loss since the last look is not finite; nothing is written.
+        """
+        self._look()
         if self.accelerator.is_main_process:
             self.progression.loader = self.loader.state_dict()
             scaler = self.accelerator.scaler
@@ -148,7 +162,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def optimizer_step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
-        """Do one optimizer step; returns what to log if it is time to."""
+        """Do one optimizer step; returns what to log if it is time to.
+
+        Raises:
+            DataError: a loss is not finite, of this step or of one that was not looked at yet.
+        """
         train, state, clock = self.plan.config.train, self.progression, self._clock
         rate = learning_rate(state.step, self.plan.config)
         for group in self.optimizer.param_groups:
@@ -164,23 +182,35 @@ class Trainer:
                 self.accelerator.backward(of_batch.mean() / train.gradient_accumulation)
             losses.append(of_batch.detach())
             seen.append(batch.indices)
+        folded = self.learner.folded
+        if folded is not None:
+            folded.reduce(self.accelerator)
         norm = self.accelerator.clip_grad_norm_(self.learner.parameters.values(), train.max_grad_norm or math.inf)
-        loss = self._checked_loss(torch.cat(losses), torch.cat(seen), norm)
+        found_inf = self._check.add(state.step + 1, torch.cat(losses), torch.cat(seen), norm)
+        if not self.look_later:
+            self._look()
+        elif self.accelerator.scaler is None:  # else the scaler sets it, by the gradients
+            self.learner.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if folded is not None:
+            folded.refresh()
         state.step += 1
         if self.learner.ema is not None:
             self.learner.ema.update(state.step)
-        state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
         clock.samples += sum(map(len, seen)) * self.accelerator.num_processes
         clock.steps += 1
         due = state.step % train.log_every == 0 or state.step == train.max_steps
-        return self._facts(rate, float(norm)) if due else None
+        if not due:
+            return None
+        self._look()
+        return self._facts(rate)
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample of a batch, (B,) float32."""
         train, device = self.plan.config.train, self.accelerator.device
-        conditioning = batch.conditioning.to(device, self.student.dtype)
+        sent = batch.send(device)
+        conditioning = sent.conditioning.to(device, self.student.dtype)
         samples = list(zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True))
         draws = draw(
             samples,
@@ -188,11 +218,12 @@ class Trainer:
             num_rollouts=self.plan.facts.num_rollouts,
             phases=self.plan.phases,
             starts_only=trains_at_starts(train),
+            per_sample=train.draws_per_sample,
         )
+        draws = (draws.pin_memory() if device.type == "cuda" else draws).send(device)
         rollouts = select_rollout(
-            batch.rollout_latents, batch.rollout_timesteps, batch.x0_cond, batch.x0_uncond, draws.rollout
-        ).to(device)
-        draws = draws.to(device)
+            sent.rollout_latents, sent.rollout_timesteps, sent.x0_cond, sent.x0_uncond, draws.rollout
+        )
         control = None
         if not self.student.adapts_writenet:
             with torch.no_grad(), self.accelerator.autocast():
@@ -209,55 +240,48 @@ class Trainer:
             return eps
 
         loss = loss_of(train)(rollouts, draws, predict, predict_target, self._loss_settings)
-        if train.text_region_weight == 1:
-            return per_sample(loss)
-        size = (int(loss.shape[-2]), int(loss.shape[-1]))
-        return per_sample(loss, region_weights(conditioning.hints.positions, size, train.text_region_weight))
+        weights = None
+        if train.text_region_weight != 1:
+            size = (int(loss.shape[-2]), int(loss.shape[-1]))
+            weights = region_weights(conditioning.hints.positions, size, train.text_region_weight)
+            weights = weights.repeat_interleave(train.draws_per_sample, dim=0)
+        return per_sample(loss, weights).view(len(batch), train.draws_per_sample).mean(dim=1)
 
-    def _checked_loss(self, losses: Tensor, indices: Tensor, norm: Tensor) -> float:
-        """Return the mean loss over all ranks, before the weights are touched.
+    def _look(self) -> None:
+        """Add the losses of the steps since the last look to those to be logged.
 
         Raises:
-            DataError: a sample's loss on any rank, or the gradient, is not finite; every rank names the same.
+            DataError: see `LossCheck.look`.
         """
-        mean = losses.double().mean()
-        if self.accelerator.num_processes > 1:
-            mean = self.accelerator.reduce(mean, reduction="mean")  # not finite on all ranks if it is not on one
-        finite = math.isfinite(float(mean))
-        overflow_is_normal = self.accelerator.scaler is not None  # fp16: the scaler skips the step and adapts
-        if finite and (overflow_is_normal or math.isfinite(float(norm))):
-            return float(mean)
-        bad = indices.tolist() if finite else indices[~torch.isfinite(losses).cpu()].tolist()
-        if self.accelerator.num_processes > 1:
-            bad = gather_object(bad)
-        keys = ", ".join(f"{self.plan.shards.key(index)} (index {index})" for index in bad[:8])
-        what = "the gradient's norm" if finite else "the loss"
-        raise DataError(
-            f"step {self.progression.step + 1}: {what} is not finite on sample {keys}"
-            f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}; nothing was changed by this step: lower"
-            " train.learning_rate, or look with `verify` for samples that hold NaN; the last checkpoint is intact"
-        )
+        for loss, norm in self._check.look():
+            self._last_norm = norm
+            self.progression.loss_sum += loss
+            self.progression.loss_count += 1
 
-    def _agree(self, stop_requested: bool) -> bool:
-        """Return whether any rank was asked to stop, the same on all."""
-        if self.accelerator.num_processes == 1:
-            return stop_requested
-        flag = torch.tensor(float(stop_requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-
-    def _facts(self, rate: float, norm: float) -> dict[str, float]:
-        state, clock = self.progression, self._clock
+    def _facts(self, rate: float) -> dict[str, float]:
+        state, clock, device = self.progression, self._clock, self.accelerator.device
         seconds = max(time.perf_counter() - clock.started, 1e-9)
         self._last_loss = state.loss_sum / state.loss_count
         facts = {
             "epoch": self.loader.epoch,
             "loss": self._last_loss,
             "learning_rate": rate,
-            "grad_norm": norm,
+            "grad_norm": self._last_norm,
             "samples_per_second": clock.samples / seconds,
             "step_seconds": seconds / clock.steps,
             "data_wait_seconds": clock.waited / clock.steps,
+            "seconds_left": (self.plan.config.train.max_steps - state.step) * seconds / clock.steps,
         }
+        if device.type == "cuda":
+            facts["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         state.loss_sum, state.loss_count = 0.0, 0
         self._clock = _Clock()
         return facts
+
+
+def _shown(facts: dict[str, float]) -> dict[str, str]:
+    """Return what of a log line is shown beside the progress."""
+    shown = {"loss": f"{facts['loss']:.4g}", "left": format_seconds(facts["seconds_left"])}
+    if "peak_memory_gib" in facts:
+        shown["peak"] = f"{facts['peak_memory_gib']:.1f} GiB"
+    return shown

@@ -51,7 +51,7 @@ def stop_after_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(ShardMaker, "_expect", stop)
+    monkeypatch.setattr(ShardMaker, "expect", stop)
 
 
 def test_a_task_that_is_stopped_twice_on_a_shard_without_a_commit_says_what_to_change(
@@ -80,7 +80,7 @@ def test_a_stop_after_a_commit_is_no_endless_one_and_the_shards_time_is_logged(
     caplog.set_level("INFO")
     prompts, out = write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "out"
     settings = load(config, *SETTINGS[1:], "shards.samples_per_shard=4")
-    expect: Callable[..., None] = ShardMaker._expect
+    expect: Callable[..., None] = ShardMaker.expect
 
     def stop(self: ShardMaker, *arguments: object) -> None:
         expect(self, *arguments)
@@ -88,7 +88,7 @@ def test_a_stop_after_a_commit_is_no_endless_one_and_the_shards_time_is_logged(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardMaker, "_expect", stop)
+        patch.setattr(ShardMaker, "expect", stop)
         for committed in (1, 2):
             with pytest.raises(Stopped, match=f"{committed} of this task's 3 shards are committed"):
                 precompute(settings, out, prompts=[prompts])
@@ -105,15 +105,15 @@ def test_a_hundredth_task_that_starts_beside_others_makes_only_what_nobody_makes
 
     def work() -> None:
         torch.set_num_threads(1)
-        record = Recorder.record
+        encode = Recorder.encode
 
-        def counted(self: Recorder, inputs: list[object]) -> object:
+        def counted(self: Recorder, inputs: list[object], where: str) -> object:
             with solved.open("ab") as file:
                 file.write(b"x" * len(inputs))
             time.sleep(0.05)  # so that none is done before the others begin
-            return record(self, inputs)  # type: ignore[arg-type]
+            return encode(self, inputs, where)  # type: ignore[arg-type]
 
-        Recorder.record = counted  # type: ignore[assignment, method-assign]
+        Recorder.encode = counted  # type: ignore[assignment, method-assign]
         precompute(load(config, *SETTINGS), out, prompts=[prompts])
         sys.stdout.flush()
 

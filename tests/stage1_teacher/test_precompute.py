@@ -469,11 +469,11 @@ def test_a_recorder_gives_one_record_per_input_in_any_company(place: Place, fini
     shards = ShardSet.open(finished)
     inputs = open_inputs([place.annotations], [place.prompts], config.inputs, {})
     recorder = Recorder(Teacher.load(config), shards.uncond, config.precompute)
-    (recorded,) = recorder.record([render_input(inputs[5], settings)])
-    (alone,) = recorded.records  # recorded beside a shorter caption
+    (batch,) = recorder.record([[(5, render_input(inputs[5], settings))]], "the set")
+    ((index, alone),) = batch().records  # recorded beside a shorter caption
     stored = shards[5]
-    assert alone.meta == stored.meta
-    assert list(recorder.record([])) == []
+    assert index == 5 and alone.meta == stored.meta
+    assert list(recorder.record([[]], "the set")) == []
     error = (alone.rollout_latents.float() - stored.rollout_latents.float()).norm()
     assert error / stored.rollout_latents.float().norm() < 1e-3
 

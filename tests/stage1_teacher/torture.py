@@ -50,14 +50,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def _work(config: Config, out: Path, prompts: Path, index: int, count: int, solved: Path) -> None:
     torch.set_num_threads(1)
-    record = Recorder.record
+    encode = Recorder.encode
 
-    def counted(self: Recorder, inputs: Any) -> Any:
+    def counted(self: Recorder, inputs: Any, where: str) -> Any:
         with solved.open("ab") as file:
             file.write(b"x" * len(inputs))
-        return record(self, inputs)
+        return encode(self, inputs, where)
 
-    Recorder.record = counted  # type: ignore[method-assign]
+    Recorder.encode = counted  # type: ignore[method-assign]
     precompute(config, out, prompts=[prompts], task_index=index, num_tasks=count)
     os._exit(0)
 

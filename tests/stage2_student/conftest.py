@@ -58,8 +58,12 @@ num_heads = 2
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """network.toml and base.safetensors: UNet, WriteNet and VAE with upstream's keys."""
-    folder = tmp_path_factory.mktemp("base")
-    (folder / "network.toml").write_text(NETWORK)
+    return write_base(tmp_path_factory.mktemp("base"), NETWORK)
+
+
+def write_base(folder: Path, sizes: str) -> Path:
+    """Write a network of these sizes and its weights, which are made by rule."""
+    (folder / "network.toml").write_text(sizes)
     network = load_network_config(folder / "network.toml")
     tensors = {
         key: rule_tensor(key, tuple(tensor.shape))

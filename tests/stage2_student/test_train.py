@@ -19,7 +19,7 @@ from stage2_student.training.trainer import learning_rate
 from tests.shards.builders import flip_bit
 from tests.stage2_student.conftest import Configure, write_shards
 
-TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds"}
+TIMES = {"samples_per_second", "step_seconds", "data_wait_seconds", "seconds_left"}
 
 
 def without_times(run: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 
 from common.errors import DataError
 from common.files import canonical_json
+from common.progress import format_seconds
 from common.schedule import ddim_step, make_alphas_cumprod
 from shards.files.failures import count_by_reason, read_failures
 from shards.files.how_made import HowMade
@@ -24,7 +25,7 @@ from shards.files.tasks import Task, note_path
 from shards.looking.contact_sheet import Picture, implied_x0, make_contact_sheet
 from shards.looking.inspect import describe_set
 from shards.looking.status import read_status
-from shards.looking.status_text import format_numbers, format_seconds, format_status, status_values, summarise
+from shards.looking.status_text import format_numbers, format_status, status_values, summarise
 from shards.looking.verify import audit
 from shards.reading.reader import ShardSet
 from shards.writing.writer import ShardWriter
