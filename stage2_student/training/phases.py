@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,9 +48,17 @@ class Phases:
         """Stored states that the shortest phase is long."""
         return min(end - start for start, end in pairwise(self.boundaries))
 
-    def start(self, phase: int) -> int:
-        """Return the index of a phase's first state."""
-        return self.boundaries[phase]
+    @property
+    def starts(self) -> list[int]:
+        """The phases' first states, to draw from: each as often as its phase is long beside the others.
+
+        The end of a solve is off by the errors of all crossings, and long ones are off the most.
+        """
+        lengths = [end - start for start, end in pairwise(self.boundaries)]
+        unit = math.gcd(*lengths)
+        return [
+            start for start, length in zip(self.boundaries, lengths, strict=False) for _ in range(length // unit)
+        ]
 
     def end(self, state: Tensor) -> Tensor:
         """Return, for indices of called states, the index of the state that ends their phase (int64)."""
@@ -202,19 +211,18 @@ def draw(
         seed: train.seed.
         num_rollouts: R of the records.
         phases: the phases of a solve.
-        starts_only: draw among the M phase starts; else among all S called states.
+        starts_only: draw among the phase starts, long phases more often; else among all S called states.
         per_sample: n, draws of each sample.
     """
-    choices = [phases.start(phase) for phase in range(phases.num_phases)]
-    if not starts_only:
-        choices = list(range(phases.num_states))
+    choices: Sequence[int] = phases.starts if starts_only else range(phases.num_states)
     rollouts, states, positions = [], [], []
     for epoch, index in samples:
-        left: list[int] = []
+        left: Sequence[int] = ()
         for number in range(per_sample):
             random = rng(seed, epoch, index, "training draw", *((number,) if number else ()))
             rollouts.append(random.randrange(num_rollouts))
-            left = left or choices.copy()
-            states.append(left.pop(random.randrange(len(left))))
+            left = left or choices
+            states.append(random.choice(left))
+            left = [state for state in left if state != states[-1]]
             positions.append(random.random())
     return Draws(rollout=torch.tensor(rollouts), state=torch.tensor(states), position=torch.tensor(positions))
