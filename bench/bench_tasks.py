@@ -5,15 +5,16 @@
 
 The annotations are made up, the embedded teacher is real. Rows: the first task, which reads the file and writes
 index and plan; a task that works, beside one of a set with a hundred inputs; a task that finds every shard
-committed (they hold failures only, so that they are quickly made); `status`. Aims stand beside what was measured.
+committed (tars that are empty beside sidecars that are not: hashing terabytes again is left out); `status`; a
+hundred tasks that start at once. Aims stand beside what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
-import signal
+import math
 import subprocess
 import sys
 import tempfile
@@ -25,17 +26,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.config import PROJECT_ROOT
 from common.scripts import make_parser, run_script
-from shards.files.failures import Failure
 from shards.files.manifest import read_manifest
+from shards.files.names import shard_name, sidecar_name
 from shards.files.plan import read_plan
-from shards.writing.writer import ShardWriter
+from shards.files.sidecar import Entry, Member, SidecarHeader, encode_sidecar
+from shards.records.members import REQUIRED_MEMBERS
 
 SETTINGS = (
     *("inputs.use_images=false", "inputs.frame=512", "precompute.solver_steps=2", "precompute.batch_size=4"),
     "shards.samples_per_shard=256",
 )
 ONLY_JOIN = """
-import sys, stage1_teacher.precompute as module, pipeline
+import sys, stage1_teacher.inputs.index as index, stage1_teacher.precompute as module, pipeline
+def told(name, function):
+    return lambda *given: [print(name, "written", flush=True), function(*given)][1]
+index.store, module._Planned.note = told("index", index.store), told("plan", module._Planned.note)
 module._begin = lambda share: (None, None)  # all but the work
 pipeline.cli(args=sys.argv[1:])
 """
@@ -67,29 +72,52 @@ def write_annotations(path: Path, count: int) -> None:
         file.write("]}")
 
 
-def measure(command: list[str], until: Path | None = None) -> Cost:
-    """Run a process to its end, or stop it once a file is there."""
+def measure(command: list[str], seconds: float = math.inf) -> Cost:
+    """Run a process to its end, or ask it to stop after some time."""
+    measured = [sys.executable, "bench/process_cost.py", str(seconds), *command]
+    done = subprocess.run(measured, cwd=PROJECT_ROOT, check=True, stdout=subprocess.PIPE)
+    found = json.loads(done.stdout)
+    if found["code"] not in ((0, 75) if found["asked"] else (0,)):
+        raise RuntimeError(f"{command} ended with {found['code']}")
+    return Cost(**found["cost"])
+
+
+def start_together(command: list[str], count: int, said: Path) -> tuple[float, list[int]]:
+    """Start the tasks of a job at once.
+
+    Returns:
+        Seconds until the last has ended, and how many of them wrote an index and a plan.
+    """
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
-    while until is not None and not until.exists() and process.poll() is None:
-        time.sleep(0.1)
-    if until is not None:
-        process.send_signal(signal.SIGTERM)
-    _pid, status, usage = os.wait4(process.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code != (0 if until is None else 75):
-        raise RuntimeError(f"{command} ended with {code}")
-    return Cost(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    with said.open("ab") as out:
+        numbers = [["--task-index", str(index), "--num-tasks", str(count)] for index in range(count)]
+        tasks = [subprocess.Popen([*command, *number], cwd=PROJECT_ROOT, stdout=out) for number in numbers]
+        if sum(abs(task.wait()) for task in tasks):
+            raise RuntimeError(f"of {count} times {command} some failed")
+    return time.perf_counter() - began, [said.read_text().count(f"{name} written") for name in ("index", "plan")]
 
 
 def commit_all(folder: Path) -> None:
-    """Commit every shard of a plan, each input as a failure."""
-    identity = read_manifest(folder).identity_sha256
+    """Commit every shard of a plan: an empty tar each, beside a sidecar as long as a real one."""
+    identity, tar = read_manifest(folder).identity_sha256, bytes(10_240)
+    members = tuple(Member(name=name, offset=0, length=10_240, crc32c=2**32 - 1) for name in REQUIRED_MEMBERS)
     for shard in read_plan(folder).shards():
-        with ShardWriter(folder, shard.shard_index, identity_sha256=identity, provenance={}) as writer:
-            for place, input_id in enumerate(shard.input_ids, start=shard.first_index):
-                writer.fail(Failure(input_id=input_id, sample_index=place, reason="made up", message="no record"))
-            writer.commit()
+        name, count = shard_name(shard.shard_index), len(shard.input_ids)
+        keys = (f"{index:09d}" for index in range(shard.first_index, shard.first_index + count))
+        header = SidecarHeader(
+            shard=name,
+            identity_sha256=identity,
+            count=count,
+            failed=0,
+            bytes=len(tar),
+            sha256=hashlib.sha256(tar).hexdigest(),
+            ranges={},
+            provenance={},
+            table_crc32c="",
+        )
+        (folder / name).write_bytes(tar)
+        sidecar = encode_sidecar(header, [Entry(key=key, members=members) for key in keys])
+        (folder / sidecar_name(name)).write_bytes(sidecar)
 
 
 def arguments_of(annotations: Path, out: Path) -> list[str]:
@@ -112,12 +140,12 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         times = f"{cost.seconds:7.1f} s {cost.cpu_seconds:7.1f} s CPU"
         print(f"{what:<44} {times} {cost.megabytes:7.0f} MB   {aim}", flush=True)
 
-    row("first task: index and plan", measure([python, "-c", ONLY_JOIN, *arguments_of(many, folder / "set")]), "")
-    first = folder / "set" / "shard-000000.json"
+    join = [python, "-c", ONLY_JOIN]
+    row("first task: index and plan", measure([*join, *arguments_of(many, folder / "set")]), "")
     pipeline = [python, "pipeline.py"]
-    works = measure([*pipeline, *arguments_of(many, folder / "set")], until=first)
-    hundred = measure([*pipeline, *arguments_of(few, folder / "hundred")], until=folder / "hundred" / first.name)
-    row("a task that works, until its first shard", works, "at most 100 MB more than")
+    works = measure([*pipeline, *arguments_of(many, folder / "set")], options.seconds)
+    hundred = measure([*pipeline, *arguments_of(few, folder / "hundred")], options.seconds)
+    row(f"a task that works, for {options.seconds:g} s", works, "at most 100 MB more than")
     row("the same with a hundred inputs", hundred, "")
     commit_all(folder / "set")
     cost = measure([*pipeline, *arguments_of(many, folder / "set")])
@@ -125,12 +153,18 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     shards = read_plan(folder / "set").num_shards
     cost = measure([*pipeline, "status", "--json", "--shards", str(folder / "set")])
     row(f"status of {shards:,} shards", cost, "2 s, 150 MB at 12,000")
+    command = [*join, *arguments_of(many, folder / "together")]
+    seconds, written = start_together(command, options.together, folder / "said")
+    what = f"{options.together} tasks at once on a new set, without work"
+    print(f"{what:<44} {seconds:7.1f} s; index and plan written {written} times   once each", flush=True)
 
 
 def main() -> None:
     """Take the options, and a folder that is gone afterwards."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--inputs", type=int, default=300_000)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long the tasks that work may do so")
+    parser.add_argument("--together", type=int, default=100, help="tasks that start at once")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

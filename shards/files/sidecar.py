@@ -121,15 +121,25 @@ def decode_header(data: bytes, where: str) -> SidecarHeader:
     return SidecarHeader(**values)
 
 
+def check_table(data: bytes, header: SidecarHeader, where: str) -> bytes:
+    """Return a whole sidecar's table, unparsed.
+
+    Raises:
+        DataError: it does not match the header's checksum.
+    """
+    table = data.partition(b"\n")[2]
+    if f"{google_crc32c.value(table):08x}" != header.table_crc32c:
+        raise DataError(f"{where}: the sidecar's table of samples does not match its checksum: it is damaged")
+    return table
+
+
 def decode_table(data: bytes, header: SidecarHeader, where: str) -> list[Entry]:
     """Parse the table from a whole sidecar.
 
     Raises:
         DataError: the table does not match the header's checksum, count or size.
     """
-    table = data.partition(b"\n")[2]
-    if f"{google_crc32c.value(table):08x}" != header.table_crc32c:
-        raise DataError(f"{where}: the sidecar's table of samples does not match its checksum: it is damaged")
+    table = check_table(data, header, where)
     entries = [
         Entry(key=key, members=tuple(Member(name=n, offset=o, length=z, crc32c=c) for n, o, z, c in members))
         for key, members in json.loads(b"{" + table)["samples"]

@@ -39,7 +39,7 @@ from common.files import (
 from shards.files.failures import Failure, encode_failures
 from shards.files.locks import hold_lock
 from shards.files.names import FAILURES_DIR, LOCK, failures_name, sample_key, shard_name, sidecar_name
-from shards.files.sidecar import Entry, Member, SidecarHeader, decode_header, decode_table, encode_sidecar
+from shards.files.sidecar import Entry, Member, SidecarHeader, check_table, decode_header, encode_sidecar
 from shards.files.tasks import set_aside
 from shards.records.codec import TENSORS, encode_record
 from shards.records.ranges import Ranges, add_tensor
@@ -322,7 +322,7 @@ def read_committed(folder: Path, name: str, identity_sha256: str) -> SidecarHead
         return None
     try:
         header = decode_header(data, sidecar_name(name))
-        decode_table(data, header, sidecar_name(name))
+        check_table(data, header, sidecar_name(name))
     except DataError as error:
         logger.warning("%s: will be written again: %s", name, error)
         return None
