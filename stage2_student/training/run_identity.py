@@ -27,7 +27,7 @@ HARMLESS = frozenset(
 )
 """Keys of [train] that do not change what is learnt."""
 
-ONLY_IF_SET: dict[str, Any] = {"draws_per_sample": 1, "grid": "trailing"}
+ONLY_IF_SET: dict[str, Any] = {"draws_per_sample": 1, "grid": "trailing", "unrolled_phase_weight": 0.1}
 """Keys that came later, and what runs begun before have."""
 
 
