@@ -142,8 +142,8 @@ class TrainConfig(Section):
     """M: the steps that the student samples with."""
     grid: Literal["trailing", "upstream"] = "trailing"
     """Where the student is called: "trailing" (4 steps: 999, 749, 499, 249; diffusers' DDIM), or "upstream"
-    (751, 501, 251, 1), so that a merged checkpoint runs in AnyText2's own program: for `phased` and `unrolled` with
-    2, 4 or 8."""
+    (751, 501, 251, 1), so that a merged checkpoint runs in AnyText2's own program: for `phased` and `unrolled`
+    with 2, 4 or 8."""
     loss: Literal["huber", "l2", "landing"] = "huber"
     """"huber" (pseudo-Huber), "l2", or "landing" (error of the landed state)."""
     huber_c: PositiveFloat = 1e-3
