@@ -183,13 +183,23 @@ def write_page(out: Path, name: str, title: str, measured: str, rows: Sequence[R
         measured: on what, for the table.
         rows: at least one.
     """
-    found = [cells(row) for row in rows]
-    body = table(list(found[0]), [(line[""], list(line.values())[1:], "") for line in found])
     intro = "Distance of the final latents from the teacher's own solve, the seeds pooled, with 95 % intervals."
-    parts = section("Endpoint error", intro, error_chart(rows)), section("Figures", measured, body)
+    found = [cells(row) for row in rows]
+    columns = list(found[0])[2:]
+    split = columns.index("Sen. Acc, %")
+    parts = (
+        section("Endpoint error", intro, join(error_chart(rows), _table(found, columns[:split]))),
+        section("Text, colours, KID", measured, _table(found, columns[split:])),
+    )
     page = document(title, tag("header", tag("h1", title)), tag("main", *parts))
     write_bytes_atomic(out / f"{name}.html", page.encode())
     write_bytes_atomic(out / f"{name}.json", canonical_json([dataclasses.asdict(row) for row in rows]))
+
+
+def _table(found: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Markup:
+    """Lay out some columns, after name and phases."""
+    head = ["", "phases", *columns]
+    return table(head, [(line[""], [line[column] for column in head[1:]], "") for line in found])
 
 
 def error_chart(rows: Sequence[Row]) -> Markup:

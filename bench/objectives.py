@@ -66,7 +66,7 @@ class Calls:
         return self.without + self.with_gradient * (1 + backward)
 
     def __str__(self) -> str:
-        return f"{self.with_gradient}" + (f" + {self.without} without gradient" if self.without else "")
+        return f"{self.with_gradient}" + (f" + {self.without}" if self.without else "")
 
 
 def count_calls(train: TrainConfig, phases: Phases) -> Calls:
@@ -129,7 +129,7 @@ class Arm:
         minutes = sum(bench.minutes(name) for seed in seeds for name in self.names(seed)) / len(seeds)
         facts = {
             "steps": " > ".join(str(stage.settings["max_steps"]) for stage in self.stages),
-            "UNet rows": " > ".join(str(stage.calls) for stage in self.stages),
+            "UNet rows, + without gradient": " > ".join(str(stage.calls) for stage in self.stages),
             "minutes": f"{minutes:.1f}",
         }
         labels = [label_of(self.names(seed)[-1], self.phases) for seed in seeds]
