@@ -44,20 +44,21 @@ class _Fold:
         """Turn dW into dA and dB, which add up in float32, and let go of it."""
         assert weight.grad is not None
         gradient, weight.grad = weight.grad.flatten(1).float(), None
-        _add_gradient(self.b, torch.mm(gradient, self.a.flatten(1).T).mul_(self.scale))
-        _add_gradient(self.a, torch.mm(self.b.flatten(1).T, gradient).mul_(self.scale))
+        _add_gradient(self.b, gradient, self.a.flatten(1).T, self.scale)
+        _add_gradient(self.a, self.b.flatten(1).T, gradient, self.scale)
 
 
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+def _add_gradient(parameter: nn.Parameter, left: Tensor, right: Tensor, scale: float) -> None:
+    """Add scale times a product of matrices to a gradient."""
     if parameter.grad is None:
-        parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
+        parameter.grad = torch.mm(left, right).mul_(scale).view(parameter.shape)
     else:
-        parameter.grad += gradient.view(parameter.shape)
+        parameter.grad.flatten(1).addmm_(left, right, alpha=scale)
 
 
 @contextmanager
-def _exactly(device: torch.device) -> Iterator[None]:
-    """Compute in float32, whatever autocast says."""
+def _without_autocast(device: torch.device) -> Iterator[None]:
+    """Compute in the types at hand, without gradients."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -100,8 +101,8 @@ class FoldedAdapters:
 
     def refresh(self) -> None:
         """Fold A and B as they are now."""
-        for fold in self._folds:
-            with _exactly(fold.weight.device):
+        with _without_autocast(self._folds[0].weight.device):
+            for fold in self._folds:
                 fold.refresh()
 
     def reduce(self, accelerator: Accelerator) -> None:
@@ -115,7 +116,7 @@ class FoldedAdapters:
 
     def _take(self, fold: _Fold) -> Callable[[Tensor], None]:
         def take(weight: Tensor) -> None:
-            with _exactly(weight.device):
+            with _without_autocast(weight.device):
                 fold.take(weight)
 
         return take

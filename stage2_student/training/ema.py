@@ -36,8 +36,10 @@ class Ema:
             step: steps done, from 1. The decay is min(decay, (1 + step) / (10 + step)).
         """
         decay = min(self._decay, (1 + step) / (10 + step))
-        for name, parameter in self._parameters.items():
-            self.values[name].lerp_(parameter.detach(), 1 - decay)
+        values, parameters = zip(
+            *((self.values[name], p.detach()) for name, p in self._parameters.items()), strict=True
+        )
+        torch._foreach_lerp_(values, parameters, 1 - decay)  # on a GPU some kernels for all of them
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Take over stored values."""

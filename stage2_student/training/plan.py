@@ -13,12 +13,12 @@ from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.differences import require_same
 from shards.reading.reader import ShardSet
-from stage2_student.student.adapter import Card
+from stage2_student.student.adapter import LORA_DIR, Card, read_card
 from stage2_student.student.shard_facts import ShardFacts, read_facts, require_base
 from stage2_student.training.ancestry import Ancestry, require_fit
 from stage2_student.training.checkpoint import Progression, read_state
 from stage2_student.training.phases import Phases, plan_phases
-from stage2_student.training.run_identity import comparable, identity_of_run
+from stage2_student.training.run_identity import comparable, identity_of_run, rounded_otherwise
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ def make_plan(
         remedy = "restore them, or start a new run in another --out folder"
         what = f"{checkpoint}: cannot be resumed with other settings"
         require_same(comparable(identity), comparable(saved), what, remedy)
+        if changed := rounded_otherwise(config, read_card(checkpoint / LORA_DIR).config):
+            logger.warning("the run goes on with %s: results differ from before in rounding", ", ".join(changed))
     card = Card(
         objective=config.train.objective,
         sampler="lcm" if config.train.objective == "lcm" else "ddim",

@@ -27,6 +27,10 @@ HARMLESS = frozenset(
 )
 """Keys of [train] that do not change what is learnt."""
 
+ROUNDING = ("model.channels_last", "model.compile", "train.deterministic", "train.fold_adapters")
+"""Keys, false by default, that change how results are rounded and nothing else: a run may go on with others, and
+is told that its bits will not be those of a run that never stopped."""
+
 ONLY_IF_SET: dict[str, Any] = {"draws_per_sample": 1, "grid": "trailing", "unrolled_phase_weight": 0.1}
 """Keys that came later, and what runs begun before have."""
 
@@ -42,6 +46,21 @@ def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     rest = dict(identity)
     samples = rest.pop(_GLOBAL_BATCH, 0) * rest.pop(_ACCUMULATION, 1)
     return {**rest, "samples a step (train.batch_size x train.gradient_accumulation x processes)": samples}
+
+
+def rounded_otherwise(config: Config, before: Mapping[str, Any]) -> list[str]:
+    """Return which settings round otherwise than before, e.g. "train.fold_adapters = true".
+
+    Args:
+        config: the resolved configuration.
+        before: that of the run so far, as `Config.as_dict` gives it, maybe in a version without some of the keys.
+    """
+    now, changed = config.as_dict(), []
+    for key in ROUNDING:
+        section, name = key.split(".")
+        if now[section][name] != before.get(section, {}).get(name, False):
+            changed.append(f"{key} = {str(now[section][name]).lower()}")
+    return changed
 
 
 def identity_of_run(

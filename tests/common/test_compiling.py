@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config
 
-from common.compiling import as_it_is, compile_network, default_cache_dir, prepare_networks, require_compiler
+from common.compiling import (
+    as_it_is,
+    compile_network,
+    default_cache_dir,
+    make_deterministic,
+    prepare_networks,
+    require_compiler,
+)
 from common.errors import MachineError
 from common.sections import ModelConfig
 
@@ -118,3 +126,22 @@ def test_the_cache_lies_where_later_jobs_find_it(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert default_cache_dir() == tmp_path / "home/anytext2-distill/inductor"
+
+
+def test_determinism_is_asked_for_before_cuda_reads_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import deterministic
+
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+        monkeypatch.setenv(name, "unset")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
+    make_deterministic()
+    try:
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
+        with pytest.raises(RuntimeError, match="deterministic"):  # of what has no such algorithm
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+    finally:
+        torch.use_deterministic_algorithms(False)

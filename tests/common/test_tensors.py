@@ -67,3 +67,8 @@ def test_moving_to_a_type_leaves_masks_of_booleans() -> None:
 def test_every_tensor_is_pinned() -> None:
     pinned = make(1.0).pin_memory()
     assert pinned.inner.values.is_pinned() and pinned.by_name["a"].is_pinned()
+
+
+def test_what_is_sent_is_what_is_moved() -> None:
+    sent = make(3.0).send("cpu")
+    assert (float(sent.inner.values), float(sent.by_name["a"]), sent.missing) == (3, -3, None)

@@ -221,6 +221,74 @@ def test_two_processes_train_like_one_with_their_batches_together(
         assert one_ and one_ == pytest.approx(two_, rel=1e-4)
 
 
+LOOK_LATER = """
+import runpy, sys
+from stage2_student.training import prepare
+prepare.looks_later = lambda device: True  # as on a GPU
+sys.argv = ["pipeline.py", *sys.argv[1:]]
+runpy.run_path("pipeline.py", run_name="__main__")
+"""
+
+
+def run_two(
+    arguments: list[str], *, until: Callable[[list[subprocess.Popen[str]]], None] = lambda processes: None
+) -> tuple[list[int], list[str]]:
+    """Train in two processes that look at losses later; returns their exit codes and what they said of errors."""
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    command = [sys.executable, "-c", LOOK_LATER, "train", *arguments]
+    two = [start(command, **step, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")]
+    until(two)
+    said = [process.communicate(timeout=280)[1] for process in two]
+    return [process.returncode for process in two], said
+
+
+def test_two_processes_with_folded_adapters_and_losses_looked_at_later_train_like_one(
+    configure: Configure, base_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    """No gradient passes through folded adapters, so that DistributedDataParallel would not average them."""
+    settings = {**SETTINGS, "num_workers": 0, "max_steps": 4, "gradient_accumulation": 2, "ema_decay": 0.9}
+    (tmp_path / "small.toml").write_text(toml_of(base_folder, **settings, fold_adapters=True))
+    arguments = ["--config", str(tmp_path / "small.toml"), "--shards", str(shards), "--out", str(tmp_path / "two")]
+    codes, said = run_two(arguments)
+    assert codes == [0, 0], said
+    one = train(configure(**{**settings, "batch_size": 4}), shards=shards, run=tmp_path / "one")
+    assert one.checkpoint is not None
+    for kind in ("lora", "ema"):
+        found = load_tensors(tmp_path / "two/checkpoints" / one.checkpoint.name / kind)
+        for name, tensor in load_tensors(one.checkpoint / kind).items():
+            assert float((found[name] - tensor).norm()) <= 2e-3 * float(tensor.norm()), name
+    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_that_look_later_stop_in_the_same_step_and_name_the_same_bad_sample(
+    base_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.toml").write_text(
+        toml_of(base_folder, **{**SETTINGS, "num_workers": 0, "max_steps": 10**6})
+    )
+    arguments = ["--config", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run")]
+
+    def stop_second(two: list[subprocess.Popen[str]]) -> None:
+        wait_for(lambda: len(read_log(tmp_path / "run")) >= 2, two[0])
+        two[1].send_signal(signal.SIGTERM)
+
+    codes, said = run_two([*arguments, "--shards", str(shards)], until=stop_second)
+    assert codes == [75, 75], said
+    newest = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert newest is not None and all(f"step {int(newest.name[5:])} of" in errors for errors in said), said
+
+    damaged = write_shards(tmp_path / "shards", base_folder / "base.safetensors", rollouts=1)
+    key = write_over(damaged, 0, 1, ROLLOUT, b"\x00\x7e" * 64)
+    bad = [*arguments[:3], str(tmp_path / "bad"), "--shards", str(damaged), "--set", "train.num_phases=1"]
+    codes, said = run_two([*bad, "--set", "train.checkpoint_every=9", "--set", "train.log_every=9"])
+    assert codes == [3, 3], said
+    lines = [line for errors in said for line in errors.splitlines() if line.startswith("error: step")]
+    assert len(lines) == 2 and lines[0] == lines[1] and f"sample {key} (index 1); nothing" in lines[0], said
+    assert not list((tmp_path / "bad").glob("checkpoints/*"))
+
+
 def test_torchrun_goes_on_after_a_killed_rank_and_stops_with_a_checkpoint(
     base_folder: Path, shards: Path, tmp_path: Path
 ) -> None:

@@ -237,6 +237,38 @@ def test_draws_depend_on_seed_epoch_and_sample_and_on_nothing_else() -> None:
     assert {row[1] for row in rows(drawn(list(range(200)), starts_only=False))} == set(range(8))
 
 
+@pytest.mark.parametrize(("starts_only", "choices"), [(True, {0, 2, 4, 6}), (False, set(range(8)))])
+def test_more_draws_of_a_sample_follow_its_first_at_other_states_until_all_were_met(
+    starts_only: bool, choices: set[int]
+) -> None:
+    def drawn(per_sample: int) -> dict[str, Tensor]:
+        samples = [(3, index) for index in range(40)]
+        draws = draw(
+            samples,
+            seed=1,
+            num_rollouts=3,
+            phases=even_phases(8, 4),
+            starts_only=starts_only,
+            per_sample=per_sample,
+        )
+        values = {"rollout": draws.rollout, "state": draws.state, "position": draws.position}
+        return {name: value.view(40, per_sample) for name, value in values.items()}
+
+    one, few, many = drawn(1), drawn(3), drawn(len(choices) + 1)
+    for name in one:
+        assert torch.equal(few[name][:, :1], one[name]) and torch.equal(many[name][:, :3], few[name])
+    assert all(set(row[:-1]) == choices for row in many["state"].tolist())
+    assert {int(row[-1]) for row in many["state"]} == choices  # drawn among all of them again
+    assert len(many["position"].unique()) == many["position"].numel()
+
+
+def test_several_draws_take_rollouts_of_their_own_sample() -> None:
+    states = torch.arange(2 * 3 * 9).view(2, 3, 9, 1, 1, 1).half()
+    rollouts = select_rollout(states, torch.arange(16).view(2, 8), None, None, torch.tensor([2, 0, 1, 1]))
+    assert rollouts.states[:, 0].flatten().tolist() == [18, 0, 36, 36]
+    assert rollouts.timesteps[:, 0].tolist() == [0, 0, 8, 8]
+
+
 def test_each_sample_takes_its_own_drawn_rollout() -> None:
     states = torch.arange(2 * 3 * 9).view(2, 3, 9, 1, 1, 1).half()
     timesteps = torch.arange(2 * 3 * 8).view(2, 3, 8)
