@@ -149,13 +149,14 @@ class TrainConfig(Section):
 
     seed: int = 0
     """Keys the order of samples and every draw of rollout, phase and noise."""
-    objective: Literal["phased", "pcm", "lcm", "x0"] = "phased"
-    """What the student is trained towards."""
+    objective: Literal["phased", "unrolled", "pcm", "lcm", "x0"] = "phased"
+    """What the student is trained towards; docs/training.md has what each needs and costs."""
     num_phases: Count = 4
     """M: the steps that the student samples with."""
     grid: Literal["trailing", "upstream"] = "trailing"
     """Where the student is called: "trailing" (4 steps: 999, 749, 499, 249; diffusers' DDIM), or "upstream"
-    (751, 501, 251, 1), so that a merged checkpoint runs in AnyText2's own program: for `phased` with 2, 4 or 8."""
+    (751, 501, 251, 1), so that a merged checkpoint runs in AnyText2's own program: for `phased` and `unrolled`
+    with 2, 4 or 8."""
     loss: Literal["huber", "l2", "landing"] = "huber"
     """"huber" (pseudo-Huber), "l2", or "landing" (error of the landed state)."""
     huber_c: PositiveFloat = 1e-3
@@ -163,6 +164,8 @@ class TrainConfig(Section):
     states: Literal["starts", "all", "interpolated"] = "starts"
     """`phased`: train at phase "starts", "all" stored states, or "interpolated" ones
     (Rectified Diffusion)."""
+    unrolled_phase_weight: NonNegativeFloat = 0.1
+    """`unrolled`: weight of the landings on the way, the last one's being 1; 0 for the last one alone."""
     pcm_target: Literal["online", "ema"] = "online"
     """`pcm`: whose value at the next state is the target, the "online" student's or the "ema" one's."""
     guidance_scale: PositiveFloat = 7.5
@@ -228,14 +231,22 @@ class TrainConfig(Section):
             require(self.ema_decay > 0, "ema_decay", self.ema_decay, 'above 0 with pcm_target = "ema"')
         if self.objective in ("lcm", "x0"):
             require(self.loss != "landing", "loss", self.loss, f"huber or l2 with objective {self.objective}")
+        if self.objective == "unrolled":
+            self._check_unrolled()
         if self.grid == "upstream":
             self._check_upstream()
         return self
 
+    def _check_unrolled(self) -> None:
+        met = "with objective unrolled: it walks a whole solve and meets every phase at the student's own states"
+        require(self.states == "starts", "states", self.states, f"starts {met}")
+        require(self.draws_per_sample == 1, "draws_per_sample", self.draws_per_sample, f"1 {met}")
+
     def _check_upstream(self) -> None:
-        fits = self.objective == "phased" and self.states != "all"
+        fits = self.objective in ("phased", "unrolled") and self.states != "all"
         received = f"{self.objective}, states = {self.states}"
-        require(fits, "objective", received, 'phased at "starts" or "interpolated" states with grid = "upstream"')
+        expected = 'phased at "starts" or "interpolated" states, or unrolled, with grid = "upstream"'
+        require(fits, "objective", received, expected)
         reason = "calls t = 1 on pure noise" if self.num_phases == 1 else "is out of range, or at no stored state"
         expected = f'2, 4 or 8 with grid = "upstream": AnyText2\'s own grid of {self.num_phases} {reason}'
         require(self.num_phases in (2, 4, 8), "num_phases", self.num_phases, expected)

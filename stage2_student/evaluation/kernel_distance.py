@@ -6,14 +6,13 @@ caption differ, and only the sets can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.seeding import derive_seed
-from stage2_student.evaluation.metrics import CONFIDENCE, Estimate, Floats, resample
+from stage2_student.evaluation.metrics import Estimate, Floats, percentile_interval, resample
 
 SPLITS = 500
 """Random halves of the true images behind the interval of `halves_distance`."""
@@ -34,14 +33,32 @@ class ImageFeatures:
 def kernel_distance(truth: ImageFeatures, other: ImageFeatures, seed: int) -> Estimate:
     """Return KID of a run's images to the true images of the same layouts, with its bootstrap interval.
 
+    Args:
+        truth: one sample each is taken.
+        other: of the same layouts, at least two.
+        seed: keys the resampling.
+
+    Raises:
+        ValueError: the layouts are not the same.
+    """
+    return _estimate(*resampled_distance(truth, other, seed), len(truth.layout_ids))
+
+
+def resampled_distance(truth: ImageFeatures, other: ImageFeatures, seed: int) -> tuple[float, Floats]:
+    """Return KID of a run's images to the true images of the same layouts, and its bootstrap resamples.
+
     The mean over pairs of different layouts i, j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i), for
     true images x and drawn ones y, with the cubic kernel k of KID. Image and true image of one layout are not
-    compared: they share text and caption. The interval resamples layouts.
+    compared: they share text and caption. The resamples draw layouts, the same ones for every run: differences of
+    two runs' resamples are paired.
 
     Args:
         truth: one sample each is taken.
         other: of the same layouts, at least two.
         seed: keys the resampling.
+
+    Returns:
+        The distance, and that of each resample, (RESAMPLES,).
 
     Raises:
         ValueError: the layouts are not the same.
@@ -63,7 +80,7 @@ def kernel_distance(truth: ImageFeatures, other: ImageFeatures, seed: int) -> Es
     sums = ((weights @ pairs) * weights).sum(axis=1)
     # A layout that is drawn twice is no pair of different ones.
     drawn = np.maximum(count**2 - np.square(weights).sum(axis=1), 1)
-    return _estimate(pairs.sum() / (count * (count - 1)), sums / drawn, count)
+    return float(pairs.sum() / (count * (count - 1))), np.asarray(sums / drawn, np.float64)
 
 
 def halves_distance(truth: ImageFeatures, seed: int) -> Estimate | None:
@@ -121,7 +138,6 @@ def _kernel(a: Floats, b: Floats) -> Floats:
     return np.asarray((a @ b.T / max(a.shape[1], 1) + 1) ** 3, np.float64)
 
 
-def _estimate(value: float, resampled: Floats | Sequence[float], count: int) -> Estimate:
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    return Estimate(value=float(value), low=float(low), high=float(high), count=count)
+def _estimate(value: float, resampled: Floats, count: int) -> Estimate:
+    low, high = percentile_interval(resampled)
+    return Estimate(value=value, low=low, high=high, count=count)

@@ -116,7 +116,7 @@ def estimate(grouped: Grouped, seed: int) -> Estimate | None:
     """
     if not grouped.counts.sum():
         return None
-    low, high = _interval(grouped.means(resample(len(grouped.layout_ids), seed)))
+    low, high = percentile_interval(grouped.means(resample(len(grouped.layout_ids), seed)))
     once = np.ones(len(grouped.layout_ids))
     return Estimate(value=float(grouped.means(once)), low=low, high=high, count=int(grouped.counts.sum()))
 
@@ -137,7 +137,7 @@ def paired_difference(a: Grouped, b: Grouped, seed: int) -> Estimate | None:
     if not a.counts.sum():
         return None
     weights = resample(len(a.layout_ids), seed)
-    low, high = _interval(_differences(a, b, weights))
+    low, high = percentile_interval(_differences(a, b, weights))
     value = float(_differences(a, b, np.ones(len(a.layout_ids))))
     return Estimate(value=value, low=low, high=high, count=int(a.counts.sum()))
 
@@ -157,7 +157,8 @@ def resample(size: int, seed: int) -> Floats:
     return rng.multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64)
 
 
-def _interval(values: Floats) -> tuple[float, float]:
+def percentile_interval(values: Floats) -> tuple[float, float]:
+    """Return the ends of the interval that `CONFIDENCE` of resampled values lie in."""
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

@@ -106,7 +106,7 @@ def summarise_run(
         palette: colours that lines asked for; empty to leave their accuracy out.
         seed: keys the resampling.
     """
-    scores = {name: estimate(group, seed) for name, group in _measures(results, palette).items()}
+    scores = {name: estimate(group, seed) for name, group in measures(results, palette).items()}
     return RunRow(
         folder=place.name,
         label=description["label"],
@@ -133,8 +133,16 @@ def summarise_run(
     )
 
 
-def _measures(results: Sequence[ImageResult], palette: Sequence[Color]) -> dict[str, Grouped]:
-    """Return what runs are compared by; accuracies are of lines, `ground` and distances of images."""
+def measures(results: Sequence[ImageResult], palette: Sequence[Color]) -> dict[str, Grouped]:
+    """Return what runs are compared by; accuracies are of lines, `ground` and distances of images.
+
+    Args:
+        results: of all images of a run.
+        palette: colours that lines asked for; empty to leave their accuracy out.
+
+    Returns:
+        Scores by the names that `Difference` has for them.
+    """
     grounds = [(result.layout_id, result.ground) for result in results]
     return {
         **_distances(results),
@@ -242,12 +250,12 @@ def _accuracies(lines: Sequence[tuple[str, LineResult]], seed: int) -> dict[str,
 def _differences(
     labels: Sequence[str], results: dict[str, list[ImageResult]], palette: Sequence[Color], seed: int
 ) -> list[Difference]:
-    measures = {label: _measures(results[label], palette) for label in labels}
+    found = {label: measures(results[label], palette) for label in labels}
     rows = []
     for a, b in itertools.combinations(labels, 2):
         row: dict[str, Estimate | None] = {}
-        for name, of_b in measures[b].items():
-            of_a = measures[a][name]
+        for name, of_b in found[b].items():
+            of_a = found[a][name]
             row[name] = paired_difference(of_b, of_a, seed) if _comparable(name, of_a, of_b) else None
         rows.append(Difference(run=b, less=a, **row))
     return rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -144,6 +145,32 @@ def interpolated_loss(
     return crossing_loss(eps, target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
 
 
+def unrolled_loss(
+    rollouts: Rollouts, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
+) -> Tensor:
+    """Walk all M phases as in sampling, and compare every landing with the teacher's; (B, C, h, w) float32.
+
+    From the recorded noise y_0 = z_0, y_k = DDIM(y_{k-1}, eps(y_{k-1}, t_{k-1})) for k = 1 ... M. With l_k the
+    crossing loss of y_k against the recorded z_k, the loss is l_M + w mean(l_1 ... l_{M-1}), w being
+    train.unrolled_phase_weight. Gradients pass through the whole walk: an error counts by what later steps make of
+    it, and these learn to mend it. The walk meets each phase once, so that the phase loss costs no call. A single
+    phase is that of `phased_loss`.
+
+    Source: Watson et al. 2022 (DDSS, arXiv 2202.05830), backpropagation through the sampling chain; Zhou et al.
+    2024 (SFD, arXiv 2409.19681), the student's own states compared with the teacher's at each step.
+    """
+    rollouts = rollouts.labelled(settings.phases)
+    z, losses = rollouts.states[:, 0].float(), []
+    for start, end in pairwise(settings.phases.boundaries):
+        here, there = torch.full_like(draws.state, start), torch.full_like(draws.state, end)
+        t, t_end = rollouts.timestep(here), rollouts.timestep(there)
+        eps = predict(z, t).float()
+        losses.append(_crossing_loss(eps, z, t, rollouts.at(there), t_end, settings))
+        z = ddim_step(z, eps, alphas_at(settings.alphas_cumprod, t), alphas_at(settings.alphas_cumprod, t_end))
+    *inner, last = losses
+    return last + settings.train.unrolled_phase_weight * torch.stack(inner).mean(dim=0) if inner else last
+
+
 def pcm_loss(
     rollouts: Rollouts, draws: Draws, predict: Predict, predict_target: Predict, settings: LossSettings
 ) -> Tensor:
@@ -197,9 +224,15 @@ def x0_loss(
 
 
 def _cross(z: Tensor, t: Tensor, z_end: Tensor, t_end: Tensor, predict: Predict, settings: LossSettings) -> Tensor:
+    return _crossing_loss(predict(z, t), z, t, z_end, t_end, settings)
+
+
+def _crossing_loss(
+    eps: Tensor, z: Tensor, t: Tensor, z_end: Tensor, t_end: Tensor, settings: LossSettings
+) -> Tensor:
     a, a_end = alphas_at(settings.alphas_cumprod, t), alphas_at(settings.alphas_cumprod, t_end)
     target = phase_target_eps(z, z_end, a, a_end)
-    return crossing_loss(predict(z, t), target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
+    return crossing_loss(eps, target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
 
 
 Loss = Callable[[Rollouts, Draws, Predict, Predict, LossSettings], Tensor]
@@ -210,4 +243,4 @@ def loss_of(train: TrainConfig) -> Loss:
     """Return the configured objective."""
     if train.objective == "phased":
         return interpolated_loss if train.states == "interpolated" else phased_loss
-    return {"pcm": pcm_loss, "lcm": lcm_loss, "x0": x0_loss}[train.objective]
+    return {"unrolled": unrolled_loss, "pcm": pcm_loss, "lcm": lcm_loss, "x0": x0_loss}[train.objective]

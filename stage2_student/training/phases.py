@@ -139,7 +139,7 @@ def require_distance(solver_steps: int) -> None:
 
 def trains_at_starts(train: TrainConfig) -> bool:
     """Whether only the phases' first states are drawn; consistency objectives need every state."""
-    return train.objective in ("phased", "x0") and train.states != "all"
+    return train.objective in ("phased", "unrolled", "x0") and train.states != "all"
 
 
 def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
@@ -172,7 +172,7 @@ def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
     else:
         phases = even_phases(len(facts.timesteps), train.num_phases)
         timesteps = torch.tensor(facts.timesteps)[list(phases.boundaries[:-1])]
-    if train.objective in ("phased", "pcm"):
+    if train.objective in ("phased", "unrolled", "pcm"):
         require_distance(facts.record_every * (phases.shortest if trains_at_starts(train) else 1))
     return phases, timesteps
 

@@ -42,9 +42,9 @@ def fold(config: Config, student: Student) -> FoldedAdapters:
     dtype = training_dtype(config)
     compute_dtype = MIXED.get(config.train.mixed_precision, dtype)
     if student.device.type == "cuda" and compute_dtype != torch.float32:
-        torch.backends.cuda.matmul.allow_tf32 = (
-            True  # B A and its gradients alone: the network computes in a half type
-        )
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32, for B A and its gradients: the network is in a half type
     return FoldedAdapters(student.parts.values(), dtype=dtype, compute_dtype=compute_dtype)
 
 

@@ -17,6 +17,7 @@ from stage2_student.training.objectives import (
     interpolated_loss,
     pcm_loss,
     phased_loss,
+    unrolled_loss,
     x0_loss,
 )
 from stage2_student.training.phases import Draws, even_phases
@@ -64,7 +65,7 @@ class ToyStudent(nn.Module):
         return self.layers(torch.cat([z[..., 0, 0], phase], dim=1))[..., None, None]
 
 
-def endpoint_error(loss_of, **train: object) -> float:  # type: ignore[no-untyped-def]
+def endpoint_error(loss_of, batch: int = 256, **train: object) -> float:  # type: ignore[no-untyped-def]
     """Train on recorded rollouts for seconds; mean distance of the 4-step endpoints from the teacher's."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(6000, 2, 1, 1, generator=generator)
@@ -85,17 +86,17 @@ def endpoint_error(loss_of, **train: object) -> float:  # type: ignore[no-untype
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
     for _ in range(800):
-        rows = torch.randint(0, 5000, (256,), generator=generator)
-        starts = torch.randint(0, NUM_PHASES, (256,), generator=generator) * phases.shortest
-        anywhere = torch.randint(0, phases.num_states, (256,), generator=generator)
+        rows = torch.randint(0, 5000, (batch,), generator=generator)
+        starts = torch.randint(0, NUM_PHASES, (batch,), generator=generator) * phases.shortest
+        anywhere = torch.randint(0, phases.num_states, (batch,), generator=generator)
         draws = Draws(
-            rollout=torch.zeros(256, dtype=torch.long),
+            rollout=torch.zeros(batch, dtype=torch.long),
             state=anywhere if settings.train.states == "all" else starts,
-            position=torch.rand(256, generator=generator),
+            position=torch.rand(batch, generator=generator),
         )
         rollouts = Rollouts(
             states=states[rows],
-            timesteps=grid.expand(256, -1),
+            timesteps=grid.expand(batch, -1),
             x0_cond=predictions[rows],
             x0_uncond=predictions[rows],
         )
@@ -129,3 +130,9 @@ def baseline() -> float:
 def test_objectives_that_cross_phases_end_nearer_the_teacher_than_x0_regression(loss_of, train, baseline) -> None:  # type: ignore[no-untyped-def]
     error = endpoint_error(loss_of, **train)
     assert error < 0.65 * baseline
+
+
+def test_a_solve_learnt_as_a_whole_ends_nearer_than_its_phases_learnt_apart_at_the_same_cost() -> None:
+    apart = endpoint_error(phased_loss)
+    together = endpoint_error(unrolled_loss, batch=256 // NUM_PHASES, objective="unrolled")  # as many calls
+    assert together < 0.65 * apart

@@ -1,0 +1,214 @@
+"""Which objective to train with, for so many steps of the student and so much compute.
+
+    make demo
+    python bench/objectives.py --shards demo/shards --out build/objectives --steps 300 --phases 2 --seeds 0
+
+Trains a student for each objective, number of phases and seed, at equal cost, and measures all on the same
+held-out layouts and noise. An objective may bring settings of [train] ("unrolled,batch_size=8"), and one may
+follow another, each with its share of the budget ("phased>unrolled"). Differences are to the first objective,
+paired over layouts, the seeds pooled; what another seed would change is seen in the lowest and highest error of a
+seed.
+
+Cost is UNet work: the rows that the objective puts through the UNet for a sample, counted by running it, a forward
+pass being 1 and its backward pass 1.5 with frozen weights and adapters, 2 with train.fold_adapters. The budget
+is --steps optimizer steps of `phased`; others take as many steps as it pays for, each with warm-up over the
+first tenth. WriteNet, which runs once a sample, is not counted; the minutes in the table have it, and the
+machine's noise.
+
+Stops and goes on: the same command continues, and more seeds, phases or objectives add to what is there.
+OUT/objectives.html and .json have the table, OUT/logs what each command said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from bench.comparison import Kind, describe_solve, format_rows, make_rows, write_page
+from bench.students import Bench, comparing_parser, label_of
+from common.config import load_config
+from common.errors import UsageError
+from common.schedule import make_alphas_cumprod
+from common.scripts import run_script
+from common.sections import TrainConfig
+from shards.reading.reader import ShardSet
+from stage1_teacher.measuring.teacher_sampler import recorded_grid
+from stage2_student.evaluation.results import slug
+from stage2_student.student.shard_facts import ShardFacts, read_facts
+from stage2_student.training.objectives import LossSettings, Rollouts, loss_of
+from stage2_student.training.phases import Phases, draw, plan_phases, trains_at_starts
+
+OBJECTIVES = ("phased", "phased,loss=landing", "pcm", "unrolled", "phased>unrolled")
+BACKWARD, BACKWARD_FOLDED = 1.5, 2.0
+"""Cost of a backward pass in forward passes: gradients of activations, and of the adapters or of all weights that
+they are folded into (see stage2_student/student/folding.py)."""
+WARMUP_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """UNet rows of a sample."""
+
+    with_gradient: int
+    without: int
+
+    def cost(self, train: TrainConfig) -> float:
+        """Return the work of a sample in forward passes."""
+        backward = BACKWARD_FOLDED if train.fold_adapters else BACKWARD
+        return self.without + self.with_gradient * (1 + backward)
+
+    def __str__(self) -> str:
+        return f"{self.with_gradient}" + (f" + {self.without}" if self.without else "")
+
+
+def count_calls(train: TrainConfig, phases: Phases) -> Calls:
+    """Count the rows that an objective puts through the UNet for a sample, by its loss on made-up data."""
+    count = {True: 0, False: 0}
+
+    def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        count[torch.is_grad_enabled()] += len(noisy_latents)
+        return noisy_latents
+
+    rows, states = train.draws_per_sample, phases.num_states
+    drawn = draw(
+        [(0, 0)], seed=0, num_rollouts=1, phases=phases, starts_only=trains_at_starts(train), per_sample=rows
+    )
+    rollouts = Rollouts(
+        states=torch.zeros(rows, states + 1, 1, 1, 1),
+        timesteps=torch.linspace(999, 999 / states, states).long().expand(rows, -1),
+        x0_cond=torch.zeros(rows, states, 1, 1, 1),
+        x0_uncond=torch.zeros(rows, states, 1, 1, 1),
+    )
+    settings = LossSettings(train=train, phases=phases, alphas_cumprod=make_alphas_cumprod())
+    with torch.enable_grad():
+        loss_of(train)(rollouts, drawn, predict, predict, settings)
+    return Calls(with_gradient=count[True], without=count[False])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A training by one objective."""
+
+    text: str
+    """As it was asked for, e.g. "phased,loss=landing"."""
+    settings: Mapping[str, object]
+    """Of [train]; all but the seed."""
+    calls: Calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """What is compared: stages, each started from the one before, for one number of phases."""
+
+    text: str
+    phases: int
+    stages: Sequence[Stage]
+
+    def names(self, seed: int) -> list[str]:
+        """Return the student's name after each stage; other budgets make other students."""
+        steps = [f"{slug(stage.text)}-{stage.settings['max_steps']}" for stage in self.stages]
+        return [f"{'-then-'.join(steps[:count])}-{self.phases}-{seed}" for count in range(1, len(steps) + 1)]
+
+    def train(self, seed: int, bench: Bench) -> None:
+        """Train its student, or go on with it."""
+        ancestor = None
+        for name, stage in zip(self.names(seed), self.stages, strict=True):
+            bench.train(name, {**stage.settings, "seed": seed}, ancestor)
+            ancestor = name
+
+    def kind(self, seeds: Sequence[int], bench: Bench) -> Kind:
+        """Return its students, trained and measured, as a line of the table."""
+        minutes = sum(bench.minutes(name) for seed in seeds for name in self.names(seed)) / len(seeds)
+        facts = {
+            "steps": " > ".join(str(stage.settings["max_steps"]) for stage in self.stages),
+            "UNet rows, + without gradient": " > ".join(str(stage.calls) for stage in self.stages),
+            "minutes": f"{minutes:.1f}",
+        }
+        labels = [label_of(self.names(seed)[-1], self.phases) for seed in seeds]
+        return Kind(name=self.text, phases=self.phases, facts=facts, labels=labels)
+
+
+def plan_arms(options: argparse.Namespace, facts: ShardFacts) -> list[Arm]:
+    """Return what is trained, the first objective first at each number of phases.
+
+    Raises:
+        UsageError: an objective's settings are wrong, or do not fit the shards.
+    """
+    arms = []
+    for phases in options.phases:
+        for text in options.objectives:
+            stages = text.split(">")
+            found = [_plan_stage(stage, phases, options, facts, 1 / len(stages)) for stage in stages]
+            arms.append(Arm(text=text, phases=phases, stages=found))
+    return arms
+
+
+def _plan_stage(text: str, phases: int, options: argparse.Namespace, facts: ShardFacts, share: float) -> Stage:
+    """Spend a share of the budget on an objective."""
+    settings = {**parse_objective(text), "num_phases": phases}
+    usual, train = (
+        load_config(
+            options.config, [*options.set, *(f"train.{key}={value}" for key, value in values.items())]
+        ).train
+        for values in ({}, settings)
+    )
+    calls = count_calls(train, plan_phases(train, facts)[0])
+    budget = share * options.steps * samples_of(usual) * Calls(with_gradient=1, without=0).cost(usual)
+    steps = max(round(budget / (calls.cost(train) * samples_of(train))), 1)
+    settings |= {"max_steps": steps, "warmup_steps": round(WARMUP_SHARE * steps)}
+    return Stage(text=text, settings={**settings, "checkpoint_every": max(steps // 4, 1)}, calls=calls)
+
+
+def parse_objective(text: str) -> dict[str, object]:
+    """Read OBJECTIVE[,KEY=VALUE...] as settings of [train].
+
+    Raises:
+        UsageError: it is none.
+    """
+    name, *pairs = text.split(",")
+    settings = dict(pair.partition("=")[::2] for pair in pairs)
+    if not name or not all(settings.values()):
+        raise UsageError(f"--objectives {text!r}: expected OBJECTIVE[,KEY=VALUE...], e.g. phased,loss=landing")
+    return {"objective": name, **settings}
+
+
+def samples_of(train: TrainConfig) -> int:
+    """Return the samples of an optimizer step."""
+    return train.batch_size * train.gradient_accumulation
+
+
+def main() -> None:
+    """Train, measure and print, all of one seed first."""
+    parser = comparing_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=300, help="the budget, in optimizer steps of `phased`")
+    parser.add_argument("--phases", type=int, nargs="+", default=[2])
+    parser.add_argument(
+        "--objectives", nargs="+", default=list(OBJECTIVES), metavar="OBJECTIVE[,KEY=VALUE...][>...]"
+    )
+    options = parser.parse_args()
+    config = load_config(options.config, options.set)
+    arms = plan_arms(options, read_facts(ShardSet.open(options.shards)))
+    bench = Bench.from_options(options)
+    for count, seed in enumerate(options.seeds, 1):
+        for arm in arms:
+            arm.train(seed, bench)
+        references = ("--truth", "--teacher", recorded_grid(config))
+        bench.evaluate([arm.names(seed)[-1] for arm in arms], *references)
+        seeds = options.seeds[:count]
+        rows = make_rows(bench.evaluation, [arm.kind(seeds, bench) for arm in arms])
+        solve = describe_solve(bench.evaluation, config.precompute.solver_steps)
+        measured = f"{bench.layouts} layouts, seeds {', '.join(map(str, seeds))}; {solve}"
+        write_page(bench.out, "objectives", "Objectives at equal cost", measured, rows)
+        print(f"\n{measured}\n{format_rows(rows)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
