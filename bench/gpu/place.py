@@ -24,31 +24,7 @@ from stage1_teacher.rendering.settings import RenderSettings
 from stage1_teacher.teacher.keys import teacher_shapes
 from stage1_teacher.tiny.data import write_dataset
 
-SMALL_NETWORK = """
-[unet]
-model_channels = 16
-norm_groups = 4
-channel_mult = [1, 2]
-num_res_blocks = 1
-attention_resolutions = [2]
-num_heads = 2
-attnx_mid = true
-attnx_levels = [1]
-[writenet]
-glyph_widths = [4, 4, 8, 8]
-position_widths = [4, 4, 8, 8]
-[vae]
-channels = 8
-norm_groups = 4
-channel_mult = [1, 1, 1, 1]
-num_res_blocks = 1
-latent_channels = 4
-[clip]
-hidden_size = 16
-intermediate_size = 32
-num_layers = 1
-num_heads = 2
-"""
+SMALL_NETWORK = PROJECT_ROOT / "bench" / "small_network.toml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +129,7 @@ class Place:
 def prepare_place(place: Place) -> None:
     """Make what is not there yet: weights (seconds), drawn inputs, and a set of made-up records."""
     place.out.mkdir(parents=True, exist_ok=True)
-    (place.out / "network.toml").write_text(SMALL_NETWORK)
+    (place.out / "network.toml").write_text(SMALL_NETWORK.read_text())
     font = PROJECT_ROOT / "models" / "fonts" / "DejaVuSans.ttf"
     (place.out / "small.toml").write_text(f'[model]\nnetwork = "network.toml"\n[inputs]\nfont = "{font}"\n')
     config = place.config()

@@ -16,31 +16,7 @@ ROOT = Path(__file__).parents[2]
 FONT = ROOT / "models" / "fonts" / "DejaVuSans.ttf"
 DATA = ROOT / "tests" / "golden" / "data"
 
-NETWORK = """
-[unet]
-model_channels = 16
-norm_groups = 4
-channel_mult = [1, 2]
-num_res_blocks = 1
-attention_resolutions = [2]
-num_heads = 2
-attnx_mid = true
-attnx_levels = [1]
-[writenet]
-glyph_widths = [4, 4, 8, 8]
-position_widths = [4, 4, 8, 8]
-[vae]
-channels = 8
-norm_groups = 4
-channel_mult = [1, 1, 1, 1]
-num_res_blocks = 1
-latent_channels = 4
-[clip]
-hidden_size = 16
-intermediate_size = 32
-num_layers = 1
-num_heads = 2
-"""
+NETWORK = (ROOT / "bench" / "small_network.toml").read_text()
 
 CONFIG = f"""
 [model]
