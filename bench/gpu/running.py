@@ -42,10 +42,9 @@ class _Running:
     part: Limited
     process: subprocess.Popen[bytes]
     until: float
-    why: str
-    """What is said of it if it is ended then."""
-    why: str
     """It is ended then."""
+    why: str
+    """What is said of it if it is ended."""
 
 
 def run_parts(
