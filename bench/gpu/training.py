@@ -42,7 +42,7 @@ from stage2_student.training.trainer import Trainer
 PEFT = "step, plain PEFT under autocast, eager"
 BEST = "step, folded and compiled"
 FASTEST = ("train.fold_adapters=true", "model.compile=true")
-LOSS_TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+EPS_TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 GRADIENT_TOLERANCE = {torch.bfloat16: 1e-1, torch.float32: 1e-3}
 """Of folded or compiled against PEFT, relative, by the base's type: bfloat16 rounds by 4e-3 in each operation."""
 
@@ -112,9 +112,9 @@ class Steps:
         write_row(self.place.out, Row(part=self.part, case=case, error=error, tolerance=tolerance))
 
     def compare_learning(self, what: str, found: Learnt, expected: Learnt) -> None:
-        """Compare losses and gradients; see `gradients`."""
-        loss = abs(found[0] - expected[0]) / abs(expected[0])
-        self.compare(f"loss, {what}", loss, LOSS_TOLERANCE[self.place.dtype])
+        """Compare predictions and gradients; see `gradients`."""
+        error = float((found[0] - expected[0]).norm() / expected[0].norm())
+        self.compare(f"eps, {what}", error, EPS_TOLERANCE[self.place.dtype])
         pairs = [(found[1][name], value) for name, value in expected[1].items()]
         difference = sum(float((mine - other).square().sum()) for mine, other in pairs) ** 0.5
         norm = sum(float(other.square().sum()) for _, other in pairs) ** 0.5
@@ -158,7 +158,7 @@ def step_best(place: Place) -> None:
 
 
 def step_values(place: Place) -> None:
-    """Losses and gradients of the folded student against PEFT's."""
+    """Predictions and gradients of the folded student against PEFT's."""
     steps = Steps(place, "step-values")
     trainer = open_trainer(place)
     batch = first_batch(trainer)
