@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.gpu.parts import AIMS, PARTS, QUICK, Part, choose
+from bench.gpu.parts import AIMS, PARTS, QUICK, SECONDS, Part, choose
 from bench.gpu.place import FULL, SIZES, SMALL, Place, prepare_place
 from bench.gpu.rows import ROWS_FILE, TABLE_FILE, Row, judge, read_rows, tabulate, write_row
-from bench.gpu.running import SIDE_BY_SIDE, run_parts
+from bench.gpu.running import run_parts
 from bench.gpu.solving import describe_failure
 from common.compiling import CACHE_DIR_VARIABLE
 from common.config import PROJECT_ROOT
@@ -35,6 +35,8 @@ from common.scripts import make_parser, run_script
 
 SPARE_GIB = 4.0
 """Of GPU memory, for what each process's CUDA takes."""
+COMPILING = 2
+"""Parts that compile at once, mostly; they share the cores."""
 
 
 def measure_here(place: Place, parts: list[Part]) -> None:
@@ -46,11 +48,15 @@ def measure_here(place: Place, parts: list[Part]) -> None:
             write_row(place.out, Row(part=part.name, case=f"{part.name}: failed", note=describe_failure(error)))
 
 
-def measure_beside(place: Place, parts: list[Part], deadline: float) -> None:
-    """Run parts in processes of their own, on a cold cache of compiled code unless the environment names one."""
+def measure_beside(place: Place, parts: list[Part], deadline: float, *, cold: bool) -> None:
+    """Run parts in processes of their own, without what a run before has compiled if `cold`.
+
+    Where the environment names a cache of compiled code, that one is taken and stays.
+    """
     cache = place.out / "compiled"
-    shutil.rmtree(cache, ignore_errors=True)
-    compilers = str(max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))
+    if cold:
+        shutil.rmtree(cache, ignore_errors=True)
+    compilers = str(max(1, (os.cpu_count() or 1) // COMPILING))
     usual = {CACHE_DIR_VARIABLE: str(cache), "TORCHINDUCTOR_COMPILE_THREADS": compilers}
     environment = {**usual, "TOKENIZERS_PARALLELISM": "false", **os.environ}
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
@@ -96,7 +102,7 @@ def main() -> None:
     if place.size is SMALL:
         measure_here(place, parts)
     else:
-        measure_beside(place, parts, started + seconds)
+        measure_beside(place, parts, started + seconds, cold=bool(SECONDS.keys() & options.parts))
     rows = read_rows(place.out)
     table = [describe_run(place, time.monotonic() - started), tabulate(rows, list(PARTS))]
     if place.size is FULL:

@@ -217,26 +217,25 @@ def _ask(
 # Values.
 
 
-Learnt = tuple[float, dict[str, Tensor]]
-"""A step's mean loss, and the gradient of each adapter's parameter."""
+Learnt = tuple[Tensor, dict[str, Tensor]]
+"""What the student predicts in a step, and the gradient of each adapter's parameter; float32 on the CPU."""
 
 
 def gradients(trainer: Trainer, batch: Batch) -> Learnt:
-    """Do a step; return its mean loss and the gradients of the adapters, before they are clipped.
+    """Do a step; return its eps and the gradients of the adapters, before they are clipped.
 
-    The adapters are set to the same small numbers first: where B is zero, the gradient of A is too.
+    The adapters are set to the same small numbers first: where B is zero, the gradient of A is too. The loss would
+    tell little: beside the targets of made-up records, the eps of made-up weights is small.
     """
     for index, parameter in enumerate(trainer.learner.parameters.values()):
         generator = torch.Generator().manual_seed(index)
         parameter.data.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
     if trainer.learner.folded is not None:
         trainer.learner.folded.refresh()
-    losses: Callable[[Batch], Tensor] = trainer.losses
-    seen: list[Tensor] = []
+    predicted: list[Tensor] = []
 
-    def look(of: Batch) -> Tensor:
-        seen.append(losses(of))
-        return seen[-1]
+    def look(_student: nn.Module, _arguments: object, eps: Tensor) -> None:
+        predicted.append(eps.detach().float().cpu())
 
     found: dict[str, Tensor] = {}
     clip: Callable[..., Any] = trainer.accelerator.clip_grad_norm_
@@ -247,9 +246,11 @@ def gradients(trainer: Trainer, batch: Batch) -> Learnt:
         )
         return clip(trainer.learner.parameters.values(), math.inf)
 
-    trainer.accelerator.clip_grad_norm_, trainer.losses = keep, look  # type: ignore[method-assign]
+    looking = trainer.student.register_forward_hook(look)
+    trainer.accelerator.clip_grad_norm_ = keep  # type: ignore[method-assign]
     try:
         trainer.optimizer_step(iter([batch]))
     finally:
-        trainer.accelerator.clip_grad_norm_, trainer.losses = clip, losses  # type: ignore[method-assign]
-    return float(seen[0].detach().mean()), found
+        trainer.accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
+        looking.remove()
+    return predicted[0], found

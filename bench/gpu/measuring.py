@@ -50,18 +50,16 @@ def alone(out: Path) -> Iterator[None]:
             _depth -= 1
 
 
-def time_step(out: Path, step: Step, rounds: int, *, compiles: bool = False) -> Timed:
+def time_step(out: Path, step: Step, rounds: int) -> Timed:
     """Time a step, each round to its end, alone; what it compiles and allocates at first is not counted.
 
     Args:
         out: the benchmark's folder.
-        step: does its work.
+        step: does its work. Its first call may compile for minutes and is made beside other processes.
         rounds: that are timed.
-        compiles: the first call does little but compile, beside other processes.
     """
-    if compiles:
-        step()
-        finish()
+    step()
+    finish()
     with alone(out):
         for _ in range(2):
             step()
@@ -103,8 +101,10 @@ def matmul_rate(out: Path, side: int, dtype: torch.dtype) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
-    seconds = time_stream(out, lambda: torch.mm(a, b, out=product), 20)
-    return 2 * side**3 / seconds
+    rows = [
+        time_stream(out, lambda: torch.mm(a, b, out=product), 20) for _ in range(5)
+    ]  # its clocks rise at first
+    return 2 * side**3 / statistics.median(rows)
 
 
 def free() -> None:

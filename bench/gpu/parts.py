@@ -28,11 +28,11 @@ PARTS = {
     part.name: part
     for part in (
         Part(name="step-best", run=training.step_best, seconds=215, gib=24, quick=True),
-        Part(name="solve-best", run=solving.solve_best, seconds=215, gib=12, quick=True),
+        Part(name="solve-best", run=solving.solve_best, seconds=215, gib=8, quick=True),
         Part(name="step-today", run=training.step_today, seconds=90, gib=32, quick=True),
-        Part(name="solve-today", run=solving.solve_today, seconds=100, gib=12, quick=True),
+        Part(name="solve-today", run=solving.solve_today, seconds=100, gib=10, quick=True),
         Part(name="step-values", run=training.step_values, seconds=90, gib=32, quick=True),
-        Part(name="devices", run=solving.compare_devices, seconds=100, gib=12, quick=True),
+        Part(name="devices", run=solving.compare_devices, seconds=100, gib=10, quick=True),
         Part(name="shards", run=training.shards, seconds=150, gib=24),
         Part(name="online", run=training.online, seconds=300, gib=40),
         Part(name="deterministic", run=training.deterministic, seconds=120, gib=24),

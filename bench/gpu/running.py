@@ -15,7 +15,7 @@ from typing import Protocol
 from bench.gpu.rows import Row, write_row
 
 LOGS = "logs"
-SIDE_BY_SIDE = 3
+SIDE_BY_SIDE = 4
 """Parts at once: they measure in turn, and one compiles on the CPU while another measures."""
 _LOOK_SECONDS = 0.05
 _TIME_UP = "the run's time was up"
@@ -42,10 +42,9 @@ class _Running:
     part: Limited
     process: subprocess.Popen[bytes]
     until: float
-    why: str
-    """What is said of it if it is ended then."""
-    why: str
     """It is ended then."""
+    why: str
+    """What is said of it if it is ended."""
 
 
 def run_parts(

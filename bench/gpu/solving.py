@@ -84,7 +84,7 @@ class Rates:
     def add(self, case: str, step: Step, rows: int, flops_a_row: float, **more: Any) -> None:
         """Time a step of so many rows and write it down; an error is written down too."""
         try:
-            timed = time_step(self.place.out, step, self.place.size.rounds, compiles="compile" in case)
+            timed = time_step(self.place.out, step, self.place.size.rounds)
         except Exception as error:
             self.fail(case, error)
             return

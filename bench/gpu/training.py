@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +28,13 @@ from bench.gpu.learning import (
     plain_peft,
     read_batch,
 )
-from bench.gpu.measuring import Step, alone, count_flops, free, matmul_rate, time_step, time_stream
+from bench.gpu.measuring import Step, Timed, alone, count_flops, free, matmul_rate, time_step, time_stream
 from bench.gpu.place import FULL, Place
 from bench.gpu.rows import Row, write_row
 from bench.gpu.solving import FAST, Calls, describe_failure, encode
 from bench.inputs import finish, render_inputs
 from common.compiling import as_it_is, prepare_networks
+from common.files import write_bytes_atomic
 from stage1_teacher.teacher.teacher import Teacher
 from stage2_student.train import train
 from stage2_student.training.trainer import Trainer
@@ -40,7 +42,7 @@ from stage2_student.training.trainer import Trainer
 PEFT = "step, plain PEFT under autocast, eager"
 BEST = "step, folded and compiled"
 FASTEST = ("train.fold_adapters=true", "model.compile=true")
-LOSS_TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+EPS_TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 GRADIENT_TOLERANCE = {torch.bfloat16: 1e-1, torch.float32: 1e-3}
 """Of folded or compiled against PEFT, relative, by the base's type: bfloat16 rounds by 4e-3 in each operation."""
 
@@ -77,38 +79,42 @@ class Steps:
         """
         place, samples = self.place, samples or self.place.size.batch
         try:
-            step = make()
-            timed = time_step(place.out, step, place.size.rounds, compiles="compile" in case)
-            seconds = time_stream(place.out, step, 2 * place.size.rounds) if stream else timed.seconds
+            timed = self._time(make(), stream=stream)
+            if not keep:
+                free()  # before another student is made for the count
             flops = sample_flops(place)
         except Exception as error:
             write_row(place.out, Row(part=self.part, case=case, note=describe_failure(error)))
         else:
-            rate = samples / seconds
+            rate = samples / timed.seconds
             row = Row(
                 part=self.part,
                 case=case,
                 rate=rate,
                 unit="samples/s",
-                milliseconds=1000 * seconds,
+                milliseconds=1000 * timed.seconds,
                 of_matmul=rate * flops / self._matmul,
                 gib=timed.gib,
                 baseline=baseline,
                 note=note,
             )
             write_row(place.out, row)
-        step = None  # type: ignore[assignment]
         if not keep:
             free()
+
+    def _time(self, step: Step, *, stream: bool) -> Timed:
+        out, rounds = self.place.out, self.place.size.rounds
+        timed = time_step(out, step, rounds)
+        return replace(timed, seconds=time_stream(out, step, 2 * rounds)) if stream else timed
 
     def compare(self, case: str, error: float, tolerance: float) -> None:
         """Write down how far values are from what they should be."""
         write_row(self.place.out, Row(part=self.part, case=case, error=error, tolerance=tolerance))
 
     def compare_learning(self, what: str, found: Learnt, expected: Learnt) -> None:
-        """Compare losses and gradients; see `gradients`."""
-        loss = abs(found[0] - expected[0]) / abs(expected[0])
-        self.compare(f"loss, {what}", loss, LOSS_TOLERANCE[self.place.dtype])
+        """Compare predictions and gradients; see `gradients`."""
+        error = float((found[0] - expected[0]).norm() / expected[0].norm())
+        self.compare(f"eps, {what}", error, EPS_TOLERANCE[self.place.dtype])
         pairs = [(found[1][name], value) for name, value in expected[1].items()]
         difference = sum(float((mine - other).square().sum()) for mine, other in pairs) ** 0.5
         norm = sum(float(other.square().sum()) for _, other in pairs) ** 0.5
@@ -118,9 +124,10 @@ class Steps:
 def sample_flops(place: Place) -> float:
     """Return a sample's arithmetic in plain PEFT, forward, backward and WriteNet; counted once for all parts."""
     path = place.out / "sample_flops.json"
-    with alone(place.out):
-        if not path.exists():
-            path.write_text(json.dumps(count_flops(noise_step(plain_peft(place), read_batch(place, 1)))))
+    if not path.exists():
+        step = noise_step(plain_peft(place), read_batch(place, 1))  # seconds of loading, beside other processes
+        with alone(place.out):
+            write_bytes_atomic(path, json.dumps(count_flops(step)).encode())
     return float(json.loads(path.read_text()))
 
 
@@ -151,7 +158,7 @@ def step_best(place: Place) -> None:
 
 
 def step_values(place: Place) -> None:
-    """Losses and gradients of the folded student against PEFT's."""
+    """Predictions and gradients of the folded student against PEFT's."""
     steps = Steps(place, "step-values")
     trainer = open_trainer(place)
     batch = first_batch(trainer)
@@ -333,5 +340,5 @@ def _profile(place: Place, case: str, step: Step) -> str:
     path = place.out / f"profile-{case.replace(', ', '-').replace(' ', '-')}.txt"
     path.write_text(averages.table(sort_by=f"self_{column}_time_total", row_limit=80, max_name_column_width=120))
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    busy = sum(getattr(each, own) for each in averages) / 1000
+    busy = sum(getattr(each, own) for each in averages if not each.is_user_annotation) / 1000  # these hold kernels
     return f"{busy:.1f} ms of {'kernels' if on_gpu else 'operators'} in {whole:.1f} ms: {path.name}"

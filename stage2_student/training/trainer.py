@@ -121,6 +121,7 @@ class Trainer:
                         log.write(state.step, measured)
                 stopping = self._vote.agree(stop.stop_requested)
                 if stopping or state.step == total or state.step % self.plan.config.train.checkpoint_every == 0:
+                    self._look()  # the wait for a GPU is the steps' time
                     before = time.perf_counter()
                     self.save()
                     self._clock.started += time.perf_counter() - before  # not the steps' time
