@@ -26,6 +26,8 @@ class Timed:
 
     seconds: float
     """The median."""
+    first: float
+    """Of the first call, not counted above, compiling included."""
     gib: float | None
     """Most memory that was allocated, all that the process holds included; None without a GPU."""
 
@@ -58,8 +60,10 @@ def time_step(out: Path, step: Step, rounds: int) -> Timed:
         step: does its work. Its first call may compile for minutes and is made beside other processes.
         rounds: that are timed.
     """
+    before = time.perf_counter()
     step()
     finish()
+    first = time.perf_counter() - before
     with alone(out):
         for _ in range(2):
             step()
@@ -73,7 +77,7 @@ def time_step(out: Path, step: Step, rounds: int) -> Timed:
             finish()
             seconds.append(time.perf_counter() - before)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    return Timed(seconds=statistics.median(seconds), gib=peak)
+    return Timed(seconds=statistics.median(seconds), first=first, gib=peak)
 
 
 def time_stream(out: Path, step: Step, rounds: int) -> float:

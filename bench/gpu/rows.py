@@ -23,6 +23,8 @@ class Row:
     unit: str = ""
     milliseconds: float | None = None
     """Of a step or call, the median."""
+    first_seconds: float | None = None
+    """Of its first call, compiling included."""
     of_matmul: float | None = None
     """Arithmetic a second that the plain way needs for this rate, over that of a large matrix product."""
     gib: float | None = None
@@ -85,6 +87,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
         "case": row.case,
         "rate": "" if row.rate is None else f"{row.rate:.4g} {row.unit}",
         "ms": "" if row.milliseconds is None else f"{row.milliseconds:.4g}",
+        "first, s": "" if row.first_seconds is None else f"{row.first_seconds:.3g}",
         "of the product's rate": "" if row.of_matmul is None else f"{row.of_matmul:.3f}",
         "GiB": "" if row.gib is None else f"{row.gib:.1f}",
         "rate over": "" if compared is None else f"{compared:.2f} x {row.baseline}",

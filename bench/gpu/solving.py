@@ -89,7 +89,8 @@ class Rates:
             self.fail(case, error)
             return
         rate = rows / timed.seconds
-        self.note(case, rate, flops_a_row, milliseconds=1000 * timed.seconds, gib=timed.gib, **more)
+        figures = {"milliseconds": 1000 * timed.seconds, "first_seconds": timed.first, "gib": timed.gib}
+        self.note(case, rate, flops_a_row, **figures, **more)
 
     def note(self, case: str, rate: float, flops_a_row: float, **more: Any) -> None:
         """Write down rows a second."""

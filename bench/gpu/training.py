@@ -93,6 +93,7 @@ class Steps:
                 rate=rate,
                 unit="samples/s",
                 milliseconds=1000 * timed.seconds,
+                first_seconds=timed.first,
                 of_matmul=rate * flops / self._matmul,
                 gib=timed.gib,
                 baseline=baseline,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,16 +48,9 @@ class Phases:
         return min(end - start for start, end in pairwise(self.boundaries))
 
     @property
-    def starts(self) -> list[int]:
-        """The phases' first states, to draw from: each as often as its phase is long beside the others.
-
-        The end of a solve is off by the errors of all crossings, and long ones are off the most.
-        """
-        lengths = [end - start for start, end in pairwise(self.boundaries)]
-        unit = math.gcd(*lengths)
-        return [
-            start for start, length in zip(self.boundaries, lengths, strict=False) for _ in range(length // unit)
-        ]
+    def starts(self) -> tuple[int, ...]:
+        """The phases' first states."""
+        return self.boundaries[:-1]
 
     def end(self, state: Tensor) -> Tensor:
         """Return, for indices of called states, the index of the state that ends their phase (int64)."""
@@ -211,7 +203,7 @@ def draw(
         seed: train.seed.
         num_rollouts: R of the records.
         phases: the phases of a solve.
-        starts_only: draw among the phase starts, long phases more often; else among all S called states.
+        starts_only: draw among the phase starts; else among all S called states.
         per_sample: n, draws of each sample.
     """
     choices: Sequence[int] = phases.starts if starts_only else range(phases.num_states)

@@ -135,23 +135,15 @@ def test_region_weights_move_attention_and_keep_the_scale_of_the_loss() -> None:
 
 def test_phases_start_and_end_at_stored_states() -> None:
     phases = even_phases(8, 4)
-    assert phases.starts == [0, 2, 4, 6]
+    assert phases.starts == (0, 2, 4, 6)
     assert phases.end(torch.arange(8)).tolist() == [2, 2, 4, 4, 6, 6, 8, 8]
     assert (phases.num_states, phases.num_phases, phases.shortest) == (8, 4, 2)
 
 
-def test_long_phases_are_drawn_as_much_more_often_and_equal_ones_as_they_always_were() -> None:
-    phases = upstream_phases(4, trailing_timesteps(8).tolist())
-    assert phases.boundaries == (0, 4, 6, 8) and phases.starts == [0, 0, 4, 6]
-    samples = [(0, index) for index in range(4000)]
-    drawn = draw(samples, seed=1, num_rollouts=1, phases=phases, starts_only=True).state
-    shares = [float((drawn == start).float().mean()) for start in (0, 4, 6)]
-    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.03)
-    both = draw(samples, seed=1, num_rollouts=1, phases=phases, starts_only=True, per_sample=2).state.view(-1, 2)
-    assert torch.equal(both[:, 0], drawn) and bool((both[:, 0] != both[:, 1]).all())
+def test_draws_are_those_that_runs_begun_before_have_had() -> None:
     ten = [(2, index) for index in range(10)]
     even = draw(ten, seed=3, num_rollouts=2, phases=even_phases(8, 4), starts_only=True).state
-    assert even.tolist() == [0, 6, 2, 2, 0, 0, 0, 4, 0, 4]  # as runs begun before have drawn
+    assert even.tolist() == [0, 6, 2, 2, 0, 0, 0, 4, 0, 4]
 
 
 @pytest.mark.parametrize("num_phases", [0, 3, 5, 16])
