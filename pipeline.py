@@ -431,7 +431,9 @@ def submit_precompute(
         raise UsageError("no inputs; give --annotations FILE or --prompts FILE")
     config = load_config(options["config_path"], options["overrides"])
     elsewhere = config.cluster.system == "kubernetes"
-    spell = functools.partial(spell_given, click.get_current_context(), precompute, elsewhere=elsewhere)
+    spell = functools.partial(
+        spell_given, click.get_current_context(), precompute, elsewhere=elsewhere, without=("dry_run", "num_tasks")
+    )
     if missing:
         from shards.looking.status import read_status
 
@@ -468,7 +470,7 @@ def submit_train(out: Path, after: str, jobs: Path | None, dry_run: bool, **opti
 
     config = load_config(options["config_path"], options["overrides"])
     elsewhere = config.cluster.system == "kubernetes"
-    words = spell_given(click.get_current_context(), train, elsewhere=elsewhere)
+    words = spell_given(click.get_current_context(), train, elsewhere=elsewhere, without=("dry_run",))
     folder = find_jobs_folder(jobs, out, elsewhere=elsewhere)
     job = Job(command="train", options=(*words, "--resume", "auto"), folder=out.absolute(), jobs=folder)
     for line in send(config, [job], after=after, dry_run=dry_run):

@@ -19,7 +19,12 @@ def take_options(command: click.Command, source: click.Command, *, without: Coll
 
 
 def spell_given(
-    context: click.Context, source: click.Command, *, elsewhere: bool, only: Collection[str] = ()
+    context: click.Context,
+    source: click.Command,
+    *,
+    elsewhere: bool,
+    only: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Return the options of another command that this one was given, as they stand on a command line.
 
@@ -29,6 +34,7 @@ def spell_given(
         elsewhere: paths are those of another machine: they must be absolute, and are not looked at. Else they
             are made absolute, and files that would be read must be there.
         only: these of them, by their parameters' names; all if empty.
+        without: none of these, which the running command takes for itself.
 
     Raises:
         UsageError: a path elsewhere is relative.
@@ -37,7 +43,7 @@ def spell_given(
     words: list[str] = []
     for parameter in source.params:
         name = parameter.name or ""
-        if (only and name not in only) or name not in context.params:
+        if (only and name not in only) or name in without or name not in context.params:
             continue
         if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue

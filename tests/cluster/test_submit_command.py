@@ -65,6 +65,18 @@ def test_a_dry_run_shows_all_and_writes_nothing(here: Path) -> None:
     assert sorted(path.name for path in here.iterdir()) == ["bin", "prompts.jsonl"]
 
 
+def test_a_dry_run_shows_what_is_submitted_to_the_letter(here: Path) -> None:
+    shown = precompute("--train", "run", "--dry-run").output
+    install(here, "sbatch", "echo 7")
+    assert precompute("--train", "run").exit_code == 0
+    scripts = sorted(here.rglob("*.sbatch"))
+    assert [path.stem for path in scripts] == ["finalize", "precompute", "train"]
+    for path in scripts:
+        script = path.read_text()
+        assert script in shown
+        assert script.count("--num-tasks") == (path.stem == "precompute")
+
+
 def test_flags_and_values_of_the_command_are_handed_on(here: Path) -> None:
     result = submit("train", "--config", TINY, "--shards", "set", "--out", "run", "--exclude-damaged", "--dry-run")
     assert f"--shards {here}/set\n" in result.output
