@@ -70,7 +70,8 @@ def state_of(path: Path, watch: Watch, *, local: bool = False) -> State:
         if (local or machine == machine_name()) and (locked := is_locked(path)) is not None:
             status = path.stat()
             young = status.st_size == 0 and time.time() - status.st_mtime < LOCK_SECONDS
-            return State.ALIVE if locked or young else State.DEAD
+            about_to_lock = young and watch.process(process, machine) is not State.DEAD
+            return State.ALIVE if locked or about_to_lock else State.DEAD
         found = watch.process(process, machine)
         if found is not None:
             return found

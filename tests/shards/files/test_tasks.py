@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from common.files import canonical_json, machine_name
+from common.files import canonical_json, machine_name, temporary_path
+from shards.files.locks import remove_leftovers, temporaries
 from shards.files.names import CLAIMS_DIR
 from shards.files.tasks import State, Task, Watch, claimed_by, decode_note, note_path, read_notes, set_aside
 from shards.looking.clean import clean
@@ -77,6 +78,23 @@ def test_the_claim_of_a_killed_task_of_this_machine_is_free_at_once(tmp_path: Pa
         os.kill(other.pid or 0, signal.SIGKILL)
         other.join()
         assert task.claim("shard-000000") is None
+
+
+def test_an_empty_file_waits_for_its_lock_unless_its_task_is_gone(tmp_path: Path) -> None:
+    def begin_a_shard_and_die() -> None:
+        with Task(tmp_path, 1, 2):
+            temporary_path(tmp_path / "shard-000001.tar").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with Task(tmp_path, 0, 2) as living:
+        mine = temporary_path(tmp_path / "shard-000000.tar")
+        mine.touch()  # not locked yet
+        killed = FORK.Process(target=begin_a_shard_and_die)
+        killed.start()
+        killed.join()
+        assert len(temporaries(tmp_path)) == 2
+        remove_leftovers(tmp_path, living.watch)
+        assert temporaries(tmp_path) == [mine]
 
 
 def test_another_machines_task_is_dead_when_its_counter_stood_still_by_the_watchers_own_clock(
