@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.students import Kid, load_kid, load_scores, ratio
+from bench.students import Kid, load_kid, load_scores, pool, ratio
 from common.errors import DataError
 from common.files import canonical_json, write_bytes_atomic
 from stage2_student.evaluation.metrics import Estimate, Grouped, estimate, paired_difference
@@ -89,7 +89,9 @@ def make_rows(evaluation: Path, kinds: Sequence[Kind]) -> list[Row]:
     rows: list[Row] = []
     firsts: dict[int, _Found] = {}
     for kind in kinds:
-        found = _Found(scores=load_scores(evaluation, kind.labels), kid=load_kid(evaluation, kind.labels))
+        seeds = [load_scores(evaluation, label) for label in kind.labels]
+        scores = {name: pool([of_seed[name] for of_seed in seeds]) for name in seeds[0]}
+        found = _Found(scores=scores, kid=load_kid(evaluation, kind.labels))
         first = firsts.setdefault(kind.phases, found)
         rows.append(
             Row(
@@ -97,9 +99,7 @@ def make_rows(evaluation: Path, kinds: Sequence[Kind]) -> list[Row]:
                 phases=kind.phases,
                 facts=kind.facts,
                 error=_error(evaluation, found.scores),
-                of_seeds=tuple(
-                    _error(evaluation, load_scores(evaluation, [label])).value for label in kind.labels
-                ),
+                of_seeds=tuple(_error(evaluation, of_seed).value for of_seed in seeds),
                 sen_acc=estimate(found.scores["sen_acc"], 0),
                 color_acc=estimate(found.scores["color_acc"], 0),
                 kid=found.kid.estimate if found.kid else None,
@@ -122,7 +122,7 @@ def _error(evaluation: Path, scores: Mapping[str, Grouped]) -> Estimate:
 def describe_solve(evaluation: Path, steps: int) -> str:
     """Say how the teacher's own solve of so many steps scored, which the students are measured against."""
     label = f"teacher, {steps} steps (as recorded)"
-    scores, kid = load_scores(evaluation, [label]), load_kid(evaluation, [label])
+    scores, kid = load_scores(evaluation, label), load_kid(evaluation, [label])
     text, color = (_plain(estimate(scores[name], 0), 100, 1) for name in ("sen_acc", "color_acc"))
     return (
         f"the solve itself: Sen. Acc {text} %, colour {color} %, KID {_plain(kid.estimate if kid else None, 1, 4)}"

@@ -157,17 +157,15 @@ def label_of(name: str, steps: int) -> str:
     return f"{name}, {steps} step{'s' if steps > 1 else ''}"
 
 
-def load_scores(evaluation: Path, labels: Sequence[str]) -> dict[str, Grouped]:
-    """Return the scores of some runs together, by the names that evaluations have for them.
+def load_scores(evaluation: Path, label: str) -> dict[str, Grouped]:
+    """Return the scores of a run, by the names that evaluations have for them.
 
     Args:
         evaluation: its folder.
-        labels: of complete runs on the same layouts.
+        label: of a complete run.
     """
     layouts, _ = load_layouts(evaluation)
-    palette = palette_of(layouts)
-    found = [measures(load_results(run_folder(evaluation, label) / RESULTS_FILE), palette) for label in labels]
-    return {name: pool([scores[name] for scores in found]) for name in found[0]}
+    return measures(load_results(run_folder(evaluation, label) / RESULTS_FILE), palette_of(layouts))
 
 
 def pool(groups: Sequence[Grouped]) -> Grouped:
