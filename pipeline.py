@@ -70,6 +70,13 @@ def cli() -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first N inputs.")
 @click.option("--trajectories", type=FOLDER, help="Keep whole rollouts too, in this folder (zarr).")
 @click.option("--upload", metavar="URL", help="Copy each shard there after its commit; any fsspec URL.")
+@click.option(
+    "--states-from",
+    "student",
+    type=PATH,
+    metavar="ADAPTER",
+    help="Record this student's own states, and where the teacher goes from each: a run's folder, or an export.",
+)
 def precompute(
     config: Config,
     annotations: tuple[Path, ...],
@@ -80,6 +87,7 @@ def precompute(
     limit: int | None,
     trajectories: Path | None,
     upload: str | None,
+    student: Path | None,
 ) -> None:
     """Stage one: run the teacher on inputs and record what it does, as shards.
 
@@ -96,6 +104,11 @@ def precompute(
     index, count = number_tasks(os.environ, task_index, num_tasks)
     if count > 1:
         name_task(f"task {index}/{count}")
+    states = None
+    if student is not None:
+        from both_stages.student_states import states_from
+
+        config, states = states_from(config, student)
     done = run(
         config,
         out,
@@ -106,6 +119,7 @@ def precompute(
         limit=limit,
         trajectories=trajectories,
         upload=upload,
+        student=states,
     )
     click.echo(
         f"{out}: {done.shards_written} shards written with {done.records} records, {done.shards_found} were there,"

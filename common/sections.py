@@ -89,8 +89,9 @@ class PrecomputeConfig(Section):
     seed: int = 0
     """Keys every random choice of a record, the rendering's and the solve's, with the input's id and the choice's
     purpose. One seed for both, so it is here and not in [inputs]."""
-    source: Literal["rollout", "noised"] = "rollout"
-    """"rollout" (the teacher's solves) or "noised" (data latents noised at drawn timesteps, for `lcm`)."""
+    source: Literal["rollout", "noised", "student"] = "rollout"
+    """"rollout" (the teacher's solves), "noised" (data latents noised at drawn timesteps, for `lcm`), or "student"
+    (a student's own states, each with where the teacher goes from it: what --states-from sets)."""
     num_rollouts: Count = 1
     """Rollouts recorded per input, each from its own noise."""
     solver_steps: Annotated[int, Field(ge=1, le=1000)] = 40

@@ -38,6 +38,7 @@ from stage1_teacher.rendering.settings import RenderSettings
 if TYPE_CHECKING:
     from stage1_teacher.recording.making import Maker
     from stage1_teacher.recording.trajectories import RolloutKeeper
+    from stage1_teacher.teacher.student_states import StudentStates
 
 
 def precompute(
@@ -51,6 +52,7 @@ def precompute(
     limit: int | None = None,
     trajectories: Path | None = None,
     upload: str | None = None,
+    student: StudentStates | None = None,
 ) -> Done:
     """Make one task's shards of a set, and what else of it is missing and in nobody's work.
 
@@ -65,6 +67,8 @@ def precompute(
         trajectories: folder in which whole rollouts are kept too, see `shards.trajectories`; shards that were
             committed without are solved again for them.
         upload: URL to which this task's shards are copied, each after its commit; earlier ones first.
+        student: whose own states are recorded, each with the teacher's solve from it; exactly with
+            precompute.source "student".
 
     Raises:
         UsageError: the configuration or the task's number is wrong, there are no rollouts to keep, or too many
@@ -76,11 +80,12 @@ def precompute(
     """
     _check_task(task_index, num_tasks)
     _check_size(config)
+    _check_source(config, student)
     if trajectories is not None:
         _check_has_rollouts(config)
     settings = RenderSettings.from_config(config)
     require_files(*annotations, *prompts)
-    identity = build_identity(config, settings)
+    identity = build_identity(config, settings, student)
     with Task(out, task_index, num_tasks) as task:
         remove_leftovers(out, task.watch)
         write_how_made(out, num_tasks)
@@ -88,7 +93,7 @@ def precompute(
         inputs = open_inputs(
             annotations, prompts, config.inputs, settings.fonts, limit, index=InputIndex(out, task)
         )
-        maker = functools.cache(lambda: _load_maker(config, settings, inputs, out))
+        maker = functools.cache(lambda: _load_maker(config, settings, inputs, out, student))
         manifest, plan = _join(out, identity, inputs, config, task, maker)
         keeper = _open_keeper(trajectories, config, manifest.identity, plan)
         share = Share(
@@ -108,10 +113,12 @@ def precompute(
     return share.done
 
 
-def _load_maker(config: Config, settings: RenderSettings, inputs: Inputs, folder: Path) -> Maker:
+def _load_maker(
+    config: Config, settings: RenderSettings, inputs: Inputs, folder: Path, student: StudentStates | None
+) -> Maker:
     from stage1_teacher.recording.making import Maker
 
-    return Maker(config=config, settings=settings, inputs=inputs, folder=folder)
+    return Maker(config=config, settings=settings, inputs=inputs, folder=folder, student=student)
 
 
 def _join(
@@ -214,6 +221,25 @@ def _check_task(task_index: int, num_tasks: int) -> None:
     if not 0 <= task_index < num_tasks:
         raise UsageError(
             f"task index: received {task_index}, expected 0 to {num_tasks - 1} (of {num_tasks} tasks)"
+        )
+
+
+def _check_source(config: Config, student: StudentStates | None) -> None:
+    if (config.precompute.source == "student") != (student is not None):
+        raise UsageError(
+            f'precompute.source: received "{config.precompute.source}"'
+            f" {'without' if student is None else 'with'} --states-from, expected the two together; give"
+            " --states-from ADAPTER alone, which sets it"
+        )
+    if student is None:
+        return
+    from stage1_teacher.teacher.student_states import phase_grids
+
+    phase_grids(student.timesteps, config.precompute.solver_steps)
+    if config.precompute.store_predictions:
+        raise UsageError(
+            "precompute.store_predictions: received true with --states-from, expected false; the objectives that"
+            " read predictions train on the teacher's own states"
         )
 
 

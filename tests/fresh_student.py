@@ -1,4 +1,4 @@
-"""A student that was never trained: its adapter changes nothing."""
+"""A student that was never trained: its adapter changes nothing, or what chance makes of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from stage2_student.student.adapter import Card, save_adapter
 from stage2_student.student.student import add_adapters, load_base
 
 
-def write_fresh_student(folder: Path, config: Config, steps: int = 2) -> None:
+def write_fresh_student(folder: Path, config: Config, steps: int = 2, spread: float = 0.0) -> None:
+    """Write a student; `spread` is the standard deviation of what its adapters are filled with."""
     student, checkpoint = load_base(config, torch.float32, "cpu")
     add_adapters(student, config)
     card = Card(
@@ -27,4 +28,9 @@ def write_fresh_student(folder: Path, config: Config, steps: int = 2) -> None:
         set_hash="none",
         config={},
     )
-    save_adapter(folder, {name: p.detach() for name, p in student.trainable().items()}, card)
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(p.shape, generator=g) * spread if spread else p.detach()
+        for name, p in student.trainable().items()
+    }
+    save_adapter(folder, tensors, card)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,8 @@ def measure_rounding_error(shards: ShardSet) -> dict[str, float]:
     multiplies: it is linear in the end.
 
     Returns:
-        "states", and "phases_M" for each M of 1, 2, 4, 8 whose phases are stored; only "states" of noised data.
+        "states", and "phases_M" for each M of 1, 2, 4, 8 whose phases are stored, or for a student's own M; only
+        "states" of noised data.
         All in units of latents.
     """
     sums: dict[str, list[float]] = {}
@@ -112,14 +112,28 @@ def measure_rounding_error(shards: ShardSet) -> dict[str, float]:
         variance = np.square(np.spacing(states), dtype=np.float64).mean(axis=(0, 2, 3, 4)) / 12  # (S + 1,)
         sums.setdefault("states", []).append(float(variance.mean()))
         meta = SampleMeta.from_json(shards.read_members(int(index), (JSON,))[JSON], JSON)
+        timesteps = arrays["rollout_timesteps"]
         if meta.source == "rollout":
-            for name, value in _phase_errors(arrays["rollout_timesteps"], variance):
-                sums.setdefault(name, []).append(value)
+            cuts = {m: _even_cuts(len(timesteps), m) for m in (1, 2, 4, 8) if len(timesteps) % m == 0}
+        elif meta.source == "student":
+            starts = np.arange(0, len(timesteps), 2)
+            cuts = {len(starts): (starts, starts + 1)}
+        else:
+            cuts = {}
+        for phases, (start, end) in cuts.items():
+            value = _phase_error(timesteps, variance, start, end)
+            sums.setdefault(f"phases_{phases}", []).append(value)
     return {name: math.sqrt(sum(values) / len(values)) for name, values in sums.items()}
 
 
-def _phase_errors(timesteps: Any, variance: Any) -> Iterator[tuple[str, float]]:
-    """Yield the mean variance of the target x0 over the phases, for each M that divides S."""
+def _even_cuts(steps: int, phases: int) -> tuple[Any, Any]:
+    """Return the first and the last state of each of M phases of equal length."""
+    start = np.arange(0, steps, steps // phases)
+    return start, start + steps // phases
+
+
+def _phase_error(timesteps: Any, variance: Any, start: Any, end: Any) -> float:
+    """Return the mean variance of the target x0 over phases."""
     import torch
 
     from common.schedule import make_alphas_cumprod, phase_target_x0
@@ -127,13 +141,8 @@ def _phase_errors(timesteps: Any, variance: Any) -> Iterator[tuple[str, float]]:
     cumulative = torch.ones(len(timesteps) + 1, dtype=torch.float64)  # (S + 1,)
     cumulative[:-1] = make_alphas_cumprod()[torch.tensor(timesteps)]
     errors = torch.from_numpy(variance).sqrt()  # (S + 1,)
-    steps = len(timesteps)
-    for phases in (1, 2, 4, 8):
-        if steps % phases == 0:
-            start = torch.arange(0, steps, steps // phases)
-            end = start + steps // phases
-            moved = phase_target_x0(torch.zeros(phases), errors[end], cumulative[start], cumulative[end])  # (M,)
-            yield f"phases_{phases}", float(moved.square().mean())
+    moved = phase_target_x0(torch.zeros(len(start)), errors[end], cumulative[start], cumulative[end])  # (M,)
+    return float(moved.square().mean())
 
 
 def _check_sound(shards: ShardSet) -> None:

@@ -38,8 +38,9 @@ class SampleMeta(Section):
     polygons: Annotated[tuple[Corners, ...], Field(strict=False)]
     """Of each line: corners (x, y) in pixels of `size`, three or more."""
     mode: Literal["generate", "edit"]
-    source: Literal["rollout", "noised"]
-    """"rollout" (the teacher's solves) or "noised" (data latents with noise)."""
+    source: Literal["rollout", "noised", "student"]
+    """"rollout" (the teacher's solves), "noised" (data latents with noise), or "student" (a student's own states,
+    each with where the teacher goes from it)."""
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
     """Seed of each rollout's noise."""
     size: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]

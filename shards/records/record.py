@@ -41,9 +41,14 @@ class Record:
     masked_latents: Tensor
     """(C, h, w) float16, VAE-scaled."""
     rollout_latents: Tensor
-    """(R, S + 1, C, h, w) float16: states at which the network was called, then the solved x0."""
+    """(R, S + 1, C, h, w) float16: states at which the network was called, then the solved x0.
+
+    Of source "student": the student's own state at the start of its first phase, the teacher's at that phase's
+    end, and so on, phase by phase. S = 2 M - 1; the last is where the teacher ends from the student's last state.
+    """
     rollout_timesteps: Tensor
-    """(S,) int64 in 0..999: where it was called; falling if the source is "rollout"."""
+    """(S,) int64 in 0..999: where it was called; falling if the source is "rollout". Of source "student" t_1, t_2,
+    t_2, ... t_M, t_M: what ends a phase and what starts the next one have the same t."""
     glyphs: Tensor
     """(1, H, W) uint8, 0 or 1."""
     positions: Tensor
@@ -136,6 +141,13 @@ def _check_latents(record: Record, where: str) -> None:
         raise DataError(f"{where}: rollout_timesteps is {timesteps.tolist()}, expected values in 0..999")
     if record.meta.source == "rollout" and bool((timesteps.diff() >= 0).any()):
         raise DataError(f"{where}: rollout_timesteps is {timesteps.tolist()}, expected falling values")
+    if record.meta.source == "student":
+        starts, ends = timesteps[::2], timesteps[1::2]
+        if steps % 2 == 0 or not torch.equal(starts[1:], ends) or bool((starts.diff() >= 0).any()):
+            raise DataError(
+                f"{where}: rollout_timesteps is {timesteps.tolist()}, expected t of each phase's start and end in"
+                " turn, falling"
+            )
     masked = record.masked_latents
     latent = tuple(masked.shape) if _has_rank(masked, 3) else (0, 0, 0)
     _check(masked, "masked_latents", torch.float16, latent, where, "(C, h, w)")

@@ -27,6 +27,8 @@ from stage1_teacher.rendering.settings import RenderSettings
 if TYPE_CHECKING:
     import torch
 
+    from stage1_teacher.teacher.student_states import StudentStates
+
 RECIPE = 1
 """Version of how inputs are rendered, captioned and solved; raised with every change that alters a record."""
 
@@ -49,8 +51,15 @@ _PACKAGES = (
 _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
-def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
+def build_identity(
+    config: Config, settings: RenderSettings, student: StudentStates | None = None
+) -> dict[str, Any]:
     """Collect what decides the records.
+
+    Args:
+        config: model, teacher, inputs, precompute and shards are used.
+        settings: how inputs are rendered.
+        student: whose states are recorded, if any.
 
     Returns:
         JSON values. `timesteps` are those of the stored called states, empty for noised data.
@@ -63,7 +72,7 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
     inputs = config.inputs.model_dump(mode="json", exclude=_NOT_IDENTITY | _OTHERWISE)
     frame = {"frame": config.inputs.frame} if config.inputs.frame else {}
     grid = trailing_steps(config.precompute.solver_steps).tolist()
-    rollout = config.precompute.source == "rollout"
+    timesteps = grid[:: config.precompute.record_every] if config.precompute.source == "rollout" else []
     return {
         "recipe": RECIPE,
         "teacher_fingerprint": fingerprint(checkpoint, "teacher"),
@@ -80,7 +89,8 @@ def build_identity(config: Config, settings: RenderSettings) -> dict[str, Any]:
         "text_layout": text_layout(),
         "dtype": "float16",
         "solver": {"name": "ddim", "timesteps": grid, "alphas_cumprod_end": 1.0},
-        "timesteps": grid[:: config.precompute.record_every] if rollout else [],
+        "timesteps": timesteps if student is None else student.recorded_timesteps,
+        **({} if student is None else {"student": dict(student.description)}),
         "alphas_cumprod": alphas_cumprod_table().tolist(),
     }
 

@@ -28,6 +28,7 @@ from stage1_teacher.recording.stops import Stops
 from stage1_teacher.recording.trajectories import RolloutKeeper
 from stage1_teacher.rendering.first_inputs import require_fonts
 from stage1_teacher.rendering.settings import RenderSettings
+from stage1_teacher.teacher.student_states import StudentStates
 from stage1_teacher.teacher.teacher import Teacher
 
 
@@ -39,6 +40,7 @@ class Maker:
     settings: RenderSettings
     inputs: Inputs
     folder: Path
+    student: StudentStates | None = None
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,6 +115,7 @@ class Maker:
                 teacher,
                 uncond,
                 self.config.precompute,
+                student=self.student,
                 whole_rollouts=keeper is not None,
                 compiled=self.config.model.compile,
             )

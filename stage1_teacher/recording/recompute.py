@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
@@ -19,6 +20,7 @@ from common.errors import DataError
 from shards.reading.reader import ShardSet
 from shards.records.record import Record
 from stage1_teacher.teacher.solver import Rollout, solve
+from stage1_teacher.teacher.student_states import phase_grids, solve_from
 from stage1_teacher.teacher.teacher import Teacher
 
 
@@ -38,7 +40,7 @@ def recompute(config: Config, shards: ShardSet, indices: Sequence[int]) -> Itera
 
     Args:
         config: `model` says where the teacher lies; all other settings are the set's own.
-        shards: an open set of rollouts.
+        shards: an open set of rollouts, or of a student's states: what is solved again is the teacher's part.
         indices: which records.
 
     Raises:
@@ -46,8 +48,9 @@ def recompute(config: Config, shards: ShardSet, indices: Sequence[int]) -> Itera
     """
     identity = shards.manifest.identity
     settings: dict[str, Any] = identity.get("config", {}).get("precompute", {})
-    if settings.get("source") != "rollout":
-        raise DataError(f"--recompute needs a set of rollouts, this one's source is {settings.get('source')!r}")
+    source = settings.get("source")
+    if source not in ("rollout", "student"):
+        raise DataError(f"--recompute needs a set of solves, this one's source is {source!r}")
     ours = fingerprint(config.find_checkpoint(), "teacher")
     if ours != identity.get("teacher_fingerprint"):
         raise DataError(
@@ -57,12 +60,16 @@ def recompute(config: Config, shards: ShardSet, indices: Sequence[int]) -> Itera
     teacher = Teacher.load(config)
     for index in indices:
         record = shards[index]
-        rollout = _solve_again(teacher, shards, record, settings, identity["solver"]["timesteps"])
-        pairs = [
-            (record.rollout_latents, rollout.states),
-            (record.x0_cond, rollout.x0_cond),
-            (record.x0_uncond, rollout.x0_uncond),
-        ]
+        if source == "student":
+            states = _solve_phases_again(teacher, shards, record, settings["solver_steps"])
+            pairs: list[tuple[Tensor | None, Tensor | None]] = [(record.rollout_latents, states)]
+        else:
+            rollout = _solve_again(teacher, shards, record, settings, identity["solver"]["timesteps"])
+            pairs = [
+                (record.rollout_latents, rollout.states),
+                (record.x0_cond, rollout.x0_cond),
+                (record.x0_uncond, rollout.x0_uncond),
+            ]
         differences = [
             float((stored.double() - again.cpu().double()).abs().max())
             for stored, again in pairs
@@ -83,4 +90,17 @@ def _solve_again(
         guidance_scale=record.meta.guidance_scale,
         keep=range(0, len(timesteps), settings["record_every"]),
         store_predictions=record.x0_cond is not None,
+    )
+
+
+def _solve_phases_again(teacher: Teacher, shards: ShardSet, record: Record, solver_steps: int) -> Tensor:
+    """Solve each phase from the student's recorded start, (R, 2 M, C, h, w)."""
+    starts = record.rollout_timesteps[::2].tolist()
+    return solve_from(
+        teacher,
+        [record.conditioning] * record.num_rollouts,
+        shards.uncond,
+        record.rollout_latents[:, ::2],  # (R, M, C, h, w)
+        phase_grids(starts, solver_steps),
+        guidance_scale=record.meta.guidance_scale,
     )

@@ -25,6 +25,7 @@ from common.seeding import rng
 from stage1_teacher.recording.assembly import Assembly, Encoded, Item, Recorded, Solved, Stored, naming
 from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.solver import solve
+from stage1_teacher.teacher.student_states import StudentStates, Walk, phase_grids, solve_from
 from stage1_teacher.teacher.teacher import Teacher
 
 Numbered = tuple[int, RenderedInput]
@@ -47,6 +48,7 @@ class Recorder:
         uncond: Uncond,
         settings: PrecomputeConfig,
         *,
+        student: StudentStates | None = None,
         whole_rollouts: bool = False,
         overlaps: bool | None = None,
         compiled: bool = False,
@@ -57,6 +59,7 @@ class Recorder:
             teacher: the networks.
             uncond: the set's unconditional contexts, as it stores them.
             settings: how inputs are solved.
+            student: whose states are solved from, with source "student".
             whole_rollouts: give every state of the solves too; records are the same with and without them.
             overlaps: encode the next inputs while a batch is solved, and let the caller make records meanwhile;
                 None: where the teacher is on a GPU. Records are the same with and without.
@@ -68,6 +71,7 @@ class Recorder:
         self._uncond, self._whole_rollouts = uncond.to(teacher.device, torch.float32), whole_rollouts
         self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
+        self._student, self._walk = student, None if student is None else student.load()
         self.overlaps = teacher.device.type == "cuda" if overlaps is None else overlaps
         """Whether work beside the solves pays."""
         self._shapes: set[object] = set()
@@ -131,7 +135,7 @@ class Recorder:
                 used_here(encoded.conditioning)
             items = self._filled_up(batch) if self._compiled else batch
             with encoding.paused() if self._compiled and self._is_new_shape(items) else nullcontext():
-                solved = self._solve(items) if self._settings.source == "rollout" else self._noise(items)
+                solved = self._make(items)
             return partial(assembly.add, batch, send_to_host(solved[: len(batch)], self._teacher.device))
 
     def _is_new_shape(self, items: Sequence[Item]) -> bool:
@@ -153,6 +157,27 @@ class Recorder:
         """Draw on the CPU, so that devices agree, (count, C, h, w)."""
         generator = torch.Generator().manual_seed(item.seed)
         return torch.randn((count, *item.conditioning.masked_latents.shape), generator=generator)
+
+    def _make(self, batch: Sequence[Item]) -> Solved:
+        if self._walk is not None:
+            return self._solve_from(self._walk, batch)
+        return self._solve(batch) if self._settings.source == "rollout" else self._noise(batch)
+
+    def _solve_from(self, walk: Walk, batch: Sequence[Item]) -> Solved:
+        """Let the student walk from the noise of each, and the teacher solve every phase from where it came."""
+        assert self._student is not None
+        conditionings = [item.conditioning for item in batch]
+        noise = round_half(torch.cat([self._draw_noise(item) for item in batch]))
+        states = solve_from(
+            self._teacher,
+            conditionings,
+            self._uncond,
+            walk(conditionings, noise),
+            phase_grids(self._student.timesteps, self._settings.solver_steps),
+            guidance_scale=self._settings.guidance_scale,
+        )
+        timesteps = torch.tensor(self._student.recorded_timesteps).expand(len(batch), -1)
+        return Solved(states=states, timesteps=timesteps, x0_cond=None, x0_uncond=None)
 
     def _solve(self, batch: Sequence[Item]) -> Solved:
         rollout = solve(

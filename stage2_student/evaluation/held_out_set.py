@@ -42,15 +42,15 @@ class HeldOutSet:
             trajectories: folder of the set's whole rollouts; None if only their ends are to be known.
 
         Raises:
-            DataError: the set is incomplete or damaged, holds noised data, or the trajectories are another set's.
+            DataError: the set is incomplete or damaged, holds no solves, or the trajectories are another set's.
         """
         self._location = location
         self.shards = ShardSet.open(location)
         self.facts: ShardFacts = read_facts(self.shards)
         if self.facts.source != "rollout":
             raise DataError(
-                f"{location}: holds noised data, expected solves to measure against; give a set recorded with"
-                ' precompute.source = "rollout"'
+                f'{location}: holds records of source "{self.facts.source}", expected solves to measure against;'
+                ' give a set recorded with precompute.source = "rollout"'
             )
         self._index_of: dict[str, int] = {}
         self.layouts: list[Layout] = []

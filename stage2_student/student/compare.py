@@ -105,7 +105,10 @@ def _read(shards: ShardSet, index: int) -> Record:
         raise UsageError(f"record {index}: the set holds records 0 to {len(shards) - 1}")
     record = shards[index]
     if record.meta.source != "rollout":
-        raise UsageError(f"record {index} holds noised data, not a solve; compare on a set of source rollout")
+        raise UsageError(
+            f'record {index} is of source "{record.meta.source}", not a solve; compare on a set of source'
+            ' "rollout"'
+        )
     return record
 
 

@@ -19,11 +19,12 @@ class ShardFacts:
     base_fingerprint: str
     """Of the base that the teacher was built on."""
     source: str
-    """"rollout" or "noised"."""
+    """"rollout", "noised" or "student"."""
     record_every: int
     """Solver steps between stored states (of a rollout)."""
     timesteps: tuple[int, ...]
-    """t of the stored called states; of the first record if they are noised data."""
+    """t of the stored called states; of the first record if they are noised data; of a student's states, t of each
+    phase's start and end in turn."""
     num_rollouts: int
     """Recorded solves of each record."""
     has_predictions: bool

@@ -31,6 +31,8 @@ class Phases:
     """The state at which each phase starts, ascending from 0, and S."""
     labels: tuple[int, ...] | None = None
     """t at which the student meets each boundary; None if as recorded."""
+    stride: int = 1
+    """1; 2 if only every other boundary starts a phase, the others ending them: a student's own states."""
 
     @property
     def num_states(self) -> int:
@@ -40,7 +42,7 @@ class Phases:
     @property
     def num_phases(self) -> int:
         """Crossings that are trained."""
-        return len(self.boundaries) - 1
+        return len(self.starts)
 
     @property
     def shortest(self) -> int:
@@ -50,7 +52,7 @@ class Phases:
     @property
     def starts(self) -> tuple[int, ...]:
         """The phases' first states."""
-        return self.boundaries[:-1]
+        return self.boundaries[: -1 : self.stride]
 
     def end(self, state: Tensor) -> Tensor:
         """Return, for indices of called states, the index of the state that ends their phase (int64)."""
@@ -109,6 +111,32 @@ def upstream_phases(num_phases: int, recorded: Sequence[int]) -> Phases:
     return Phases(boundaries=(0, *nearest, len(recorded)), labels=(first, *inner, last))
 
 
+def student_phases(train: TrainConfig, facts: ShardFacts) -> Phases:
+    """Return the phases of records of source "student": each state that starts one stands before its end.
+
+    Raises:
+        UsageError: the objective needs the teacher's own states, or the student's phases were other ones.
+    """
+    recorded = (len(facts.timesteps) + 1) // 2
+    wrong = {
+        "train.objective": (train.objective, "phased"),
+        "train.grid": (train.grid, "trailing"),
+        "train.num_phases": (train.num_phases, recorded),
+    }
+    for key, (received, expected) in wrong.items():
+        if received != expected:
+            raise UsageError(
+                f"{key}: received {received}, but these shards hold the states of a student of {recorded} phases;"
+                f" expected {expected}, or shards of the teacher's own solves"
+            )
+    if train.states == "all":
+        raise UsageError(
+            'train.states: received all, but these shards hold the states of a student, expected "starts" or'
+            ' "interpolated"'
+        )
+    return Phases(boundaries=tuple(range(len(facts.timesteps) + 1)), stride=2)
+
+
 def require_distance(solver_steps: int) -> None:
     """Refuse targets between adjacent solver steps.
 
@@ -143,6 +171,8 @@ def plan_phases(train: TrainConfig, facts: ShardFacts) -> tuple[Phases, Tensor]:
     Raises:
         UsageError: objective, number of phases and shards do not fit each other.
     """
+    if facts.source == "student":
+        return student_phases(train, facts), torch.tensor(facts.timesteps[::2])
     wanted = "noised" if train.objective == "lcm" else "rollout"
     if facts.source != wanted:
         raise UsageError(
