@@ -50,6 +50,9 @@ OBJECTIVES = ("phased", "phased,loss=landing", "pcm", "unrolled", "phased>unroll
 BACKWARD, BACKWARD_FOLDED = 1.5, 2.0
 """Cost of a backward pass in forward passes: gradients of activations, and of the adapters or of all weights that
 they are folded into (see stage2_student/student/folding.py)."""
+LOOK = 0.9
+"""Cost of comparing a landed state with the teacher's: down and middle blocks are 0.31 of a forward pass of the
+released network (0.27 of the embedded one's), by torch.utils.flop_counter; twice forward, and once backward."""
 WARMUP_SHARE = 0.1
 
 
@@ -59,14 +62,17 @@ class Calls:
 
     with_gradient: int
     without: int
+    looks: int = 0
+    """Landed states that the perceptual loss compares with the teacher's."""
 
     def cost(self, train: TrainConfig) -> float:
         """Return the work of a sample in forward passes."""
         backward = BACKWARD_FOLDED if train.fold_adapters else BACKWARD
-        return self.without + self.with_gradient * (1 + backward)
+        return self.without + self.with_gradient * (1 + backward) + self.looks * LOOK
 
     def __str__(self) -> str:
-        return f"{self.with_gradient}" + (f" + {self.without}" if self.without else "")
+        without = f" + {self.without}" if self.without else ""
+        return f"{self.with_gradient}{without}" + (f", {self.looks} looked at" if self.looks else "")
 
 
 def count_calls(train: TrainConfig, phases: Phases) -> Calls:
@@ -87,10 +93,22 @@ def count_calls(train: TrainConfig, phases: Phases) -> Calls:
         x0_cond=torch.zeros(rows, states, 1, 1, 1),
         x0_uncond=torch.zeros(rows, states, 1, 1, 1),
     )
-    settings = LossSettings(train=train, phases=phases, alphas_cumprod=make_alphas_cumprod())
+
+    def perceive(landed: Tensor, target: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
+        nonlocal looks
+        looks += len(landed)
+        return torch.zeros(len(landed))
+
+    looks = 0
+    settings = LossSettings(
+        train=train,
+        phases=phases,
+        alphas_cumprod=make_alphas_cumprod(),
+        perceive=perceive if train.perceptual_weight else None,
+    )
     with torch.enable_grad():
         loss_of(train)(rollouts, drawn, predict, predict, settings)
-    return Calls(with_gradient=count[True], without=count[False])
+    return Calls(with_gradient=count[True], without=count[False], looks=looks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,6 +175,11 @@ class TrainConfig(Section):
     """`lcm`: its solver step is 1000 / this many timesteps long."""
     text_region_weight: PositiveFloat = 1.0
     """Weight of the loss inside `positions`, 1 elsewhere."""
+    perceptual_weight: NonNegativeFloat = 0.0
+    """`phased` and `unrolled`: weight of a second loss, between what the frozen base's down and middle blocks see
+    in the landed state and in the teacher's; 0 for none. About a third as much work again."""
+    perceptual_text_weight: PositiveFloat = 1.0
+    """Weight of that loss inside `positions`, 1 elsewhere."""
     max_steps: Count = 2000
     """Optimizer steps."""
     batch_size: Count = 16
@@ -236,6 +241,10 @@ class TrainConfig(Section):
             self._check_unrolled()
         if self.grid == "upstream":
             self._check_upstream()
+        if self.perceptual_weight:
+            fits = self.objective in ("phased", "unrolled") and self.states != "interpolated"
+            expected = "0 unless the objective is unrolled, or phased at stored states"
+            require(fits, "perceptual_weight", self.perceptual_weight, expected)
         return self
 
     def _check_unrolled(self) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from common.anytext2.config import NetworkConfig
 from common.anytext2.modules import AnyText2UNet
 
+MASKED = -10_000.0
+"""Of attention's scores, for tokens that are padding: as diffusers has it."""
 Control = tuple[Tensor, ...]
 """WriteNet's residuals, shallow to deep, the middle block's last."""
 ATTNX_ALIASES = {"attnx1": "attn1x", "attnx2": "attn2x"}
@@ -97,6 +99,35 @@ class UNet(AnyText2UNet):
         )
         eps: Tensor = output[0]
         return eps
+
+    def features(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        image_context: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return what the blocks on the way down and the middle block give, which WriteNet does not reach.
+
+        About the first half of `forward`'s work. Arguments as of `forward`.
+
+        Returns:
+            (B, C_l, h_l, w_l) of each block on the way down, shallow to deep, then of the middle block.
+        """
+        embedding = self.time_embedding(self.get_time_embed(noisy_latents, timesteps))
+        bias = None
+        if context_mask is not None:  # added to attention's scores
+            bias = (1 - context_mask.to(noisy_latents.dtype))[:, None] * MASKED
+        context: dict[str, Any] = {"encoder_hidden_states": image_context, "encoder_attention_mask": bias}
+        hidden, found = self.conv_in(noisy_latents), list[Tensor]()
+        for block in self.down_blocks:
+            hidden, _ = block(
+                hidden, embedding, **(context if getattr(block, "has_cross_attention", False) else {})
+            )
+            found.append(hidden)
+        found.append(self.mid_block(hidden, embedding, **context))
+        return found
 
 
 def _without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,13 @@ class FoldedAdapters:
             for fold in self._folds:
                 fold.refresh()
 
+    def base_weights(self) -> dict[int, Tensor]:
+        """Return W of each layer, in the type and shape of what the adapter is folded into, by that one's id."""
+        return {
+            id(fold.weight): fold.base.view(fold.weight.shape).to(fold.weight.dtype, copy=False)
+            for fold in self._folds
+        }
+
     def reduce(self, accelerator: Accelerator) -> None:
         """Average the gradients of A and B over all processes, as DistributedDataParallel does by itself."""
         if accelerator.num_processes == 1:

@@ -7,6 +7,9 @@ alphas_cumprod is 1. Every function works in the dtype that it is given; trainin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from common.regions import text_cells
@@ -79,6 +82,28 @@ def crossing_loss(
     if kind == "landing":
         error = landing_factor(alphas_cumprod, alphas_cumprod_end) * error
     return elementwise_loss(error, kind, huber_c)
+
+
+def feature_distance(found: Sequence[Tensor], target: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Return how far features are from those of a target, (B,): the mean over levels of relative differences.
+
+    d = mean_l  <(f_l - f*_l)^2> / <f*_l^2>, the averages over a sample's channels and weighted cells. So levels
+    count alike whatever the size of their features.
+
+    Args:
+        found: f_l of each level, (B, C_l, h_l, w_l), any float type.
+        target: f*_l, likewise; no gradient passes through them.
+        weights: of the cells of each level, (B, 1, h_l, w_l) float32.
+
+    Source: Lin & Yang 2024 (Diffusion Model with Perceptual Loss, arXiv 2401.00110): squared differences of the
+    frozen network's own features, there of its middle block alone.
+    """
+    levels = []
+    for one, other, weight in zip(found, target, weights, strict=True):
+        one, other = one.float(), other.detach().float()
+        scale = per_sample(other.square(), weight).clamp(min=1e-8)
+        levels.append(per_sample((one - other).square(), weight) / scale)
+    return torch.stack(levels).mean(dim=0)
 
 
 def region_weights(positions: Tensor, size: tuple[int, int], weight: float) -> Tensor:

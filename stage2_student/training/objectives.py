@@ -99,6 +99,10 @@ def select_rollout(
     )
 
 
+Perceive = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(landed, the teacher's, (B, C, h, w); t of the crossing's start, of its end, (B,) int64) to (B,) float32."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSettings:
     """What an objective needs to know besides the data."""
@@ -107,6 +111,8 @@ class LossSettings:
     phases: Phases
     alphas_cumprod: Tensor
     """The noise schedule, (1000,) float32, on the training device."""
+    perceive: Perceive | None = None
+    """How far a landed state looks from the teacher's; weighed by train.perceptual_weight."""
 
 
 def phased_loss(
@@ -232,7 +238,11 @@ def _crossing_loss(
 ) -> Tensor:
     a, a_end = alphas_at(settings.alphas_cumprod, t), alphas_at(settings.alphas_cumprod, t_end)
     target = phase_target_eps(z, z_end, a, a_end)
-    return crossing_loss(eps, target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
+    loss = crossing_loss(eps, target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
+    if settings.perceive is None:
+        return loss
+    looks = settings.perceive(ddim_step(z, eps.float(), a, a_end), z_end, t, t_end)
+    return loss + settings.train.perceptual_weight * looks.view(-1, 1, 1, 1)  # the mean of a sample grows by it
 
 
 Loss = Callable[[Rollouts, Draws, Predict, Predict, LossSettings], Tensor]

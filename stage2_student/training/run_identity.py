@@ -31,7 +31,13 @@ ROUNDING = ("model.channels_last", "model.compile", "train.deterministic", "trai
 """Keys, false by default, that change how results are rounded and nothing else: a run may go on with others, and
 is told that its bits will not be those of a run that never stopped."""
 
-ONLY_IF_SET: dict[str, Any] = {"draws_per_sample": 1, "grid": "trailing", "unrolled_phase_weight": 0.1}
+ONLY_IF_SET: dict[str, Any] = {
+    "draws_per_sample": 1,
+    "grid": "trailing",
+    "perceptual_text_weight": 1.0,
+    "perceptual_weight": 0.0,
+    "unrolled_phase_weight": 0.1,
+}
 """Keys that came later, and what runs begun before have."""
 
 

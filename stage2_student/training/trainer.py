@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from common.schedule import make_alphas_cumprod
 from common.signals import StopFlag
 from shards.reading.loader import ShardLoader
 from shards.records.batch import Batch
+from stage2_student.student.base_features import BaseFeatures
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, prune, save_checkpoint
 from stage2_student.student.student import Student
 from stage2_student.training.agreement import StopVote
@@ -28,6 +29,7 @@ from stage2_student.training.finite import LossCheck
 from stage2_student.training.held_out_loss import HeldOut
 from stage2_student.training.losses import per_sample, region_weights
 from stage2_student.training.objectives import LossSettings, loss_of, select_rollout
+from stage2_student.training.perception import Perception
 from stage2_student.training.phases import draw, trains_at_starts
 from stage2_student.training.plan import Plan
 from stage2_student.training.runlog import RunLog
@@ -85,6 +87,10 @@ class Trainer:
         self._loss_settings = LossSettings(
             train=self.plan.config.train, phases=self.plan.phases, alphas_cumprod=table
         )
+        self._perception = None
+        if self.plan.config.train.perceptual_weight:
+            features = BaseFeatures(self.student.unet, self.learner.folded)
+            self._perception = Perception(features=features, train=self.plan.config.train, alphas_cumprod=table)
         self._check = LossCheck(accelerator=self.accelerator, name=self.plan.shards.key)
         self._vote = StopVote(self.accelerator, later=self.look_later)
 
@@ -240,7 +246,11 @@ class Trainer:
                 eps: Tensor = self.student(noisy_latents, timesteps, conditioning, control)
             return eps
 
-        loss = loss_of(train)(rollouts, draws, predict, predict_target, self._loss_settings)
+        settings = self._loss_settings
+        if self._perception is not None:
+            perceive = self._perception.of_batch(conditioning, draws, samples, self.accelerator.autocast)
+            settings = replace(settings, perceive=perceive)
+        loss = loss_of(train)(rollouts, draws, predict, predict_target, settings)
         weights = None
         if train.text_region_weight != 1:
             size = (int(loss.shape[-2]), int(loss.shape[-1]))

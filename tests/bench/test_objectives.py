@@ -56,6 +56,14 @@ def test_calls_are_those_that_the_objective_makes(settings: dict[str, object], c
     assert (found.with_gradient, found.without) == calls
 
 
+@pytest.mark.parametrize(("objective", "looks"), [("phased", 1), ("unrolled", 4)])
+def test_what_the_base_sees_of_a_landed_state_is_paid_for(objective: str, looks: int) -> None:
+    train = TrainConfig(num_phases=4, objective=objective, perceptual_weight=0.1)  # type: ignore[arg-type]
+    found, plain = (count_calls(one, even_phases(8, 4)) for one in (train, train.replace(perceptual_weight=0.0)))
+    assert (found.looks, plain.looks) == (looks, 0)
+    assert found.cost(train) == pytest.approx(plain.cost(train) + 0.9 * looks)
+
+
 def test_a_backward_pass_through_folded_adapters_costs_more() -> None:
     calls = Calls(with_gradient=2, without=1)
     assert calls.cost(TrainConfig()) == 6 and calls.cost(TrainConfig(fold_adapters=True)) == 7

@@ -98,6 +98,12 @@ FAST: dict[str, dict[str, Any]] = {
 WHAT: dict[str, dict[str, Any]] = {
     "starts": {},
     "checkpointing": {"gradient_checkpointing": True},
+    "perceptual, draws": {"perceptual_weight": 0.5, "perceptual_text_weight": 3.0, "draws_per_sample": 2},
+    "perceptual, unrolled, checkpointing": {
+        "perceptual_weight": 0.5,
+        "objective": "unrolled",
+        "gradient_checkpointing": True,
+    },
     "pcm with ema": {"objective": "pcm", "pcm_target": "ema", "ema_decay": 0.9},
     "WriteNet": {"lora": WRITENET},
     "WriteNet, pcm with ema, checkpointing, draws": {
