@@ -173,7 +173,9 @@ def format_rows(rows: Sequence[Row]) -> str:
     )
 
 
-def write_page(out: Path, name: str, title: str, measured: str, rows: Sequence[Row]) -> None:
+def write_page(
+    out: Path, name: str, title: str, measured: str, rows: Sequence[Row], chart: Markup | None = None
+) -> None:
     """Write OUT/NAME.html, with a chart and the table, and the figures as OUT/NAME.json.
 
     Args:
@@ -182,13 +184,14 @@ def write_page(out: Path, name: str, title: str, measured: str, rows: Sequence[R
         title: the page's heading.
         measured: on what, for the table.
         rows: at least one.
+        chart: of the errors; None for that of `error_chart`.
     """
     intro = "Distance of the final latents from the teacher's own solve, the seeds pooled, with 95 % intervals."
     found = [cells(row) for row in rows]
     columns = list(found[0])[2:]
     split = columns.index("Sen. Acc, %")
     parts = (
-        section("Endpoint error", intro, join(error_chart(rows), _table(found, columns[:split]))),
+        section("Endpoint error", intro, join(chart or error_chart(rows), _table(found, columns[:split]))),
         section("Text, colours, KID", measured, _table(found, columns[split:])),
     )
     page = document(title, tag("header", tag("h1", title)), tag("main", *parts))

@@ -36,12 +36,19 @@ IMAGE_SIZE = 96
 """Of the embedded teacher's images."""
 
 
-def comparing_parser(text: str | None) -> argparse.ArgumentParser:
-    """Return a parser of what every comparison asks for; `text` is the script's own."""
+def comparing_parser(text: str | None, *, shards: bool = True) -> argparse.ArgumentParser:
+    """Return a parser of what every comparison asks for.
+
+    Args:
+        text: the script's own.
+        shards: whether students are trained on a set that is there.
+    """
     parser = make_parser(text)
     parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs" / "tiny.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every command")
-    parser.add_argument("--shards", type=Path, required=True, help="that the students are trained on")
+    parser.set_defaults(shards=None)
+    if shards:
+        parser.add_argument("--shards", type=Path, required=True, help="that the students are trained on")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for students, their logs and the evaluation"
     )
@@ -59,7 +66,8 @@ class Bench:
     config: Path
     sets: tuple[str, ...]
     """`--set`s of every command, KEY=VALUE."""
-    shards: Path
+    shards: Path | None
+    """Of most students, if they share a set."""
     out: Path
     annotations: Path
     """Of the held-out layouts."""
@@ -80,7 +88,7 @@ class Bench:
         return cls(
             config=options.config.absolute(),
             sets=tuple(options.set),
-            shards=options.shards.absolute(),
+            shards=options.shards and options.shards.absolute(),
             out=out,
             annotations=annotations.absolute(),
             layouts=options.layouts,
@@ -95,27 +103,47 @@ class Bench:
         """Return a student's folder."""
         return self.out / "runs" / name
 
-    def train(self, name: str, settings: Mapping[str, object], ancestor: str | None = None) -> None:
+    def precompute(self, name: str, annotations: Path, *more: object) -> Path:
+        """Make a set of shards, or what is missing of it; returns its folder.
+
+        Args:
+            name: of its folder.
+            annotations: of its inputs.
+            more: further words of the command.
+        """
+        folder = self.out / "shards" / name
+        self._call(name, "precompute", "--annotations", annotations.absolute(), "--out", folder, *more)
+        return folder
+
+    def train(
+        self,
+        name: str,
+        settings: Mapping[str, object],
+        ancestor: str | None = None,
+        shards: Path | None = None,
+    ) -> None:
         """Train a student, or go on with it; one that is done is left as it is.
 
         Args:
             name: of its folder.
             settings: of [train], by key.
             ancestor: name of the student that it is started from, if any.
+            shards: that it is trained on, if not the usual ones.
         """
-        place = ["--shards", self.shards, "--out", self.run_of(name), "--resume", "auto"]
+        place = ["--shards", shards or self.shards, "--out", self.run_of(name), "--resume", "auto"]
         place += [] if ancestor is None else ["--from", self.run_of(ancestor)]
         sets = [word for key, value in settings.items() for word in ("--set", f"train.{key}={value}")]
         self._call(name, "train", *place, *sets)
 
-    def evaluate(self, names: Iterable[str], *more: str) -> None:
+    def evaluate(self, names: Iterable[str] | Mapping[str, Path], *more: str) -> None:
         """Measure students on the held-out layouts; those that were measured before are left as they are.
 
         Args:
-            names: of their folders; the evaluation calls them so too.
+            names: of their folders; the evaluation calls them so too. Or of adapters, with their places.
             more: further words of the command.
         """
-        students = [word for name in names for word in ("--adapter", f"{name}={self.run_of(name)}")]
+        places = names if isinstance(names, Mapping) else {name: self.run_of(name) for name in names}
+        students = [word for name, place in places.items() for word in ("--adapter", f"{name}={place}")]
         inputs = ["--annotations", self.annotations, "--set", f"evaluate.num_samples={self.layouts}"]
         self._call("evaluation", "evaluate", *inputs, *students, *more, "--out", self.evaluation)
 

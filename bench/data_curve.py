@@ -1,0 +1,98 @@
+"""How far a student gets with how many inputs and how many steps: endpoint error against both.
+
+    python -m stage1_teacher.tiny.data --count 1000 --seed 5 --out build/curve/data
+    python bench/data_curve.py --inputs build/curve/data/data.json --counts 100 1000 --out build/curve
+
+Records the first of the inputs, so many and so many, trains a student on each set, and measures its checkpoints
+on the same held-out layouts and noise. Stops and goes on: the same command continues. OUT/data_curve.html has the
+chart, .json the figures.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.comparison import Kind, Row, format_rows, make_rows, write_page
+from bench.students import Bench, comparing_parser, label_of
+from common.scripts import run_script
+from stage2_student.report.charts import Axis, Point, Series, all_widths, legend, line_chart
+from stage2_student.report.markup import Markup, join
+from stage2_student.report.plots import log_ticks, look
+from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, checkpoint_name
+
+
+def main() -> None:
+    """Record, train, measure and print."""
+    parser = comparing_parser(__doc__, shards=False)
+    parser.add_argument("--inputs", type=Path, required=True, help="annotations")
+    parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000], help="of the inputs, the first ones")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[100, 200, 400, 800], help="multiples of the first"
+    )
+    parser.add_argument("--phases", type=int, default=2)
+    options = parser.parse_args()
+    bench = Bench.from_options(options)
+    steps, phases = sorted(options.steps), options.phases
+
+    def name_of(count: int, seed: int) -> str:
+        return f"{count}-inputs-{phases}-{seed}"
+
+    def kind_of(count: int, step: int) -> Kind:
+        labels = [label_of(f"{name_of(count, seed)}-at-{step}", phases) for seed in options.seeds]
+        return Kind(name=f"{count} inputs", phases=phases, facts={"steps": f"{step}"}, labels=labels)
+
+    students = {}
+    for count in sorted(options.counts):
+        shards = bench.precompute(f"{count}", options.inputs, "--limit", count)
+        for seed in options.seeds:
+            settings = {"num_phases": phases, "seed": seed, "max_steps": steps[-1], "checkpoint_every": steps[0]}
+            bench.train(name_of(count, seed), settings, shards=shards)
+            folder = bench.run_of(name_of(count, seed)) / CHECKPOINTS_DIR
+            students |= {f"{name_of(count, seed)}-at-{step}": folder / checkpoint_name(step) for step in steps}
+    bench.evaluate(students, "--truth", "--no-teacher")
+    rows = make_rows(
+        bench.evaluation, [kind_of(count, step) for count in sorted(options.counts) for step in steps]
+    )
+    seeds = ", ".join(map(str, options.seeds))
+    measured = (
+        f"{bench.layouts} layouts, students of {phases} steps, seeds {seeds}; differences are to the first line"
+    )
+    write_page(bench.out, "data_curve", "Inputs and steps of training", measured, rows, chart=steps_chart(rows))
+    print(f"\n{measured}\n{format_rows(rows)}\n", flush=True)
+
+
+def steps_chart(rows: Sequence[Row]) -> Markup:
+    """Plot endpoint errors against steps of training, both logarithmic; a curve for each number of inputs."""
+    series = []
+    for index, name in enumerate(dict.fromkeys(row.name for row in rows)):
+        points = tuple(
+            Point(
+                x=float(row.facts["steps"]),
+                y=row.error.value,
+                low=row.error.low,
+                high=row.error.high,
+                note=f"{name}, {row.facts['steps']} steps: {row.error.value:.4f}",
+            )
+            for row in rows
+            if row.name == name
+        )
+        color, dash = look(index)
+        series.append(Series(label=name, points=points, color=color, dash=dash))
+    steps = sorted({point.x for one in series for point in one.points})
+    ticks = tuple((step, f"{step:.0f}") for step in steps)
+    x = Axis(label="optimizer steps", low=steps[0] / 1.2, high=steps[-1] * 1.2, ticks=ticks, logarithmic=True)
+    low, high = min(row.error.low for row in rows) / 1.1, max(row.error.high for row in rows) * 1.1
+    y = Axis(label="", low=low, high=high, ticks=log_ticks(low, high), logarithmic=True)
+
+    def plot(width: int, height: int) -> Markup:
+        return line_chart("Endpoint error against steps of training", series, x, y, width=width, height=height)
+
+    return join(legend(series), all_widths(plot))
+
+
+if __name__ == "__main__":
+    run_script(main)
