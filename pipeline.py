@@ -456,9 +456,10 @@ def submit_precompute(
             click.echo(f"{out}: no shard is missing, nothing is submitted")
             return
         num_tasks = min(num_tasks, len(found.missing) or num_tasks)
+    student = spell(only=("student",))  # whose states are recorded is who learns from them
     chain = make_chain(
         spell(),
-        spell(only=SETTINGS),
+        (*spell(only=SETTINGS), *(("--from", student[1]) if student else ())),
         out=out.absolute(),
         jobs=find_jobs_folder(jobs, out, elsewhere=elsewhere),
         run=run and run.absolute(),

@@ -10,6 +10,7 @@ chart, .json the figures.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.comparison import Kind, Row, format_rows, make_rows, write_page
 from bench.students import Bench, comparing_parser, label_of
+from common.errors import UsageError
 from common.scripts import run_script
 from stage2_student.report.charts import Axis, Point, Series, all_widths, legend, line_chart
 from stage2_student.report.markup import Markup, join
@@ -37,6 +39,13 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench.from_options(options)
     steps, phases = sorted(options.steps), options.phases
+    if any(step % steps[0] for step in steps):
+        raise UsageError(f"--steps: received {steps}, expected multiples of the first one, {steps[0]}")
+    inputs = len(json.loads(options.inputs.read_bytes())["data_list"])
+    if max(options.counts) > inputs:
+        raise UsageError(
+            f"--counts: received {max(options.counts)}, expected at most the {inputs} of {options.inputs}"
+        )
 
     def name_of(count: int, seed: int) -> str:
         return f"{count}-inputs-{phases}-{seed}"

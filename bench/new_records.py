@@ -3,11 +3,11 @@
     make demo
     python bench/new_records.py --shards demo/shards --inputs demo/data/data.json --out build/records
 
-A student is trained on --shards. Then it goes on for as many steps again on one of three sets of the same inputs
-and of equal work for the teacher: --shards itself ("same"), solves from other noise ("fresh"), or what
-`precompute --states-from` records of the student ("own states"). All are measured on the same held-out layouts
-and noise; differences are to "same", paired over layouts, the seeds pooled. Stops and goes on: the same command
-continues.
+A student is trained on --shards. Then it goes on for as many steps again: on --shards itself ("same"), on new
+solves of the same inputs ("fresh"), or on what `precompute --states-from` records of the student ("own states").
+The last two are drawn with the same new seed, which keys noise and renderings, and cost the teacher the same work;
+"same" costs it none. All are measured on the same held-out layouts and noise; differences are to "same", paired
+over layouts, the seeds pooled. Stops and goes on: the same command continues.
 """
 
 from __future__ import annotations

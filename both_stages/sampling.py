@@ -209,7 +209,8 @@ class ImageSampler:
         """Sample images of one size in one batch."""
         if compare and any(one.start.meta is not None and one.start.x0 is None for one in asked):
             raise UsageError(
-                "--compare with --record shows what was recorded: leave --seed out, or sample with --teacher"
+                "--compare with --record shows a recorded solve: leave --seed out, give a record of source"
+                ' "rollout", or sample with --teacher'
             )
         conditionings = [one.start.conditioning for one in asked]
         shape = tuple(conditionings[0].masked_latents.shape)

@@ -12,7 +12,7 @@ from common.anytext2.conditioning import Conditioning, ConditioningBatch
 from common.anytext2.fingerprint import fingerprint
 from common.config import Config
 from common.ddim import CLEAN
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from common.files import sha256_file
 from stage1_teacher.teacher.student_states import StudentStates, Walk
 from stage2_student.student.adapter import adapter_files, find_adapter, read_card
@@ -48,8 +48,16 @@ def states_from(config: Config, adapter: Path) -> tuple[Config, StudentStates]:
             ' expected "ddim" and "trailing": the teacher solves from each of its states to where its step ends'
         )
 
+    def hash_files() -> dict[str, str]:
+        return {name: sha256_file(file) for name, file in sorted(adapter_files(folder).items())}
+
     def load() -> Walk:
         student = LoadedStudent.load(config, folder)
+        if hash_files() != files:
+            raise DataError(
+                f"--states-from {adapter}: the adapter is another than when this command started; start it again,"
+                " with an adapter that stays"
+            )
 
         def walk(conditionings: Sequence[Conditioning], noise: Tensor) -> Tensor:
             states = [noise.to(student.device)]
@@ -63,7 +71,7 @@ def states_from(config: Config, adapter: Path) -> tuple[Config, StudentStates]:
 
         return walk
 
-    files = {name: sha256_file(file) for name, file in sorted(adapter_files(folder).items())}
+    files = hash_files()
     description = {"adapter": files, "step": card.step}
     config = config.replace(precompute=config.precompute.replace(source="student"))
     return config, StudentStates(timesteps=card.timesteps, description=description, load=load)

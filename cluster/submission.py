@@ -55,7 +55,7 @@ def make_chain(
 
     Args:
         options: of `precompute`, see `Job.options`.
-        settings_options: those of them that give the configuration, for `train`.
+        settings_options: those of them that give the configuration, for `train`, and what it starts from.
         out: the set's folder.
         jobs: where the set's scripts go.
         run: the run's folder, or None.

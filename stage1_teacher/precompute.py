@@ -2,7 +2,8 @@
 
 Every task of a job joins the same set: index of the inputs, manifest, unconditional contexts and plan are made by
 whichever comes first, while the others wait. A task makes its own share of the shards and then what is missing.
-What there is to do is found out without torch, which takes seconds and hundreds of megabytes to import.
+What there is to do is found out without torch, which takes seconds and hundreds of megabytes to import; but with
+--states-from, where the student's card is read first.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ def _check_source(config: Config, student: StudentStates | None) -> None:
         return
     from stage1_teacher.teacher.student_states import phase_grids
 
-    phase_grids(student.timesteps, config.precompute.solver_steps)
+    phase_grids(student.timesteps, config.precompute.solver_steps, config.precompute.record_every)
     if config.precompute.store_predictions:
         raise UsageError(
             "precompute.store_predictions: received true with --states-from, expected false; the objectives that"

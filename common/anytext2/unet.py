@@ -110,7 +110,7 @@ class UNet(AnyText2UNet):
     ) -> list[Tensor]:
         """Return what the blocks on the way down and the middle block give, which WriteNet does not reach.
 
-        About the first half of `forward`'s work. Arguments as of `forward`.
+        About a third of `forward`'s work. Arguments as of `forward`.
 
         Returns:
             (B, C_l, h_l, w_l) of each block on the way down, shallow to deep, then of the middle block.

@@ -61,7 +61,7 @@ def recompute(config: Config, shards: ShardSet, indices: Sequence[int]) -> Itera
     for index in indices:
         record = shards[index]
         if source == "student":
-            states = _solve_phases_again(teacher, shards, record, settings["solver_steps"])
+            states = _solve_phases_again(teacher, shards, record, settings)
             pairs: list[tuple[Tensor | None, Tensor | None]] = [(record.rollout_latents, states)]
         else:
             rollout = _solve_again(teacher, shards, record, settings, identity["solver"]["timesteps"])
@@ -93,7 +93,7 @@ def _solve_again(
     )
 
 
-def _solve_phases_again(teacher: Teacher, shards: ShardSet, record: Record, solver_steps: int) -> Tensor:
+def _solve_phases_again(teacher: Teacher, shards: ShardSet, record: Record, settings: dict[str, Any]) -> Tensor:
     """Solve each phase from the student's recorded start, (R, 2 M, C, h, w)."""
     starts = record.rollout_timesteps[::2].tolist()
     return solve_from(
@@ -101,6 +101,6 @@ def _solve_phases_again(teacher: Teacher, shards: ShardSet, record: Record, solv
         [record.conditioning] * record.num_rollouts,
         shards.uncond,
         record.rollout_latents[:, ::2],  # (R, M, C, h, w)
-        phase_grids(starts, solver_steps),
+        phase_grids(starts, settings["solver_steps"], settings["record_every"]),
         guidance_scale=record.meta.guidance_scale,
     )

@@ -173,7 +173,7 @@ class Recorder:
             conditionings,
             self._uncond,
             walk(conditionings, noise),
-            phase_grids(self._student.timesteps, self._settings.solver_steps),
+            phase_grids(self._student.timesteps, self._settings.solver_steps, self._settings.record_every),
             guidance_scale=self._settings.guidance_scale,
         )
         timesteps = torch.tensor(self._student.recorded_timesteps).expand(len(batch), -1)

@@ -27,9 +27,10 @@ def check_has_rollouts(settings: PrecomputeConfig) -> None:
         UsageError: the source is not "rollout".
     """
     if settings.source != "rollout":
+        remedy = "leave --states-from away" if settings.source == "student" else 'set it to "rollout"'
         raise UsageError(
-            f'--trajectories keeps solves, precompute.source is "{settings.source}"; set it to "rollout", '
-            "or leave --trajectories away"
+            f'--trajectories keeps solves, precompute.source is "{settings.source}"; {remedy}, or leave'
+            " --trajectories away"
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.anytext2.conditioning import Conditioning, Uncond
 from common.anytext2.denoiser import predict_branches
 from common.ddim import CLEAN, Grid
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from common.grids import trailing_steps
 from stage1_teacher.teacher.solver import record_rollout
 from stage1_teacher.teacher.teacher import Teacher
@@ -49,16 +49,32 @@ class StudentStates:
         return [first, *(t for start in later for t in (start, start))]
 
 
-def phase_grids(timesteps: Sequence[int], solver_steps: int) -> list[Grid]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PhaseGrid:
+    """The teacher's grid over a phase."""
+
+    grid: Grid
+    rounded: frozenset[int]
+    """Steps at which the state is rounded to float16 and gone on from, as where a whole solve is recorded."""
+
+
+def phase_grids(timesteps: Sequence[int], solver_steps: int, record_every: int) -> list[PhaseGrid]:
     """Cut the teacher's grid where a student's phases start, M parts.
 
     Args:
         timesteps: of the student, falling.
         solver_steps: N, of the whole trailing grid.
+        record_every: steps between the states that a whole solve would keep.
 
     Raises:
         UsageError: the student is called off the grid, or a phase has fewer than `MIN_STEPS` solver steps.
+        UsageError: it takes one step: it has no state but the noise.
     """
+    if len(timesteps) == 1:
+        raise UsageError(
+            "--states-from: received a student of one step, expected two or more: its only state is the noise;"
+            " record fresh solves instead, with another precompute.seed"
+        )
     grid = trailing_steps(solver_steps).tolist()
     stops = [*grid, CLEAN]
     places = [grid.index(t) for t in timesteps if t in grid]
@@ -68,10 +84,13 @@ def phase_grids(timesteps: Sequence[int], solver_steps: int) -> list[Grid]:
         raise UsageError(
             f"--states-from: the student is called at t = {', '.join(map(str, timesteps))}, expected starts of"
             f" phases of {MIN_STEPS} or more of the teacher's {solver_steps} solver steps; set"
-            f" precompute.solver_steps to a multiple of {len(timesteps)}, e.g. {10 * len(timesteps)}"
+            f" precompute.solver_steps to a multiple of {len(timesteps)}, {MIN_STEPS * len(timesteps)} or more"
         )
     return [
-        Grid(timesteps=torch.tensor(grid[start:end]), end=torch.tensor(stops[end]))
+        PhaseGrid(
+            grid=Grid(timesteps=torch.tensor(grid[start:end]), end=torch.tensor(stops[end])),
+            rounded=frozenset({0, *(step - start for step in range(start, end) if step % record_every == 0)}),
+        )
         for start, end in pairwise(ends)
     ]
 
@@ -81,7 +100,7 @@ def solve_from(
     conditionings: Sequence[Conditioning],
     uncond: Uncond,
     starts: Tensor,
-    grids: Sequence[Grid],
+    grids: Sequence[PhaseGrid],
     *,
     guidance_scale: float,
 ) -> Tensor:
@@ -99,14 +118,19 @@ def solve_from(
         (B, 2 M, C, h, w) float16: each phase's start and the teacher's state at its end, in turn.
 
     Raises:
-        DataError: the teacher, or the student, produced NaN or Inf.
+        DataError: the student, or the teacher, produced NaN or Inf.
     """
+    if not bool(torch.isfinite(starts.half()).all()):
+        raise DataError(
+            "the student of --states-from came to NaN or Inf, or beyond float16; look at what it draws, and give"
+            " another checkpoint"
+        )
     predict = predict_branches(teacher.denoiser, conditionings, uncond if guidance_scale != 1 else None)
     starts = starts.to(teacher.device, torch.float32)
-    solved = [
-        record_rollout(
-            predict, starts[:, phase], grid, guidance_scale=guidance_scale, keep={0}, round_states=True
+    found = []
+    for start, phase in zip(starts.unbind(1), grids, strict=True):
+        states = record_rollout(
+            predict, start, phase.grid, guidance_scale=guidance_scale, keep=phase.rounded, round_states=True
         ).states
-        for phase, grid in enumerate(grids)
-    ]
-    return torch.cat(solved, dim=1)
+        found += [states[:, 0], states[:, -1]]
+    return torch.stack(found, dim=1)

@@ -1,7 +1,7 @@
 """What the frozen base sees in latents: features of its down and middle blocks, with the adapters off.
 
-No second network is kept: the adapters' B count as zero, or the folded weights as what they were, for the time of
-a call. Gradients pass through it to the latents and to nothing else.
+No second network is kept: for the time of a call PEFT's B count as zero, or folded weights as what they were.
+Gradients pass through it to the latents and to nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch.func import functional_call
 
 from common.anytext2.unet import UNet
 from stage2_student.student.folding import FoldedAdapters
-from stage2_student.student.lora import ADAPTER_NAME, lora_parameters
+from stage2_student.student.lora import ADAPTER_NAME, adapted_layers, lora_pair
+
+REACHED = ("conv_in.", "time_embedding.", "down_blocks.", "mid_block.")
+"""Starts of the names of what `UNet.features` runs through."""
 
 
 class _Features(nn.Module):
@@ -33,20 +36,15 @@ class BaseFeatures:
     """The base's features of latents; see `UNet.features`."""
 
     def __init__(self, unet: UNet, folded: FoldedAdapters | None = None) -> None:
-        """Find what stands in for the adapted weights.
+        """Find what stands in for the adapted weights; if they are folded, W once more in the arithmetic's type.
 
         Args:
             unet: with adapters, or folded ones.
             folded: these, if they are.
         """
         self._module = _Features(unet)
-        self._zeros = {
-            _peft_name(name): torch.zeros_like(p, requires_grad=False)
-            for name, p in (lora_parameters(unet) if folded is None else {}).items()
-            if name.endswith(".lora_B.weight")
-        }
-        self._folded = folded
-        self._names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        stand_ins = _without_adapters(unet) if folded is None else _unfolded(unet, folded)
+        self._stand_ins = {f"unet.{name}": t for name, t in stand_ins.items() if name.startswith(REACHED)}
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, image_context: Tensor, mask: Tensor | None
@@ -54,20 +52,27 @@ class BaseFeatures:
         """Return the features of each level; arguments as of `UNet.features`."""
         with _all_kept(self._module):
             found: list[Tensor] = functional_call(
-                self._module, self._stand_ins(), (latents, timesteps, image_context, mask)
+                self._module, self._stand_ins, (latents, timesteps, image_context, mask)
             )
         return found
 
-    def _stand_ins(self) -> dict[str, Tensor]:
-        if self._folded is None:
-            return self._zeros
-        weights = self._folded.base_weights()
-        return {name: weights[key] for key, name in self._names.items() if key in weights}
+
+def _without_adapters(unet: UNet) -> dict[str, Tensor]:
+    """Return B as zeros, and A without a gradient."""
+    found: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(unet).items():
+        a, b = lora_pair(layer)
+        found |= {
+            f"{name}.lora_A.{ADAPTER_NAME}.weight": a.detach(),
+            f"{name}.lora_B.{ADAPTER_NAME}.weight": torch.zeros_like(b, requires_grad=False),
+        }
+    return found
 
 
-def _peft_name(name: str) -> str:
-    """Return the name in `_Features` of a parameter that `lora_parameters` names."""
-    return f"unet.{name.removesuffix('.weight')}.{ADAPTER_NAME}.weight"
+def _unfolded(unet: UNet, folded: FoldedAdapters) -> dict[str, Tensor]:
+    """Return W of every folded layer."""
+    found = {name: folded.base_weight(parameter) for name, parameter in unet.named_parameters()}
+    return {name: weight for name, weight in found.items() if weight is not None}
 
 
 @contextmanager

@@ -105,12 +105,12 @@ class FoldedAdapters:
             for fold in self._folds:
                 fold.refresh()
 
-    def base_weights(self) -> dict[int, Tensor]:
-        """Return W of each layer, in the type and shape of what the adapter is folded into, by that one's id."""
-        return {
-            id(fold.weight): fold.base.view(fold.weight.shape).to(fold.weight.dtype, copy=False)
-            for fold in self._folds
-        }
+    def base_weight(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return W of a weight that an adapter is folded into, in its type and shape; None for any other."""
+        for fold in self._folds:
+            if fold.weight is parameter:
+                return fold.base.view(parameter.shape).to(parameter.dtype)
+        return None
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Average the gradients of A and B over all processes, as DistributedDataParallel does by itself."""

@@ -166,14 +166,15 @@ def read_start(config: Config, location: str, index: int, seed: int | None, num_
         raise UsageError(f"--record {index}: {location} holds records 0 to {len(shards) - 1}")
     require_base(read_facts(shards), fingerprint(config.find_checkpoint(), "base"), location)
     record = shards[index]
-    if seed is not None or record.meta.source != "rollout":
+    if seed is not None or record.meta.source == "noised":
         return Start(conditioning=record.conditioning, meta=record.meta)
     if num_images > record.num_rollouts:
         raise UsageError(
             f"--num-images {num_images}: the record holds {record.num_rollouts} solves; give --seed for more"
         )
     solves = record.rollout_latents[:num_images].float()  # (B, S + 1, C, h, w)
-    return Start(conditioning=record.conditioning, noise=solves[:, 0], x0=solves[:, -1], meta=record.meta)
+    x0 = solves[:, -1] if record.meta.source == "rollout" else None  # else it did not start from this noise
+    return Start(conditioning=record.conditioning, noise=solves[:, 0], x0=x0, meta=record.meta)
 
 
 def load_decoder(config: Config) -> VAE:

@@ -52,6 +52,11 @@ class HeldOut:
             raise UsageError(f"--held-out {location}: is the set that is trained on; give one of other inputs")
         facts, train = read_facts(shards), plan.config.train
         require_base(facts, str(plan.identity["base_fingerprint"]), f"--held-out {location}")
+        if facts.source != plan.facts.source:
+            raise UsageError(
+                f'--held-out {location}: its records are of source "{facts.source}", expected'
+                f' "{plan.facts.source}" as those that are trained on; precompute it as these'
+            )
         phases, timesteps = plan_phases(train, facts)
         if phases != plan.phases or tuple(timesteps.tolist()) != plan.card.timesteps:
             raise UsageError(

@@ -55,10 +55,10 @@ class Perception:
         context = context.repeat_interleave(repeats, dim=0)
         mask = None if mask is None else mask.repeat_interleave(repeats, dim=0)
         positions = conditioning.hints.positions.repeat_interleave(repeats, dim=0)
+        noise = self._noise(samples, repeats, conditioning.hints.masked_latents)
 
         def perceive(landed: Tensor, target: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
             timesteps = t_end + 1 + (draws.position * (t - t_end)).long()  # t_end < t' <= t
-            noise = self._noise(samples, repeats, landed)
             both = [self._noised(state, noise, t_end, timesteps) for state in (landed, target)]
             with autocast():
                 found = self.features(both[0].to(context.dtype), timesteps, context, mask)
@@ -71,7 +71,7 @@ class Perception:
         return perceive
 
     def _noise(self, samples: Sequence[tuple[int, int]], repeats: int, like: Tensor) -> Tensor:
-        """Draw a noise for each row, on the CPU, so that devices agree."""
+        """Draw a noise of a latent's shape for each row, on the CPU, so that devices agree."""
         drawn = [
             torch.randn(
                 like.shape[1:], generator=generator(self.train.seed, epoch, index, "perceptual noise", number)
@@ -79,7 +79,10 @@ class Perception:
             for epoch, index in samples
             for number in range(repeats)
         ]
-        return torch.stack(drawn).to(like.device)
+        noise = torch.stack(drawn)
+        if like.device.type == "cuda":  # or the copy would wait for what the device has still to do
+            noise = noise.pin_memory()
+        return noise.to(like.device, non_blocking=True)
 
     def _noised(self, state: Tensor, noise: Tensor, now: Tensor, later: Tensor) -> Tensor:
         """Take states from t to a noisier t': alpha' / alpha z + sqrt(1 - (alpha' / alpha)^2) noise."""

@@ -19,6 +19,8 @@ from stage2_student.student.shard_facts import ShardFacts
 
 PREDICTION_OBJECTIVES = ("lcm", "x0")
 """They read the teacher's recorded one-step predictions."""
+BELOW_ONE = 1 - 2**-24
+"""Largest position, in float32 too, to which positions are rounded."""
 NEAR = 5
 """Timesteps between a label and the state that bears it, at most."""
 
@@ -246,5 +248,5 @@ def draw(
             left = left or choices
             states.append(random.choice(left))
             left = [state for state in left if state != states[-1]]
-            positions.append(random.random())
+            positions.append(min(random.random(), BELOW_ONE))
     return Draws(rollout=torch.tensor(rollouts), state=torch.tensor(states), position=torch.tensor(positions))

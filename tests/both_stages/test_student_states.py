@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,22 +11,25 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+from both_stages.student_states import states_from
 from common.anytext2.conditioning import ConditioningBatch
 from common.config import Config
 from common.ddim import CLEAN, Grid
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from pipeline import cli
 from shards.reading.reader import ShardSet
 from shards.records.record import Record
 from stage1_teacher.teacher.solver import solve
 from stage1_teacher.teacher.student_states import phase_grids
 from stage1_teacher.teacher.teacher import Teacher
-from stage2_student.student.sample import LoadedStudent
+from stage2_student.student.adapter import CARD_FILE
+from stage2_student.student.sample import LoadedStudent, read_start
 from tests.fresh_student import write_fresh_student
 from tests.stage1_teacher.small_teacher import load, write_prompts, write_teacher
 
 INPUTS, ROLLOUTS = 3, 2
-SETS = ("--set", f"precompute.num_rollouts={ROLLOUTS}")
+SETS = ("--set", f"precompute.num_rollouts={ROLLOUTS}", "--set", "precompute.solver_steps=8")
+"""Of 8 solver steps every second state is kept, so that a phase of two has a rounded state within it."""
 
 
 def run(*arguments: object) -> Result:
@@ -40,10 +44,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_teacher(folder)
     write_prompts(folder / "prompts.jsonl", INPUTS)
     write_fresh_student(folder / "student", load(path, "lora.rank=2"), spread=0.2)
+    write_fresh_student(folder / "one", load(path, "lora.rank=2"), steps=1)
+    change_card(folder / "student", folder / "lcm", sampler="lcm")
+    change_card(folder / "student", folder / "upstream", grid="upstream")
     assert precompute(folder, "solves").exit_code == 0
     result = precompute(folder, "states", "--states-from", folder / "student")
     assert result.exit_code == 0, result.output
     return folder
+
+
+def change_card(source: Path, target: Path, **changes: object) -> None:
+    """Copy a student, its card saying otherwise."""
+    shutil.copytree(source, target)
+    card = json.loads((target / CARD_FILE).read_text())
+    (target / CARD_FILE).write_text(json.dumps(card | changes))
 
 
 def precompute(folder: Path, out: str, *more: object) -> Result:
@@ -73,7 +87,8 @@ def test_the_first_phase_is_the_teachers_own(folder: Path, records: list[Record]
         assert record.meta.input_id == solve_.meta.input_id and record.meta.seeds == solve_.meta.seeds
         assert torch.equal(record.rollout_latents[:, 0], solve_.rollout_latents[:, 0])
         # Batches are put together alike, so that what is solved from the same noise is the same to the bit.
-        assert torch.equal(record.rollout_latents[:, 1], solve_.rollout_latents[:, 1])
+        assert solve_.rollout_timesteps.tolist() == [999, 749, 499, 249]
+        assert torch.equal(record.rollout_latents[:, 1], solve_.rollout_latents[:, 2])
 
 
 def test_the_second_phase_starts_where_the_student_came(
@@ -97,11 +112,11 @@ def test_the_teacher_ends_the_second_phase_from_there(folder: Path, config: Conf
             [record.conditioning] * ROLLOUTS,
             uncond,
             record.rollout_latents[:, 2].float(),
-            Grid(timesteps=torch.tensor([499, 249]), end=torch.tensor(CLEAN)),
+            Grid(timesteps=torch.tensor([499, 374, 249, 124]), end=torch.tensor(CLEAN)),
             guidance_scale=3.0,
-            keep={0},
+            keep={0, 2},
         )
-        assert torch.allclose(record.rollout_latents[:, 3].float(), again.states[:, 1].float(), atol=1e-2)
+        assert torch.allclose(record.rollout_latents[:, 3].float(), again.states[:, -1].float(), atol=1e-2)
 
 
 def test_the_set_is_sound_and_can_be_looked_at(folder: Path) -> None:
@@ -170,9 +185,12 @@ def test_it_goes_on_with_the_same_student_alone(folder: Path, tmp_path: Path) ->
     [
         (("--set", "precompute.source=student"), "--states-from ADAPTER"),
         (("--states-from", "student", "--set", "precompute.source=noised"), "expected it to be left out"),
-        (("--states-from", "student", "--set", "precompute.solver_steps=2"), "a multiple of 2"),
+        (("--states-from", "student", "--set", "precompute.solver_steps=2"), "a multiple of 2, 4 or more"),
+        (("--states-from", "one", "--set", "precompute.solver_steps=8"), "expected two or more"),
+        (("--states-from", "lcm"), 'sampler "lcm"'),
+        (("--states-from", "upstream"), 'grid "upstream"'),
         (("--states-from", "student", "--set", "precompute.store_predictions=true"), "expected false"),
-        (("--states-from", "student", "--trajectories", "whole"), "--trajectories keeps solves"),
+        (("--states-from", "student", "--trajectories", "whole"), "leave --states-from away"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(
@@ -184,15 +202,65 @@ def test_what_does_not_go_together_is_refused_before_any_work(
     assert not (folder / "refused").exists()
 
 
+def test_an_image_of_a_record_starts_from_its_noise(folder: Path, records: list[Record], config: Config) -> None:
+    start = read_start(config, str(folder / "states"), 1, None, ROLLOUTS)
+    assert start.noise is not None and torch.equal(start.noise, records[1].rollout_latents[:, 0].float())
+    assert start.x0 is None  # the teacher's last phase started elsewhere
+    drawn = (
+        "sample",
+        "--config",
+        folder / "config.toml",
+        "--adapter",
+        folder / "student",
+        "--out",
+        folder / "x.png",
+    )
+    result = run(*drawn, "--shards", folder / "states", "--record", 1, "--compare")
+    assert result.exit_code == 2 and "give a record of source" in result.output, result.output
+
+
+def test_a_student_that_diverges_is_named_and_not_the_teacher(folder: Path, tmp_path: Path) -> None:
+    write_fresh_student(tmp_path / "wild", load(folder / "config.toml", "lora.rank=2"), spread=1e4)
+    result = precompute(folder, "wild-states", "--states-from", tmp_path / "wild")
+    assert result.exit_code == 3 and "the student of --states-from came to NaN or Inf" in result.output
+
+
+def test_an_adapter_that_changes_before_it_is_read_is_refused(
+    folder: Path, tmp_path: Path, config: Config
+) -> None:
+    shutil.copytree(folder / "student", tmp_path / "student")
+    _, student = states_from(config, tmp_path / "student")
+    write_fresh_student(tmp_path / "student", load(folder / "config.toml", "lora.rank=2"), spread=0.1)
+    with pytest.raises(DataError, match="is another than when this command started"):
+        student.load()
+
+
+def test_a_job_that_trains_on_it_starts_from_the_same_student(folder: Path) -> None:
+    inputs = (
+        "--config",
+        folder / "config.toml",
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--out",
+        folder / "states",
+    )
+    command = ("submit", "precompute", "--num-tasks", 2, *inputs, "--train", folder / "next", "--dry-run")
+    given = run(*command, "--states-from", folder / "student")
+    assert given.exit_code == 0 and f"--from {folder / 'student'}" in given.output, given.output
+    assert "--from" not in run(*command).output
+
+
 def test_no_adapter_is_said(folder: Path, tmp_path: Path) -> None:
     result = precompute(folder, "none", "--states-from", tmp_path)
     assert result.exit_code == 3 and "no adapter there" in result.output
 
 
 def test_phases_of_uneven_length_are_cut_where_the_student_is_called() -> None:
-    grids = phase_grids([999, 499, 249], 8)
-    assert [grid.timesteps.tolist() for grid in grids] == [[999, 874, 749, 624], [499, 374], [249, 124]]
-    assert [int(grid.end) for grid in grids] == [499, 249, CLEAN]
+    phases = phase_grids([999, 499, 249], 8, record_every=2)
+    assert [phase.grid.timesteps.tolist() for phase in phases] == [[999, 874, 749, 624], [499, 374], [249, 124]]
+    assert [int(phase.grid.end) for phase in phases] == [499, 249, CLEAN]
+    assert [sorted(phase.rounded) for phase in phases] == [[0, 2], [0], [0]]
+    assert [sorted(phase.rounded) for phase in phase_grids([999, 624], 8, record_every=2)] == [[0, 2], [0, 1, 3]]
     for off in ([999, 500], [874, 499], [999, 124]):
         with pytest.raises(UsageError, match="expected starts of phases"):
-            phase_grids(off, 8)
+            phase_grids(off, 8, record_every=2)

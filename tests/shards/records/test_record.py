@@ -10,7 +10,7 @@ from common.anytext2.conditioning import Uncond
 from common.errors import DataError
 from shards.records.meta import SampleMeta
 from shards.records.record import NonFiniteError, Record, check_uncond
-from tests.shards.builders import make_meta, make_record, make_uncond
+from tests.shards.builders import CHANNELS, SIDE, STRIDE, make_meta, make_record, make_uncond
 
 GOOD = make_record("good", predictions=True)
 
@@ -55,6 +55,18 @@ def test_a_record_refuses_a_wrong_tensor_by_its_name(name: str, value: Any) -> N
 def test_a_record_refuses_what_is_not_finite_with_an_error_of_its_own(name: str, value: float) -> None:
     with pytest.raises(NonFiniteError, match=name):
         dataclasses.replace(GOOD, **{name: with_value(name, value)})
+
+
+@pytest.mark.parametrize("timesteps", [(999, 499), (999, 499, 498), (499, 999, 999), (999, 999, 999)])
+def test_a_students_timesteps_are_starts_and_ends_in_turn(timesteps: tuple[int, ...]) -> None:
+    def make(timesteps: tuple[int, ...]) -> Record:
+        states = torch.zeros(1, len(timesteps) + 1, CHANNELS, SIDE // STRIDE, SIDE // STRIDE).half()
+        given = {"rollout_latents": states, "rollout_timesteps": torch.tensor(timesteps)}
+        return make_record("a", meta=make_meta("a", source="student"), **given)
+
+    assert make((999, 499, 499, 249, 249)).meta.source == "student"
+    with pytest.raises(DataError, match="expected t of each phase's start and end in turn"):
+        make(timesteps)
 
 
 def test_noised_timesteps_need_not_fall() -> None:

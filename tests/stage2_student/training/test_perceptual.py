@@ -70,6 +70,10 @@ def test_features_are_the_bases_whatever_the_adapters_say(
     for one, other, wrong in zip(found, expected, adapted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
         assert float((one - wrong).detach().abs().max()) > 1e-3
+    for parameter in trainer.learner.parameters.values():
+        parameter.grad = None
+    sum(level.square().mean() for level in features(z, t, given.image_context, given.context_mask)).backward()
+    assert all(parameter.grad is None for parameter in trainer.student.parameters())
     (gradient,) = torch.autograd.grad(sum(level.square().mean() for level in found), z)
     (of_base,) = torch.autograd.grad(sum(level.square().mean() for level in expected), z)
     torch.testing.assert_close(gradient, of_base, rtol=1e-4, atol=1e-7)
@@ -131,6 +135,22 @@ def test_equal_states_look_equal_and_noise_is_keyed_by_the_sample(student: Stude
     first, again, elsewhere = looks(keys, other), looks(keys, other), looks([(1, 4), *keys[1:]], other)
     assert bool((first > 0).all()) and torch.equal(first, again)
     assert first[0] != elsewhere[0] and torch.equal(first[1:], elsewhere[1:])
+
+
+def test_each_row_is_seen_with_its_own_image_and_noise(student: Student) -> None:
+    """Two draws of each of three images, against one row at a time."""
+    state, position = torch.zeros(6).long(), torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 0.99])
+    t, t_end = torch.tensor([999, 499] * 3), torch.tensor([499, CLEAN] * 3)
+    landed, target = torch.cat([latents(2), latents(3)]), torch.cat([latents(4), latents(5)])
+    given, keys, one = conditioning(), [(0, 4), (0, 5), (1, 6)], perception(student, perceptual_text_weight=2.0)
+    whole = one.of_batch(given, Draws(rollout=state, state=state, position=position), keys, nullcontext)
+    found = whole(landed, target, t, t_end)
+    alone = ConditioningBatch.stack([make_record(2).conditioning]).to("cpu", torch.float32)
+    rows = slice(4, 6)  # of the last image
+    draws = Draws(rollout=state[rows], state=state[rows], position=position[rows])
+    last = one.of_batch(alone, draws, keys[2:], nullcontext)(landed[rows], target[rows], t[rows], t_end[rows])
+    torch.testing.assert_close(found[rows], last, rtol=1e-4, atol=1e-6)
+    assert len(set(found.tolist())) == 6
 
 
 def test_a_state_is_noised_as_the_schedule_has_it(student: Student) -> None:
