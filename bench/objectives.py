@@ -29,86 +29,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from torch import Tensor
-
 from bench.comparison import Kind, describe_solve, format_rows, make_rows, write_page
 from bench.students import Bench, comparing_parser, label_of
 from common.config import load_config
 from common.errors import UsageError
-from common.schedule import make_alphas_cumprod
 from common.scripts import run_script
 from common.sections import TrainConfig
 from shards.reading.reader import ShardSet
 from stage1_teacher.measuring.teacher_sampler import recorded_grid
 from stage2_student.evaluation.results import slug
 from stage2_student.student.shard_facts import ShardFacts, read_facts
-from stage2_student.training.objectives import LossSettings, Rollouts, loss_of
-from stage2_student.training.phases import Phases, draw, plan_phases, trains_at_starts
+from stage2_student.training.phases import plan_phases
+from stage2_student.training.work import UNetWork, count_work
 
 OBJECTIVES = ("phased", "phased,loss=landing", "pcm", "unrolled", "phased>unrolled")
-BACKWARD, BACKWARD_FOLDED = 1.5, 2.0
-"""Cost of a backward pass in forward passes: gradients of activations, and of the adapters or of all weights that
-they are folded into (see stage2_student/student/folding.py)."""
-LOOK = 0.9
-"""Cost of comparing a landed state with the teacher's: down and middle blocks are 0.31 of a forward pass of the
-released network (0.27 of the embedded one's), by torch.utils.flop_counter; twice forward, and once backward."""
 WARMUP_SHARE = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calls:
-    """UNet rows of a sample."""
-
-    with_gradient: int
-    without: int
-    looks: int = 0
-    """Landed states that the perceptual loss compares with the teacher's."""
-
-    def cost(self, train: TrainConfig) -> float:
-        """Return the work of a sample in forward passes."""
-        backward = BACKWARD_FOLDED if train.fold_adapters else BACKWARD
-        return self.without + self.with_gradient * (1 + backward) + self.looks * LOOK
-
-    def __str__(self) -> str:
-        without = f" + {self.without}" if self.without else ""
-        return f"{self.with_gradient}{without}" + (f", {self.looks} looked at" if self.looks else "")
-
-
-def count_calls(train: TrainConfig, phases: Phases) -> Calls:
-    """Count the rows that an objective puts through the UNet for a sample, by its loss on made-up data."""
-    count = {True: 0, False: 0}
-
-    def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        count[torch.is_grad_enabled()] += len(noisy_latents)
-        return noisy_latents
-
-    rows, states = train.draws_per_sample, phases.num_states
-    drawn = draw(
-        [(0, 0)], seed=0, num_rollouts=1, phases=phases, starts_only=trains_at_starts(train), per_sample=rows
-    )
-    rollouts = Rollouts(
-        states=torch.zeros(rows, states + 1, 1, 1, 1),
-        timesteps=torch.linspace(999, 999 / states, states).long().expand(rows, -1),
-        x0_cond=torch.zeros(rows, states, 1, 1, 1),
-        x0_uncond=torch.zeros(rows, states, 1, 1, 1),
-    )
-
-    def perceive(landed: Tensor, target: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
-        nonlocal looks
-        looks += len(landed)
-        return torch.zeros(len(landed))
-
-    looks = 0
-    settings = LossSettings(
-        train=train,
-        phases=phases,
-        alphas_cumprod=make_alphas_cumprod(),
-        perceive=perceive if train.perceptual_weight else None,
-    )
-    with torch.enable_grad():
-        loss_of(train)(rollouts, drawn, predict, predict, settings)
-    return Calls(with_gradient=count[True], without=count[False], looks=looks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +54,7 @@ class Stage:
     """As it was asked for, e.g. "phased,loss=landing"."""
     settings: Mapping[str, object]
     """Of [train]; all but the seed."""
-    calls: Calls
+    work: UNetWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +82,7 @@ class Arm:
         minutes = sum(bench.minutes(name) for seed in seeds for name in self.names(seed)) / len(seeds)
         facts = {
             "steps": " > ".join(str(stage.settings["max_steps"]) for stage in self.stages),
-            "UNet rows, + without gradient": " > ".join(str(stage.calls) for stage in self.stages),
+            "UNet rows, + without gradient": " > ".join(str(stage.work) for stage in self.stages),
             "minutes": f"{minutes:.1f}",
         }
         labels = [label_of(self.names(seed)[-1], self.phases) for seed in seeds]
@@ -178,11 +113,11 @@ def _plan_stage(text: str, phases: int, options: argparse.Namespace, facts: Shar
         ).train
         for values in ({}, settings)
     )
-    calls = count_calls(train, plan_phases(train, facts)[0])
-    budget = share * options.steps * samples_of(usual) * Calls(with_gradient=1, without=0).cost(usual)
-    steps = max(round(budget / (calls.cost(train) * samples_of(train))), 1)
+    work = count_work(train, plan_phases(train, facts)[0])
+    budget = share * options.steps * samples_of(usual) * UNetWork(with_gradient=1, without=0).passes(usual)
+    steps = max(round(budget / (work.passes(train) * samples_of(train))), 1)
     settings |= {"max_steps": steps, "warmup_steps": round(WARMUP_SHARE * steps)}
-    return Stage(text=text, settings={**settings, "checkpoint_every": max(steps // 4, 1)}, calls=calls)
+    return Stage(text=text, settings={**settings, "checkpoint_every": max(steps // 4, 1)}, work=work)
 
 
 def parse_objective(text: str) -> dict[str, object]:

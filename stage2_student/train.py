@@ -251,11 +251,11 @@ def _open_set(
 
 def _describe(trainer: Trainer) -> str:
     config, card, launch = trainer.plan.config, trainer.plan.card, trainer.accelerator
-    samples = config.train.batch_size * config.train.gradient_accumulation * launch.num_processes
     held_out, every = trainer.held_out, config.train.held_out_every
     measured = "" if held_out is None else f"; loss of {held_out.count} held-out samples every {every} steps"
     return (
         f"objective {card.objective}, {card.num_steps} steps at t = {list(card.timesteps)};"
-        f" {len(trainer.plan.shards)} samples, {samples} a step, from step {trainer.progression.step} to"
+        f" {len(trainer.plan.shards)} samples, {trainer.samples_a_step} a step (the UNet's work of"
+        f" {trainer.unet_passes:.0f} forward passes), from step {trainer.progression.step} to"
         f" {config.train.max_steps} on {launch.num_processes} x {launch.device}{measured}"
     )

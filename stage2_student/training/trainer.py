@@ -33,6 +33,7 @@ from stage2_student.training.perception import Perception
 from stage2_student.training.phases import draw, trains_at_starts
 from stage2_student.training.plan import Plan
 from stage2_student.training.runlog import RunLog
+from stage2_student.training.work import count_work
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -78,6 +79,8 @@ class Trainer:
     """Look at losses, and at other processes' wish to stop, when more was given to the device meanwhile, so that
     it never waits. Needs an optimizer that is fused."""
     held_out: HeldOut | None = None
+    unet_passes: float = field(init=False)
+    """Work of the UNet in an optimizer step on all ranks, in forward passes of one sample."""
     _clock: _Clock = field(default_factory=_Clock)
     _last_loss: float | None = None
     _last_norm: float = math.nan
@@ -91,8 +94,16 @@ class Trainer:
         if self.plan.config.train.perceptual_weight:
             features = BaseFeatures(self.student.unet, self.learner.folded)
             self._perception = Perception(features=features, train=self.plan.config.train, alphas_cumprod=table)
+        work = count_work(self.plan.config.train, self.plan.phases)
+        self.unet_passes = work.passes(self.plan.config.train) * self.samples_a_step
         self._check = LossCheck(accelerator=self.accelerator, name=self.plan.shards.key)
         self._vote = StopVote(self.accelerator, later=self.look_later)
+
+    @property
+    def samples_a_step(self) -> int:
+        """Samples of an optimizer step, on all ranks."""
+        train = self.plan.config.train
+        return train.batch_size * train.gradient_accumulation * self.accelerator.num_processes
 
     @property
     def progression(self) -> Progression:
@@ -279,6 +290,7 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": self._last_norm,
             "samples_per_second": clock.samples / seconds,
+            "unet_passes": self.unet_passes,
             "step_seconds": seconds / clock.steps,
             "data_wait_seconds": clock.waited / clock.steps,
             "seconds_left": (self.plan.config.train.max_steps - state.step) * seconds / clock.steps,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from bench.comparison import Kind, cells, describe_solve, format_rows, make_rows, write_page
-from bench.objectives import Calls, count_calls, parse_objective, plan_arms, samples_of
+from bench.objectives import parse_objective, plan_arms, samples_of
 from bench.students import Bench, label_of, load_kid
-from common.config import PROJECT_ROOT, TrainConfig, load_config
+from common.config import PROJECT_ROOT, load_config
 from common.errors import UsageError
 from common.layouts import Layout, Line
 from common.schedule import trailing_timesteps
@@ -24,7 +24,6 @@ from stage2_student.evaluation.reading import LineResult
 from stage2_student.evaluation.results import RESULTS_FILE, ImageResult, open_results, save_layouts
 from stage2_student.evaluation.runs import run_folder
 from stage2_student.student.shard_facts import ShardFacts
-from stage2_student.training.phases import even_phases
 
 TINY = PROJECT_ROOT / "configs" / "tiny.toml"
 FACTS = ShardFacts(
@@ -36,37 +35,6 @@ FACTS = ShardFacts(
     has_predictions=False,
 )
 LAYOUTS, RED, BLUE = 12, (255.0, 0.0, 0.0), (0.0, 0.0, 255.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "calls"),
-    [
-        ({"objective": "phased"}, (1, 0)),
-        ({"objective": "phased", "states": "interpolated"}, (1, 0)),
-        ({"objective": "phased", "draws_per_sample": 3}, (3, 0)),
-        ({"objective": "unrolled"}, (4, 0)),
-        ({"objective": "pcm"}, (1, 1)),
-        ({"objective": "lcm"}, (1, 1)),
-        ({"objective": "x0"}, (1, 0)),
-    ],
-)
-def test_calls_are_those_that_the_objective_makes(settings: dict[str, object], calls: tuple[int, int]) -> None:
-    train = TrainConfig(num_phases=4, **settings)  # type: ignore[arg-type]
-    found = count_calls(train, even_phases(8, 4))
-    assert (found.with_gradient, found.without) == calls
-
-
-@pytest.mark.parametrize(("objective", "looks"), [("phased", 1), ("unrolled", 4)])
-def test_what_the_base_sees_of_a_landed_state_is_paid_for(objective: str, looks: int) -> None:
-    train = TrainConfig(num_phases=4, objective=objective, perceptual_weight=0.1)  # type: ignore[arg-type]
-    found, plain = (count_calls(one, even_phases(8, 4)) for one in (train, train.replace(perceptual_weight=0.0)))
-    assert (found.looks, plain.looks) == (looks, 0)
-    assert found.cost(train) == pytest.approx(plain.cost(train) + 0.9 * looks)
-
-
-def test_a_backward_pass_through_folded_adapters_costs_more() -> None:
-    calls = Calls(with_gradient=2, without=1)
-    assert calls.cost(TrainConfig()) == 6 and calls.cost(TrainConfig(fold_adapters=True)) == 7
 
 
 def options(*objectives: str, steps: int = 300) -> Namespace:
@@ -82,7 +50,7 @@ def test_all_arms_cost_the_same() -> None:
         for stage in arm.stages:
             sets = [f"train.{key}={value}" for key, value in stage.settings.items()]
             train = load_config(TINY, ["train.batch_size=12", *sets]).train
-            cost += train.max_steps * samples_of(train) * stage.calls.cost(train)
+            cost += train.max_steps * samples_of(train) * stage.work.passes(train)
             assert train.warmup_steps == round(train.max_steps / 10)
         assert cost == pytest.approx(300 * 12 * 2.5, rel=0.01), arm.text
     steps = [[stage.settings["max_steps"] for stage in arm.stages] for arm in arms]
