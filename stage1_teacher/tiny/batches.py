@@ -38,16 +38,18 @@ SINGLES_SHARE = 0.2
 """Of the images, that are of layouts whose lines are single letters."""
 TRAINED_UNMAPPED_SHARE = 0.75
 """Of the single letters, that the glyph map does not show: more than in the data."""
-TEXT_WEIGHT, TEXT_HEIGHT = 4.0, 24.0
+TEXT_WEIGHT, TEXT_HEIGHT = 10.0, 24.0
 """What errors inside of a line's box count more than those of the ground, for a box of this height, pixels. Of
 small letters, that need more care, they count up to three times as much, of large ones down to half."""
 MAX_LINES = 3
-GRAIN, GRAIN_SHARE, MAX_EXCESS = 0.2, 0.5, 0.5
+GRAIN, GRAIN_SHARE, MAX_EXCESS = 0.2, 0.25, 0.25
 """Largest standard deviation of the grain that latents are seen with, the share of the noises that have any, and
 its largest part of the timestep's own noise."""
-JUMP_SHARE, JUMPS, MAX_OWN_STEPS = 0.3, (50, 600), 5
+JUMP_SHARE, JUMPS, MAX_OWN_STEPS = 0.3, (20, 150), 3
 """Of the noises, the share that is reached by steps of the network's own; the least and greatest number of
-timesteps that these cross together (fewer where they would start above 999); and how many steps at most."""
+timesteps that these cross together (fewer where they would start above 999); and how many steps at most. What is
+left to chance settles on the way: a long jump settles it otherwise than the true picture has it, and that
+difference would then be asked for as noise."""
 PATCH, PATCH_TIMESTEP = 32, 600
 """Side of a patch, pixels, and the lowest timestep at which it is seen."""
 LOOK_CELL = 8

@@ -3,9 +3,8 @@
 Of some kinds the caption tells all there is to see. Of the others it tells the palette alone: where spots and
 soft shapes lie, how large they are and which way a gradient runs is left to chance. So a teacher cannot draw them
 in one step, which can only give the mean of all that may be there. They are coarse: fine ones are beyond a small
-network.
-
-No texture is random in its pixels: beside one, a small network takes noise that is left in a picture for texture.
+network. Clouds, a texture that a small network can draw, lie over all grounds of that world, and a fine grain over
+whole images, as in photographs.
 """
 
 from __future__ import annotations
@@ -15,8 +14,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from common.seeding import derive_seed
 
 Color = tuple[int, int, int]
 
@@ -58,12 +60,19 @@ class World:
     untold_share: float
     """Of the lines that the glyph map shows, whose font and slant are left to chance: the annotation does not name
     the font, and the letters may lean."""
+    clouds: float = 0.0
+    """Standard deviation of the clouds that lie over a ground, of 255 levels."""
+    grain: float = 0.0
+    """The same of the grain of the whole image."""
 
 
 TOLD = World(shares=(0.45, 0.28, 0.14, 0.13, 0, 0, 0), untold_share=0)
 """All that can be seen is told, by captions and annotations."""
-CHANCE = World(shares=(0.12, 0.08, 0.04, 0.04, 0.55, 0.1, 0.07), untold_share=0.12)
+CHANCE = World(shares=(0.12, 0.08, 0.04, 0.04, 0.55, 0.1, 0.07), untold_share=0.12, clouds=10.0, grain=3.0)
 """Much is left to chance."""
+CLOUD_SIZE, GRAIN_SIZE = 4.0, 0.8
+"""Standard deviation of the Gaussian that makes clouds, and grain, of white noise, pixels. A grain of 3 levels is
+0.07 of the latents' standard deviation: less, and a small network leaves more noise than that in a picture."""
 WORLDS = {"told": TOLD, "chance": CHANCE}
 """By the names that the commands know them by."""
 
@@ -82,6 +91,14 @@ class Ground:
     """Spots or soft shapes: centre (x, y) and radius, in sides of the image. No caption says them."""
     angle: float = 0.0
     """Degrees that a turned gradient runs in, clockwise from left to right. No caption says it."""
+
+    @property
+    def untold_lumas(self) -> tuple[float, ...]:
+        """Lumas that may lie anywhere: those of a ground whose shapes or direction no caption tells.
+
+        Whoever draws the ground from its caption puts its shapes elsewhere, and a line must be readable there too.
+        """
+        return tuple(map(_luma, self.colors)) if self.kind in CHANCE_KINDS else ()
 
     @property
     def caption(self) -> str:
@@ -153,6 +170,20 @@ def render_ground(ground: Ground, size: int) -> NDArray[np.uint8]:
         pattern = (columns ^ rows) if ground.kind == "checked" else columns if ground.vertical else rows
         image += _shade(ground) * (np.broadcast_to(pattern, (size, size))[..., None] * 2.0 - 1.0)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def smooth_noise(size: int, spread: float, deviation: float, *seed: str | int) -> NDArray[np.float32]:
+    """Draw noise of one lightness for all three colours, (size, size, 1).
+
+    Args:
+        size: side, pixels.
+        spread: standard deviation of the Gaussian that smooths it, pixels.
+        deviation: of the result, in levels of 255.
+        *seed: its key.
+    """
+    white = np.random.default_rng(derive_seed(*seed)).standard_normal((size, size)).astype(np.float32)
+    noise = cv2.GaussianBlur(white, (0, 0), spread, borderType=cv2.BORDER_REFLECT)
+    return np.asarray(noise / noise.std() * deviation, dtype=np.float32)[..., None]
 
 
 def _mix(ground: Ground, size: int) -> NDArray[np.float32]:

@@ -23,7 +23,17 @@ from PIL.Image import Resampling
 from common.seeding import rng
 from stage1_teacher.inputs.fonts import load_font
 from stage1_teacher.rendering import lines as drawing
-from stage1_teacher.tiny.ground import PALETTE, TOLD, Ground, World, draw_ground_plan, render_ground
+from stage1_teacher.tiny.ground import (
+    CLOUD_SIZE,
+    GRAIN_SIZE,
+    PALETTE,
+    TOLD,
+    Ground,
+    World,
+    draw_ground_plan,
+    render_ground,
+    smooth_noise,
+)
 
 FONT_FOLDER = Path(__file__).resolve().parents[2] / "models" / "fonts"
 FONTS = {
@@ -131,7 +141,7 @@ def draw_scene_plan(
         ground = draw_ground_plan(random_, world)
         plan = render_ground(ground, size)
         for _ in range(100):
-            lines = _place_lines(random_, plan, size, lengths, world)
+            lines = _place_lines(random_, plan, size, lengths, world, ground.untold_lumas)
             if lines:
                 return Scene(ground=ground, lines=lines, size=size, seed=seed, world=world)
     raise AssertionError(f"no line fits a scene of {size} px, seed {seed}")
@@ -144,7 +154,8 @@ def recolor(scene: Scene, variant: int) -> Scene:
         random_ = rng("scene", *seed)
         ground = draw_ground_plan(random_, scene.world)
         plan = render_ground(ground, scene.size)
-        colors = [_readable_color(random_, plan, np.array(line.polygon)) for line in scene.lines]
+        anywhere = ground.untold_lumas
+        colors = [_readable_color(random_, plan, np.array(line.polygon), anywhere) for line in scene.lines]
         if None not in colors:
             lines = [replace(line, color=color) for line, color in zip(scene.lines, colors, strict=True) if color]
             return replace(scene, ground=ground, lines=tuple(lines), seed=seed)
@@ -154,9 +165,14 @@ def recolor(scene: Scene, variant: int) -> Scene:
 def render_scene(scene: Scene) -> NDArray[np.uint8]:
     """Draw a scene's image, (size, size, 3) RGB."""
     image = render_ground(scene.ground, scene.size).astype(np.float32)
+    world = scene.world
+    if world.clouds:
+        image += smooth_noise(scene.size, CLOUD_SIZE, world.clouds, "clouds", *scene.seed)
     for line in scene.lines:
         mask = text_mask(line, scene.size)[..., None]
         image = image * (1 - mask) + np.asarray(line.color, dtype=np.float32) * mask
+    if world.grain:
+        image += smooth_noise(scene.size, GRAIN_SIZE, world.grain, "grain", *scene.seed)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -181,14 +197,19 @@ def _lean(coverage: NDArray[np.float32], polygon: NDArray[np.float32], lean: flo
 
 
 def _place_lines(
-    random_: random.Random, ground: NDArray[np.uint8], size: int, lengths: Sequence[int], world: World
+    random_: random.Random,
+    ground: NDArray[np.uint8],
+    size: int,
+    lengths: Sequence[int],
+    world: World,
+    anywhere: Sequence[float],
 ) -> tuple[Line, ...]:
     count = random_.choices((1, 2, 3), weights=(0.45, 0.38, 0.17))[0]
     cuts = sorted(random_.uniform(-0.08, 0.08) for _ in range(count - 1))
     bands = [0.0, *((i + 1) / count + cut for i, cut in enumerate(cuts)), 1.0]
     lines = []
     for top, bottom in itertools.pairwise(bands):
-        line = _place_line(random_, ground, size, top * size, bottom * size, lengths, world)
+        line = _place_line(random_, ground, size, top * size, bottom * size, lengths, world, anywhere)
         if line is None:
             return ()
         lines.append(line)
@@ -203,6 +224,7 @@ def _place_line(
     bottom: float,
     lengths: Sequence[int],
     world: World,
+    anywhere: Sequence[float],
 ) -> Line | None:
     length = random_.choices(range(1, 9), weights=lengths)[0]
     text = _draw_text(random_, length)
@@ -237,7 +259,7 @@ def _place_line(
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array([width / 2, height / 2])
     turned = corners @ np.array([[cos, sin], [-sin, cos]]) + center
     polygon = np.rint(np.clip(turned, 0, size - 1)).astype(int)
-    color = _readable_color(random_, ground, polygon)
+    color = _readable_color(random_, ground, polygon, anywhere)
     if color is None or not _fits_unspread(text, FONT_FOLDER / font, polygon):
         return None
     in_glyph_map = length > 1 or random_.random() >= UNMAPPED_SHARE
@@ -271,11 +293,16 @@ def _draw_text(random_: random.Random, length: int) -> str:
 
 
 def _readable_color(
-    random_: random.Random, ground: NDArray[np.uint8], polygon: NDArray[np.int_]
+    random_: random.Random,
+    ground: NDArray[np.uint8],
+    polygon: NDArray[np.int_],
+    anywhere: Sequence[float],
 ) -> tuple[int, int, int] | None:
+    """Choose a colour that can be read on what lies under a line, and on lumas that may come to lie there."""
     (left, top), (right, bottom) = polygon.min(0), polygon.max(0)
     under = ground[top : bottom + 1, left : right + 1].reshape(-1, 3) @ np.array([0.299, 0.587, 0.114])
     low, high = np.percentile(under, (2, 98))
+    low, high = min([low, *anywhere]), max([high, *anywhere])
     fitting = []
     for color in PALETTE.values():
         luma = float(np.dot(color, (0.299, 0.587, 0.114)))

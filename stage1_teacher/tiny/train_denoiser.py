@@ -44,8 +44,9 @@ from stage1_teacher.tiny.train_vae import learning_rate
 
 log = logging.getLogger(__name__)
 
-MAX_SNR = 5.0
-"""Above it a noise level's weight falls (min-SNR, Hang et al. 2023, arXiv 2303.09556)."""
+MAX_SNR = 20.0
+"""Above it a noise level's weight falls (min-SNR, Hang et al. 2023, arXiv 2303.09556, with 5): the last steps of a
+solve leave grain where they are learnt too little."""
 MAX_WEIGHT = 200.0
 """Of an eps error. (SNR + 1) / SNR would count errors of v alike; with the plain eps loss a network learns late
 what the picture is, for at high noise that hardly shows in eps."""

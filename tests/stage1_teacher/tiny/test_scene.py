@@ -10,15 +10,19 @@ from stage1_teacher.tiny import scene as scenes_module
 from stage1_teacher.tiny.ground import (
     CHANCE,
     CHANCE_KINDS,
+    CLOUD_SIZE,
+    GRAIN_SIZE,
     KINDS,
     PALETTE,
     SOFT_SHAPES,
     SPOT_RADII,
     SPOTS,
+    TOLD,
     TOLD_KINDS,
     Ground,
     draw_ground_plan,
     render_ground,
+    smooth_noise,
 )
 from stage1_teacher.tiny.scene import (
     CAPITALS,
@@ -310,3 +314,26 @@ def test_palette_colours_are_far_apart() -> None:
     colors = np.array(list(PALETTE.values()), float)
     distances = np.linalg.norm(colors[:, None] - colors[None], axis=2) + 1e3 * np.eye(len(colors))
     assert distances.min() > 80
+
+
+@pytest.mark.parametrize(("spread", "deviation"), [(CLOUD_SIZE, CHANCE.clouds), (GRAIN_SIZE, CHANCE.grain)])
+def test_noise_has_the_size_and_the_smoothness_that_were_asked_for(spread: float, deviation: float) -> None:
+    noise = smooth_noise(96, spread, deviation, "test", 1)
+    assert noise.shape == (96, 96, 1) and noise.std() == pytest.approx(deviation, rel=1e-4)
+    assert np.array_equal(noise, smooth_noise(96, spread, deviation, "test", 1))
+    assert not np.array_equal(noise, smooth_noise(96, spread, deviation, "test", 2))
+    # White noise smoothed by a Gaussian of deviation s has the correlation exp(-1 / (4 s^2)) from pixel to pixel.
+    beside = np.corrcoef(noise[:, 1:].ravel(), noise[:, :-1].ravel())[0, 1]
+    assert beside == pytest.approx(np.exp(-1 / (4 * spread**2)), abs=0.08)
+
+
+def test_clouds_lie_behind_the_text_and_grain_over_all() -> None:
+    scene = draw_scene_plan("noise", 3, world=CHANCE)
+    plain = render_scene(replace(scene, world=TOLD)).astype(float)
+    clouded = render_scene(replace(scene, world=replace(CHANCE, grain=0.0))).astype(float)
+    grainy = render_scene(replace(scene, world=replace(CHANCE, clouds=0.0))).astype(float)
+    text = np.max([text_mask(line, scene.size) for line in scene.lines], axis=0) > 0.999
+    ground = np.max([text_mask(line, scene.size) for line in scene.lines], axis=0) == 0
+    assert text.sum() > 30
+    assert np.abs(clouded - plain)[text].max() <= 1 and np.abs(clouded - plain)[ground].mean() > 4
+    assert np.abs(grainy - plain)[text].mean() > 0.8 and np.abs(grainy - plain)[ground].mean() > 0.8

@@ -497,7 +497,7 @@ def test_small_letters_count_more_than_large_ones_and_these_more_than_the_ground
         layout.update(where=layout["where"][:1].repeat(2, 1), colors=layout["colors"][:, :1].repeat(1, 2, 1))
     weight = store.batch(0, 0, images=2, noises=1, blank_latents=torch.zeros(16, 24, 24)).weight[0, 0]
     ground, small, large = weight[23, 0], weight[3, 10], weight[15, 10]
-    assert float(small / ground) == pytest.approx(13) and float(large / ground) == pytest.approx(3)
+    assert float(small / ground) == pytest.approx(31) and float(large / ground) == pytest.approx(6)
 
 
 def test_an_earlier_versions_checkpoint_is_refused_in_one_line(runs: Path, tmp_path: Path) -> None:
