@@ -102,7 +102,7 @@ def test_a_set_that_does_not_fit_is_refused(
     for location, error, message in (
         (shards, UsageError, "is the set that is trained on"),
         (other, DataError, "recorded on the base ffffffffffff"),
-        (noised, UsageError, 'received "noised"'),
+        (noised, UsageError, 'are of source "noised", expected "rollout"'),
     ):
         with pytest.raises(error, match=message):
             train(configure(), shards=shards, run=tmp_path / "run", held_out=location)
