@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from stage2_student.report.plots import log_ticks, look
 from stage2_student.report.tables import table
 
 _ROOM = 1.4
-"""Factor that the logarithmic axis of UNet calls reaches beyond its points."""
+"""Factor that the logarithmic axis below a chart reaches beyond its points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,28 +205,36 @@ def _table(found: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Markup
     return table(head, [(line[""], [line[column] for column in head[1:]], "") for line in found])
 
 
-def error_chart(rows: Sequence[Row]) -> Markup:
-    """Plot endpoint errors against the student's UNet calls, both logarithmic; a curve for each kind."""
+def error_chart(
+    rows: Sequence[Row], *, along: str = "UNet calls", place: Callable[[Row], int] = lambda row: row.phases
+) -> Markup:
+    """Plot endpoint errors against the student's UNet calls, both logarithmic; a curve for each kind.
+
+    Args:
+        rows: at least one.
+        along: what errors are plotted against, if not these.
+        place: a row's place on that axis.
+    """
     names = list(dict.fromkeys(row.name for row in rows))
     series = []
     for index, name in enumerate(names):
-        of_kind = sorted((row for row in rows if row.name == name), key=lambda row: row.phases)
+        of_kind = sorted((row for row in rows if row.name == name), key=place)
         aside = index - (len(names) - 1) / 2
         color, dash = look(index)
-        points = tuple(_point(row, aside) for row in of_kind)
+        points = tuple(_point(row, place(row), along, aside) for row in of_kind)
         series.append(Series(label=name, points=points, color=color, dash=dash))
-    phases = sorted({row.phases for row in rows})
-    ticks = tuple((float(count), f"{count}") for count in phases)
-    x = Axis(label="UNet calls", low=phases[0] / _ROOM, high=phases[-1] * _ROOM, ticks=ticks, logarithmic=True)
+    places = sorted({place(row) for row in rows})
+    ticks = tuple((float(count), f"{count}") for count in places)
+    x = Axis(label=along, low=places[0] / _ROOM, high=places[-1] * _ROOM, ticks=ticks, logarithmic=True)
     low, high = min(row.error.low for row in rows) / 1.1, max(row.error.high for row in rows) * 1.1
     y = Axis(label="", low=low, high=high, ticks=log_ticks(low, high), logarithmic=True)
 
     def plot(width: int, height: int) -> Markup:
-        return line_chart("Endpoint error against UNet calls", series, x, y, width=width, height=height)
+        return line_chart(f"Endpoint error against {along}", series, x, y, width=width, height=height)
 
     return join(legend(series), all_widths(plot))
 
 
-def _point(row: Row, aside: float) -> Point:
-    note = f"{row.name}, {row.phases} UNet calls: {row.error.value:.4f}"
-    return Point(x=row.phases, y=row.error.value, low=row.error.low, high=row.error.high, note=note, shift=aside)
+def _point(row: Row, place: int, along: str, aside: float) -> Point:
+    note = f"{row.name}, {place} {along}: {row.error.value:.4f}"
+    return Point(x=place, y=row.error.value, low=row.error.low, high=row.error.high, note=note, shift=aside)

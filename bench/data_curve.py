@@ -17,13 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.comparison import Kind, Row, format_rows, make_rows, write_page
+from bench.comparison import Kind, Row, error_chart, format_rows, make_rows, write_page
 from bench.students import Bench, comparing_parser, label_of
 from common.errors import UsageError
 from common.scripts import run_script
-from stage2_student.report.charts import Axis, Point, Series, all_widths, legend, line_chart
-from stage2_student.report.markup import Markup, join
-from stage2_student.report.plots import log_ticks, look
+from stage2_student.report.markup import Markup
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, checkpoint_name
 
 
@@ -75,32 +73,8 @@ def main() -> None:
 
 
 def steps_chart(rows: Sequence[Row]) -> Markup:
-    """Plot endpoint errors against steps of training, both logarithmic; a curve for each number of inputs."""
-    series = []
-    for index, name in enumerate(dict.fromkeys(row.name for row in rows)):
-        points = tuple(
-            Point(
-                x=float(row.facts["steps"]),
-                y=row.error.value,
-                low=row.error.low,
-                high=row.error.high,
-                note=f"{name}, {row.facts['steps']} steps: {row.error.value:.4f}",
-            )
-            for row in rows
-            if row.name == name
-        )
-        color, dash = look(index)
-        series.append(Series(label=name, points=points, color=color, dash=dash))
-    steps = sorted({point.x for one in series for point in one.points})
-    ticks = tuple((step, f"{step:.0f}") for step in steps)
-    x = Axis(label="optimizer steps", low=steps[0] / 1.2, high=steps[-1] * 1.2, ticks=ticks, logarithmic=True)
-    low, high = min(row.error.low for row in rows) / 1.1, max(row.error.high for row in rows) * 1.1
-    y = Axis(label="", low=low, high=high, ticks=log_ticks(low, high), logarithmic=True)
-
-    def plot(width: int, height: int) -> Markup:
-        return line_chart("Endpoint error against steps of training", series, x, y, width=width, height=height)
-
-    return join(legend(series), all_widths(plot))
+    """Plot endpoint errors against steps of training; a curve for each number of inputs."""
+    return error_chart(rows, along="steps", place=lambda row: int(row.facts["steps"]))
 
 
 if __name__ == "__main__":

@@ -37,14 +37,6 @@ def implied_x0(states: Tensor, timesteps: Tensor) -> Tensor:
     return phase_target_x0(states[:-1], states[1:], alphas_at(table, timesteps), alphas_at(table, ends))
 
 
-def phase_ends_x0(states: Tensor, timesteps: Tensor) -> Tensor:
-    """Return the clean latents at which the teacher aims from each of a student's states, (M, C, h, w).
-
-    Arguments as of a record of source "student": what `implied_x0` does from each phase's start to its end.
-    """
-    return implied_x0(states, timesteps)[::2]
-
-
 def make_contact_sheet(records: Sequence[Record], decode: Decode) -> Image.Image:
     """Show one row a record: glyphs, positions, the solved image, the image at each state of the first rollout.
 
@@ -69,7 +61,7 @@ def _make_row(record: Record, decode: Decode) -> Image.Image:
         names = ["solved"] + [f"x0 at {t}" for t in record.rollout_timesteps.tolist()]
     elif record.meta.source == "student":
         starts = record.rollout_timesteps[::2].tolist()
-        shown = torch.cat([states[-1:], phase_ends_x0(states, record.rollout_timesteps)])
+        shown = torch.cat([states[-1:], implied_x0(states, record.rollout_timesteps)[::2]])
         names = ["teacher's end"] + [f"teacher from {t}" for t in starts]
     else:
         shown, names = states[-1:], ["data"]

@@ -25,7 +25,7 @@ from common.seeding import rng
 from stage1_teacher.recording.assembly import Assembly, Encoded, Item, Recorded, Solved, Stored, naming
 from stage1_teacher.rendering.rendered_input import RenderedInput
 from stage1_teacher.teacher.solver import solve
-from stage1_teacher.teacher.student_states import StudentStates, Walk, phase_grids, solve_from
+from stage1_teacher.teacher.student_states import PhaseGrid, StudentStates, Walk, phase_grids, solve_from
 from stage1_teacher.teacher.teacher import Teacher
 
 Numbered = tuple[int, RenderedInput]
@@ -71,7 +71,13 @@ class Recorder:
         self._uncond, self._whole_rollouts = uncond.to(teacher.device, torch.float32), whole_rollouts
         self._grid = trailing_grid(settings.solver_steps)
         self._keep = range(0, settings.solver_steps, settings.record_every)
-        self._student, self._walk = student, None if student is None else student.load()
+        self._solve_batch: Callable[[Sequence[Item]], Solved]
+        if student is not None:
+            grids = phase_grids(student.timesteps, settings.solver_steps, settings.record_every)
+            timesteps = torch.tensor(student.recorded_timesteps)
+            self._solve_batch = partial(self._solve_from, student.load(), grids, timesteps)
+        else:
+            self._solve_batch = self._solve if settings.source == "rollout" else self._noise
         self.overlaps = teacher.device.type == "cuda" if overlaps is None else overlaps
         """Whether work beside the solves pays."""
         self._shapes: set[object] = set()
@@ -135,7 +141,7 @@ class Recorder:
                 used_here(encoded.conditioning)
             items = self._filled_up(batch) if self._compiled else batch
             with encoding.paused() if self._compiled and self._is_new_shape(items) else nullcontext():
-                solved = self._make(items)
+                solved = self._solve_batch(items)
             return partial(assembly.add, batch, send_to_host(solved[: len(batch)], self._teacher.device))
 
     def _is_new_shape(self, items: Sequence[Item]) -> bool:
@@ -158,14 +164,10 @@ class Recorder:
         generator = torch.Generator().manual_seed(item.seed)
         return torch.randn((count, *item.conditioning.masked_latents.shape), generator=generator)
 
-    def _make(self, batch: Sequence[Item]) -> Solved:
-        if self._walk is not None:
-            return self._solve_from(self._walk, batch)
-        return self._solve(batch) if self._settings.source == "rollout" else self._noise(batch)
-
-    def _solve_from(self, walk: Walk, batch: Sequence[Item]) -> Solved:
+    def _solve_from(
+        self, walk: Walk, grids: Sequence[PhaseGrid], timesteps: Tensor, batch: Sequence[Item]
+    ) -> Solved:
         """Let the student walk from the noise of each, and the teacher solve every phase from where it came."""
-        assert self._student is not None
         conditionings = [item.conditioning for item in batch]
         noise = round_half(torch.cat([self._draw_noise(item) for item in batch]))
         states = solve_from(
@@ -173,11 +175,10 @@ class Recorder:
             conditionings,
             self._uncond,
             walk(conditionings, noise),
-            phase_grids(self._student.timesteps, self._settings.solver_steps, self._settings.record_every),
+            grids,
             guidance_scale=self._settings.guidance_scale,
         )
-        timesteps = torch.tensor(self._student.recorded_timesteps).expand(len(batch), -1)
-        return Solved(states=states, timesteps=timesteps, x0_cond=None, x0_uncond=None)
+        return Solved(states=states, timesteps=timesteps.expand(len(batch), -1), x0_cond=None, x0_uncond=None)
 
     def _solve(self, batch: Sequence[Item]) -> Solved:
         rollout = solve(

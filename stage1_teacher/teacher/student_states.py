@@ -44,7 +44,7 @@ class StudentStates:
 
     @property
     def recorded_timesteps(self) -> list[int]:
-        """T of what a record stores but the last: each phase's start and end in turn, 2 M - 1 of them."""
+        """The t of all states of a record but the last: each phase's start and end in turn, 2 M - 1 of them."""
         first, *later = self.timesteps
         return [first, *(t for start in later for t in (start, start))]
 

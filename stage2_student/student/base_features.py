@@ -44,7 +44,7 @@ class BaseFeatures:
         """
         self._module = _Features(unet)
         stand_ins = _without_adapters(unet) if folded is None else _unfolded(unet, folded)
-        self._stand_ins = {f"unet.{name}": t for name, t in stand_ins.items() if name.startswith(REACHED)}
+        self._stand_ins = {f"unet.{name}": tensor for name, tensor in stand_ins.items()}
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, image_context: Tensor, mask: Tensor | None
@@ -61,17 +61,17 @@ def _without_adapters(unet: UNet) -> dict[str, Tensor]:
     """Return B as zeros, and A without a gradient."""
     found: dict[str, Tensor] = {}
     for name, layer in adapted_layers(unet).items():
-        a, b = lora_pair(layer)
-        found |= {
-            f"{name}.lora_A.{ADAPTER_NAME}.weight": a.detach(),
-            f"{name}.lora_B.{ADAPTER_NAME}.weight": torch.zeros_like(b, requires_grad=False),
-        }
+        if name.startswith(REACHED):
+            a, b = lora_pair(layer)
+            found[f"{name}.lora_A.{ADAPTER_NAME}.weight"] = a.detach()
+            found[f"{name}.lora_B.{ADAPTER_NAME}.weight"] = torch.zeros_like(b, requires_grad=False)
     return found
 
 
 def _unfolded(unet: UNet, folded: FoldedAdapters) -> dict[str, Tensor]:
     """Return W of every folded layer."""
-    found = {name: folded.base_weight(parameter) for name, parameter in unet.named_parameters()}
+    reached = ((name, weight) for name, weight in unet.named_parameters() if name.startswith(REACHED))
+    found = {name: folded.base_weight(weight) for name, weight in reached}
     return {name: weight for name, weight in found.items() if weight is not None}
 
 
