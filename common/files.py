@@ -128,14 +128,18 @@ def machine_name() -> str:
     return f"{name}-{started}" if started else name
 
 
-def claim(descriptor: int) -> bool:
-    """Lock an open file without waiting; the kernel lets go when the process ends, however it ends.
+def claim(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file; the kernel lets go when the process ends, however it ends.
+
+    Args:
+        descriptor: of the file.
+        wait: for whoever holds it. Of a file that no other process claims that is `is_locked`, for an instant.
 
     Returns:
         False if another process holds it. A file system without locks grants every claim.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
@@ -168,11 +172,15 @@ def is_locked(path: Path) -> bool | None:
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[bool]:
+def hold(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Claim a file, made if missing, for as long as the context lasts and this process lives.
 
     Processes forked meanwhile let go of it at once: a lock goes with the last descriptor, and they may outlive
     this process by a moment.
+
+    Args:
+        path: the file.
+        wait: see `claim`.
 
     Yields:
         False if another process holds it.
@@ -180,7 +188,7 @@ def hold(path: Path) -> Iterator[bool]:
     with path.open("ab") as lock:
         _HELD.add(lock.fileno())
         try:
-            yield claim(lock.fileno())
+            yield claim(lock.fileno(), wait=wait)
         finally:
             _HELD.remove(lock.fileno())
 
@@ -207,6 +215,27 @@ os.register_at_fork(after_in_child=_become_another)
 
 
 @contextmanager
+def temporary_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Keep a file under a temporary name, locked until the context ends: who removes leftovers lets it be.
+
+    Give it its name within the context. What still has the temporary name afterwards is removed.
+
+    Args:
+        path: the name to be, for errors of the disk.
+
+    Yields:
+        The temporary name, and the file, open for writing and reading back.
+    """
+    temporary = temporary_path(path)
+    try:
+        with naming(path, temporary=temporary), temporary.open("w+b") as file:
+            claim(file.fileno(), wait=True)
+            yield temporary, file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name only when complete and on disk.
 
@@ -214,18 +243,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         A binary file open for writing (and reading back). On an exception nothing is left behind and
         what stood under the name before is untouched.
     """
-    temporary = temporary_path(path)
-    try:
-        with naming(path, temporary=temporary):
-            with temporary.open("w+b") as file:
-                claim(file.fileno())
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with temporary_file(path) as (temporary, file):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
     fsync_dir(path.parent)
 
 
@@ -243,18 +265,12 @@ def create_once(path: Path, data: bytes) -> bool:
     Returns:
         True if this call created it, False if it already existed (it is then left as it is).
     """
-    temporary = temporary_path(path)
-    try:
-        with naming(path, temporary=temporary):
-            with temporary.open("wb") as file:
-                claim(file.fileno())
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if not link_new(temporary, path):
-                return False
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary_file(path) as (temporary, file):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if not link_new(temporary, path):
+            return False
     fsync_dir(path.parent)
     return True
 

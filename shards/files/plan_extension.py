@@ -51,7 +51,9 @@ class PlanExtension:
             self._temporary = temporary_path(self._path)
             with naming(self._path, temporary=self._temporary):
                 self._file = self._temporary.open("wb")
-                claim(self._file.fileno())  # held as long as this lives: nobody takes it for a dead task's
+                claim(
+                    self._file.fileno(), wait=True
+                )  # held as long as this lives: nobody takes it for a dead task's
                 _write(self._file, new, plan, samples_per_shard)
 
     def __enter__(self) -> PlanExtension:

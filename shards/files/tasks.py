@@ -321,7 +321,7 @@ def _living_note(path: Path, data: bytes) -> Iterator[None]:
     """Keep a note, locked, from its first instant under its name until the context ends."""
     temporary = temporary_path(path)
     try:
-        with hold(temporary):
+        with hold(temporary, wait=True):
             temporary.write_bytes(data)
             temporary.rename(path)
             fsync_dir(path.parent)

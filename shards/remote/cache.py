@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from common.faults import naming
-from common.files import TEMPORARY_SUFFIX, claim, temporary_path
+from common.files import TEMPORARY_SUFFIX, temporary_file
 from shards.files.locks import hold_lock, remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -41,15 +40,9 @@ class FileCache:
         with hold_lock(self._folder / f".{name}.lock"):
             if self._touch(path):  # made while this process waited
                 return path
-            temporary = temporary_path(path)
-            try:
-                with naming(path, temporary=temporary):
-                    with temporary.open("wb") as file:
-                        claim(file.fileno())  # whoever cleans up sees that this one is alive
-                        make(temporary)
-                    temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with temporary_file(path) as (temporary, _file):
+                make(temporary)
+                temporary.replace(path)
         self._evict(keep=path)
         return path
 

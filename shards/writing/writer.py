@@ -93,7 +93,7 @@ class ShardWriter:
 
         with _named(self._folder / self._name):
             file = self._temporary.open("xb")
-            claim(file.fileno())
+            claim(file.fileno(), wait=True)
             self._sink.file = file
         # nothing about when and by whom: a shard's bytes depend on its records alone
         self._tar = TarWriter(self._sink, user="", group="", mode=0o644, mtime=0, encoder=False)

@@ -6,17 +6,29 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.files import canonical_json, machine_name, temporary_path
+from common.files import (
+    canonical_json,
+    claim,
+    create_once,
+    is_locked,
+    machine_name,
+    temporary_file,
+    temporary_path,
+    write_bytes_atomic,
+)
 from shards.files.locks import remove_leftovers, temporaries
 from shards.files.names import CLAIMS_DIR
 from shards.files.tasks import State, Task, Watch, claimed_by, decode_note, note_path, read_notes, set_aside
 from shards.looking.clean import clean
+from shards.remote.cache import FileCache
 
 FORK = multiprocessing.get_context("fork")
 
@@ -50,6 +62,45 @@ def beat(path: Path, beats: int) -> None:
     note = decode_note(path.read_bytes())
     assert note is not None
     path.write_bytes(canonical_json(dataclasses.asdict(dataclasses.replace(note, beats=beats))))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_bytes_atomic(path, b"content"),
+        lambda path: create_once(path, b"content"),
+        lambda path: FileCache(path.parent, 0).get(path.name, lambda temporary: temporary.write_bytes(b"content")),
+    ],
+    ids=["write", "create", "cache"],
+)
+def test_who_removes_leftovers_lets_a_file_be_until_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], object]
+) -> None:
+    removed = []
+
+    def after_cleaning(give_name: Callable[..., Any]) -> Callable[..., Any]:
+        def give(*paths: Any) -> Any:
+            removed.append(remove_leftovers(tmp_path, local=True))
+            return give_name(*paths)
+
+        return give
+
+    monkeypatch.setattr(os, "link", after_cleaning(os.link))
+    monkeypatch.setattr(Path, "replace", after_cleaning(Path.replace))
+    write(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"content" and removed == [[]]
+
+
+def test_a_writer_gets_its_lock_also_while_somebody_looks_at_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as mine, path.open("rb") as looking:
+        fcntl.flock(looking.fileno(), fcntl.LOCK_SH)
+        assert not claim(mine.fileno())
+        threading.Timer(0.1, fcntl.flock, (looking.fileno(), fcntl.LOCK_UN)).start()
+        assert claim(mine.fileno(), wait=True) and is_locked(path)
+    with temporary_file(path) as (temporary, _file):
+        assert is_locked(temporary)
+    assert not temporary.exists()
 
 
 def test_a_claim_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
