@@ -180,6 +180,13 @@ class TrainConfig(Section):
     in the landed state and in the teacher's; 0 for none. About a third as much work again."""
     perceptual_text_weight: PositiveFloat = 1.0
     """Weight of that loss inside `positions`, 1 elsewhere."""
+    critic_weight: NonNegativeFloat = 0.0
+    """`phased` and `unrolled`: weight of a critic, which learns beside the student to tell its landed states from
+    the teacher's, by the same features; 0 for none. Together with the second loss it costs no more than that."""
+    critic_text_weight: NonNegativeFloat = 1.0
+    """Weight of the critic's scores inside `positions`, 1 elsewhere; 0: text is none of its business."""
+    critic_learning_rate: PositiveFloat = 1e-3
+    """Of the critic's own AdamW."""
     max_steps: Count = 2000
     """Optimizer steps."""
     batch_size: Count = 16
@@ -241,11 +248,20 @@ class TrainConfig(Section):
             self._check_unrolled()
         if self.grid == "upstream":
             self._check_upstream()
-        if self.perceptual_weight:
+        for key, weight in self._looks.items():
             fits = self.objective in ("phased", "unrolled") and self.states != "interpolated"
             expected = "0 unless the objective is unrolled, or phased at stored states"
-            require(fits, "perceptual_weight", self.perceptual_weight, expected)
+            require(not weight or fits, key, weight, expected)
         return self
+
+    @property
+    def looks_at_landings(self) -> bool:
+        """Whether the frozen base looks at landed states, for the perceptual loss or the critic."""
+        return any(self._looks.values())
+
+    @property
+    def _looks(self) -> dict[str, float]:
+        return {"perceptual_weight": self.perceptual_weight, "critic_weight": self.critic_weight}
 
     def _check_unrolled(self) -> None:
         met = "with objective unrolled: it walks a whole solve and meets every phase at the student's own states"

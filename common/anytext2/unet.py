@@ -100,6 +100,12 @@ class UNet(AnyText2UNet):
         eps: Tensor = output[0]
         return eps
 
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """C_l of each level that `features` returns."""
+        widths: tuple[int, ...] = tuple(self.config.block_out_channels)  # type: ignore[attr-defined]
+        return (*widths, widths[-1])
+
     def features(
         self,
         noisy_latents: Tensor,

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stage2_student.student.lora import ADAPTER_NAME, adapted_layers, lora_pair
@@ -112,14 +111,9 @@ class FoldedAdapters:
                 return fold.base.view(parameter.shape).to(parameter.dtype)
         return None
 
-    def reduce(self, accelerator: Accelerator) -> None:
-        """Average the gradients of A and B over all processes, as DistributedDataParallel does by itself."""
-        if accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for fold in self._folds for p in (fold.a, fold.b) if p.grad is not None]
-        total = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
-        for gradient, mean in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view(gradient.shape))
+    def gradients(self) -> list[Tensor]:
+        """Return those of A and B, which DistributedDataParallel does not average over processes."""
+        return [p.grad for fold in self._folds for p in (fold.a, fold.b) if p.grad is not None]
 
     def _take(self, fold: _Fold) -> Callable[[Tensor], None]:
         def take(weight: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,20 @@ class _Answer:
     value: Tensor
     """(), on the CPU, filled when the event has come."""
     arrived: torch.cuda.Event | None
+
+
+def average_gradients(gradients: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Average gradients over all processes, in place, as DistributedDataParallel does by itself.
+
+    Args:
+        gradients: of what it does not wrap, the same ones on every process.
+        accelerator: of this launch.
+    """
+    if accelerator.num_processes == 1 or not gradients:
+        return
+    total = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+    for gradient, mean in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view(gradient.shape))
 
 
 class StopVote:

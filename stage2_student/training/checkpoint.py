@@ -19,11 +19,14 @@ from common.files import canonical_json, write_bytes_atomic
 from stage2_student.student.adapter import EMA_DIR, LORA_DIR, Card, load_tensors, save_adapter
 from stage2_student.student.folding import FoldedAdapters
 from stage2_student.student.lora import load_parameters
+from stage2_student.training.critic import Critic
 from stage2_student.training.ema import Ema
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 RESUME_FILES = (OPTIMIZER_FILE, STATE_FILE)
 """What only a run that goes on needs; the rest of a checkpoint are adapters."""
+_VALUE = "value"
+"""Key of a critic's weights, beside their moments."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +57,8 @@ class Learner:
     """Their average, if the run keeps one."""
     folded: FoldedAdapters | None = None
     """The network's weights that they are folded into, if they are: to be made anew when they change."""
+    critic: Critic | None = None
+    """What learns to tell the student's states from the teacher's, if the run has it."""
 
 
 def write_state(
@@ -72,19 +77,28 @@ def write_state(
     if learner.ema is not None:
         save_adapter(folder / EMA_DIR, learner.ema.values, card)
     with naming(folder / OPTIMIZER_FILE):
-        save_file(_moments(learner), str(folder / OPTIMIZER_FILE))
+        save_file(_to_resume(learner), str(folder / OPTIMIZER_FILE))
         with (folder / OPTIMIZER_FILE).open("rb") as file:
             os.fsync(file.fileno())
     content = {"progression": asdict(progression), "identity": dict(identity)}
     write_bytes_atomic(folder / STATE_FILE, canonical_json(content))
 
 
-def _moments(learner: Learner) -> dict[str, Tensor]:
-    state = learner.optimizer.state
+def _to_resume(learner: Learner) -> dict[str, Tensor]:
+    """Return what is no adapter, as NAME/KEY: the optimizer's moments; a critic's weights and moments."""
+    found = _moments(learner.optimizer, learner.parameters)
+    if learner.critic is not None:
+        named = learner.critic.named()
+        found |= _moments(learner.critic.optimizer, named)
+        found |= {f"{name}/{_VALUE}": parameter.detach().cpu().contiguous() for name, parameter in named.items()}
+    return found
+
+
+def _moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in learner.parameters.items()
-        for key, value in state.get(parameter, {}).items()
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
@@ -114,17 +128,31 @@ def restore(folder: Path, learner: Learner) -> None:
         learner.folded.refresh()
     if learner.ema is not None:
         learner.ema.load(load_tensors(folder / EMA_DIR))
-    moments: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(str(folder / OPTIMIZER_FILE)).items():
-        name, _, moment = key.rpartition("/")
-        moments.setdefault(name, {})[moment] = tensor
-    for name, parameter in learner.parameters.items():
-        if name not in moments:
+        name, _, kind = key.rpartition("/")
+        found.setdefault(name, {})[kind] = tensor
+    _restore_moments(folder, found, learner.optimizer, learner.parameters)
+    if learner.critic is not None:
+        named = learner.critic.named()
+        values = {name: kinds.pop(_VALUE) for name, kinds in found.items() if _VALUE in kinds}
+        load_parameters(named, values, f"checkpoint {folder}, critic")
+        _restore_moments(folder, found, learner.critic.optimizer, named)
+
+
+def _restore_moments(
+    folder: Path,
+    found: Mapping[str, Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+) -> None:
+    for name, parameter in named.items():
+        if name not in found:
             raise DataError(f"checkpoint {folder}: {OPTIMIZER_FILE} has nothing for {name}")
-        fused = learner.optimizer.defaults.get("fused")  # which counts on the device, else AdamW does on the CPU
-        learner.optimizer.state[parameter] = {
+        fused = optimizer.defaults.get("fused")  # which counts on the device, else AdamW does on the CPU
+        optimizer.state[parameter] = {
             moment: (tensor.to(parameter.device) if fused else tensor)
             if moment == "step"
             else torch.empty_like(parameter).copy_(tensor)  # in the parameter's own memory order
-            for moment, tensor in moments[name].items()
+            for moment, tensor in found[name].items()
         }

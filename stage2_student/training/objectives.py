@@ -100,7 +100,7 @@ def select_rollout(
 
 
 Perceive = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(landed, the teacher's, (B, C, h, w); t of the crossing's start, of its end, (B,) int64) to (B,) float32."""
+"""(landed, the teacher's, (B, C, h, w); t of the crossing's start and end, (B,) int64) to a loss, (B,) float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class LossSettings:
     alphas_cumprod: Tensor
     """The noise schedule, (1000,) float32, on the training device."""
     perceive: Perceive | None = None
-    """How far a landed state looks from the teacher's; weighed by train.perceptual_weight."""
+    """What the frozen base's view of a landed state adds to the loss (`training.perception`)."""
 
 
 def phased_loss(
@@ -241,8 +241,8 @@ def _crossing_loss(
     loss = crossing_loss(eps, target, a, a_end, kind=settings.train.loss, huber_c=settings.train.huber_c)
     if settings.perceive is None:
         return loss
-    looks = settings.perceive(ddim_step(z, eps.float(), a, a_end), z_end, t, t_end)
-    return loss + settings.train.perceptual_weight * looks.view(-1, 1, 1, 1)  # the mean of a sample grows by it
+    seen = settings.perceive(ddim_step(z, eps.float(), a, a_end), z_end, t, t_end)
+    return loss + seen.view(-1, 1, 1, 1)  # the mean of a sample grows by it
 
 
 Loss = Callable[[Rollouts, Draws, Predict, Predict, LossSettings], Tensor]

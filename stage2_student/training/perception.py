@@ -1,7 +1,8 @@
-"""The perceptual loss: a landed state and the teacher's, as the frozen base sees them.
+"""A landed state and the teacher's, as the frozen base sees them: the perceptual loss, and what a critic says.
 
-Both are noised alike to a t' within the crossing, and the base's features of both are compared. The base is the
-network that is trained, with its adapters off: no second network, no guidance, no solve and no cache.
+Both are noised alike to a t' within the crossing. The perceptual loss compares the base's features of both; the
+critic (`training.critic`) judges those of the landed state, and learns from both. The base is the network that is
+trained, with its adapters off: no second network, no guidance, no solve and no cache.
 
 Source: Lin & Yang 2024 (Diffusion Model with Perceptual Loss, arXiv 2401.00110), its self-perceptual objective.
 """
@@ -21,6 +22,7 @@ from common.schedule import alphas_at
 from common.sections import TrainConfig
 from common.seeding import generator
 from stage2_student.student.base_features import BaseFeatures
+from stage2_student.training.critic import Critic
 from stage2_student.training.losses import feature_distance, region_weights
 from stage2_student.training.objectives import Perceive
 from stage2_student.training.phases import Draws
@@ -28,12 +30,14 @@ from stage2_student.training.phases import Draws
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perception:
-    """Compares states by what the base sees in them."""
+    """Turns what the base sees of states into a loss."""
 
     features: BaseFeatures
     train: TrainConfig
     alphas_cumprod: Tensor
     """The noise schedule, (1000,) float32, on the training device."""
+    critic: Critic | None = None
+    """Judges wherever gradients are wanted; a held-out loss that it took part in would move with it."""
 
     def of_batch(
         self,
@@ -42,7 +46,7 @@ class Perception:
         samples: Sequence[tuple[int, int]],
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> Perceive:
-        """Return what compares the states of a batch.
+        """Return what looks at the states of a batch, and gives the weighted loss of each.
 
         Args:
             conditioning: of B images, where and in the type that the network computes.
@@ -58,15 +62,29 @@ class Perception:
         noise = self._noise(samples, repeats, conditioning.hints.masked_latents)
 
         def perceive(landed: Tensor, target: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
+            loss = torch.zeros(len(landed), device=landed.device)
+            critic = self.critic if torch.is_grad_enabled() else None
+            if critic is None and not self.train.perceptual_weight:
+                return loss
             timesteps = t_end + 1 + (draws.position * (t - t_end)).long()  # t_end < t' <= t
             both = [self._noised(state, noise, t_end, timesteps) for state in (landed, target)]
             with autocast():
                 found = self.features(both[0].to(context.dtype), timesteps, context, mask)
                 with torch.no_grad():
                     aimed_at = self.features(both[1].to(context.dtype), timesteps, context, mask)
-            sizes = [(int(level.shape[-2]), int(level.shape[-1])) for level in found]
-            weights = [region_weights(positions, size, self.train.perceptual_text_weight) for size in sizes]
-            return feature_distance(found, aimed_at, weights)
+
+            def weigh(text: float) -> list[Tensor]:
+                sizes = [(int(level.shape[-2]), int(level.shape[-1])) for level in found]
+                return [region_weights(positions, size, text) for size in sizes]
+
+            if self.train.perceptual_weight:
+                distance = feature_distance(found, aimed_at, weigh(self.train.perceptual_text_weight))
+                loss = loss + self.train.perceptual_weight * distance
+            if critic is not None:
+                weights = weigh(self.train.critic_text_weight)
+                loss = loss + self.train.critic_weight * critic.judge(found, weights)
+                critic.learn(found, aimed_at, weights)
+            return loss
 
         return perceive
 

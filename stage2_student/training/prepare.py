@@ -17,6 +17,7 @@ from stage2_student.student.lora import Adapted, leave_types_to_autocast
 from stage2_student.student.student import MIXED, Student, add_adapters, load_base, training_dtype
 from stage2_student.training.ancestry import Ancestry, take_over
 from stage2_student.training.checkpoint import Learner, restore
+from stage2_student.training.critic import Critic
 from stage2_student.training.ema import Ema
 from stage2_student.training.phases import PREDICTION_OBJECTIVES
 from stage2_student.training.plan import make_plan
@@ -49,7 +50,7 @@ def fold(config: Config, student: Student) -> FoldedAdapters:
 
 
 def make_learner(config: Config, student: Student, *, fused: bool = False) -> Learner:
-    """Make the optimizer over the adapters, their average if the run keeps one, and fold them if it folds them.
+    """Make the optimizer, the adapters' average and the critic if the run has them, and fold if it folds.
 
     Args:
         config: the resolved configuration.
@@ -62,7 +63,8 @@ def make_learner(config: Config, student: Student, *, fused: bool = False) -> Le
     folded = fold(config, student) if train.fold_adapters else None
     swapped = {} if folded is None else {"swapped": folded.refresh}
     ema = Ema(parameters, train.ema_decay, **swapped) if train.ema_decay else None
-    return Learner(parameters=parameters, optimizer=optimizer, ema=ema, folded=folded)
+    critic = Critic(student.unet.feature_channels, train).to(student.device) if train.critic_weight else None
+    return Learner(parameters=parameters, optimizer=optimizer, ema=ema, folded=folded, critic=critic)
 
 
 def looks_later(device: torch.device) -> bool:

@@ -32,6 +32,9 @@ ROUNDING = ("model.channels_last", "model.compile", "train.deterministic", "trai
 is told that its bits will not be those of a run that never stopped."""
 
 ONLY_IF_SET: dict[str, Any] = {
+    "critic_learning_rate": 1e-3,
+    "critic_text_weight": 1.0,
+    "critic_weight": 0.0,
     "draws_per_sample": 1,
     "grid": "trailing",
     "perceptual_text_weight": 1.0,

@@ -23,7 +23,7 @@ from shards.records.batch import Batch
 from stage2_student.student.base_features import BaseFeatures
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, prune, save_checkpoint
 from stage2_student.student.student import Student
-from stage2_student.training.agreement import StopVote
+from stage2_student.training.agreement import StopVote, average_gradients
 from stage2_student.training.checkpoint import RESUME_FILES, Learner, Progression, write_state
 from stage2_student.training.finite import LossCheck
 from stage2_student.training.held_out_loss import HeldOut
@@ -91,9 +91,13 @@ class Trainer:
             train=self.plan.config.train, phases=self.plan.phases, alphas_cumprod=table
         )
         self._perception = None
-        if self.plan.config.train.perceptual_weight:
-            features = BaseFeatures(self.student.unet, self.learner.folded)
-            self._perception = Perception(features=features, train=self.plan.config.train, alphas_cumprod=table)
+        if self.plan.config.train.looks_at_landings:
+            self._perception = Perception(
+                features=BaseFeatures(self.student.unet, self.learner.folded),
+                train=self.plan.config.train,
+                alphas_cumprod=table,
+                critic=self.learner.critic,
+            )
         work = count_work(self.plan.config.train, self.plan.phases)
         self.unet_passes = work.passes(self.plan.config.train) * self.samples_a_step
         self._check = LossCheck(accelerator=self.accelerator, name=self.plan.shards.key)
@@ -202,7 +206,7 @@ class Trainer:
             seen.append(batch.indices)
         folded = self.learner.folded
         if folded is not None:
-            folded.reduce(self.accelerator)
+            average_gradients(folded.gradients(), self.accelerator)
         norm = self.accelerator.clip_grad_norm_(self.learner.parameters.values(), train.max_grad_norm or math.inf)
         found_inf = self._check.add(state.step + 1, torch.cat(losses), torch.cat(seen), norm)
         if not self.look_later:
@@ -213,6 +217,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if folded is not None:
             folded.refresh()
+        if self.learner.critic is not None:
+            self.learner.critic.step(self.accelerator)
         state.step += 1
         if self.learner.ema is not None:
             self.learner.ema.update(state.step)
@@ -295,6 +301,8 @@ class Trainer:
             "data_wait_seconds": clock.waited / clock.steps,
             "seconds_left": (self.plan.config.train.max_steps - state.step) * seconds / clock.steps,
         }
+        if self.learner.critic is not None:
+            facts |= self.learner.critic.facts(self.accelerator)
         if device.type == "cuda":
             facts["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         state.loss_sum, state.loss_count = 0.0, 0

@@ -30,7 +30,7 @@ class UNetWork:
     without: int
     """Forward alone."""
     looks: int = 0
-    """Landed states that the perceptual loss compares with the teacher's."""
+    """Landed states that the frozen base looks at, beside the teacher's."""
 
     def passes(self, train: TrainConfig) -> float:
         """Return the work of a sample in forward passes."""
@@ -69,7 +69,7 @@ def count_work(train: TrainConfig, phases: Phases) -> UNetWork:
         train=train,
         phases=phases,
         alphas_cumprod=make_alphas_cumprod(),
-        perceive=perceive if train.perceptual_weight else None,
+        perceive=perceive if train.looks_at_landings else None,
     )
     with torch.enable_grad():
         loss_of(train)(rollouts, drawn, predict, predict, settings)

@@ -243,11 +243,12 @@ def run_two(
     return [process.returncode for process in two], said
 
 
-def test_two_processes_with_folded_adapters_and_losses_looked_at_later_train_like_one(
+def test_two_processes_with_folded_adapters_a_critic_and_losses_looked_at_later_train_like_one(
     configure: Configure, base_folder: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """No gradient passes through folded adapters, so that DistributedDataParallel would not average them."""
+    """DistributedDataParallel averages neither: no gradient passes through folded adapters, and it has no critic."""
     settings = {**SETTINGS, "num_workers": 0, "max_steps": 4, "gradient_accumulation": 2, "ema_decay": 0.9}
+    settings["critic_weight"] = 0.1
     (tmp_path / "small.toml").write_text(toml_of(base_folder, **settings, fold_adapters=True))
     arguments = ["--config", str(tmp_path / "small.toml"), "--shards", str(shards), "--out", str(tmp_path / "two")]
     codes, said = run_two(arguments)
@@ -258,8 +259,9 @@ def test_two_processes_with_folded_adapters_and_losses_looked_at_later_train_lik
         found = load_tensors(tmp_path / "two/checkpoints" / one.checkpoint.name / kind)
         for name, tensor in load_tensors(one.checkpoint / kind).items():
             assert float((found[name] - tensor).norm()) <= 2e-3 * float(tensor.norm()), name
-    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for key in ("loss", "critic_loss"):
+        losses = [[line[key] for line in read_log(tmp_path / name)] for name in ("one", "two")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4), key
 
 
 def test_two_processes_that_look_later_stop_in_the_same_step_and_name_the_same_bad_sample(

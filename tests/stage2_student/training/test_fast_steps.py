@@ -104,6 +104,7 @@ WHAT: dict[str, dict[str, Any]] = {
         "objective": "unrolled",
         "gradient_checkpointing": True,
     },
+    "critic, draws": {"critic_weight": 0.5, "critic_text_weight": 0.0, "draws_per_sample": 2},
     "pcm with ema": {"objective": "pcm", "pcm_target": "ema", "ema_decay": 0.9},
     "WriteNet": {"lora": WRITENET},
     "WriteNet, pcm with ema, checkpointing, draws": {

@@ -115,7 +115,7 @@ def test_text_counts_as_much_as_it_is_told() -> None:
 
 
 def perception(student: Student, **train: Any) -> Perception:
-    settings = TrainConfig(perceptual_weight=1.0, **train)
+    settings = TrainConfig(**{"perceptual_weight": 1.0, **train})
     return Perception(features=BaseFeatures(student.unet), train=settings, alphas_cumprod=ALPHAS)
 
 
@@ -166,8 +166,8 @@ def test_a_state_is_noised_as_the_schedule_has_it(student: Student) -> None:
     torch.testing.assert_close(variance, 1 - a_later)
 
 
-def test_the_loss_grows_by_the_weighted_distance_of_the_landing() -> None:
-    rollouts, draws, weight = solves_for(), draws_at([0, 2, 4]), 0.7
+def test_the_loss_grows_by_what_is_seen_of_the_landing() -> None:
+    rollouts, draws = solves_for(), draws_at([0, 2, 4])
     seen = []
 
     def perceive(landed: Tensor, target: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
@@ -178,10 +178,10 @@ def test_the_loss_grows_by_the_weighted_distance_of_the_landing() -> None:
         return 0.3 * z
 
     plain = settings_for(4)
-    perceptual = settings_for(4, perceptual_weight=weight)
+    perceptual = settings_for(4)
     object.__setattr__(perceptual, "perceive", perceive)
     losses = [per_sample(phased_loss(rollouts, draws, predict, predict, one)) for one in (perceptual, plain)]
-    torch.testing.assert_close(losses[0] - losses[1], weight * torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(losses[0] - losses[1], torch.tensor([1.0, 2.0, 3.0]))
     ((landed, target, t, t_end),) = seen
     assert t.tolist() == [999, 749, 499] and t_end.tolist() == [749, 499, 249]
     z = torch.stack([rollouts.states[0, 0], rollouts.states[1, 2], rollouts.states[2, 4]])
@@ -199,9 +199,10 @@ def test_a_resumed_run_is_the_same_bit_for_bit(configure: Configure, shards: Pat
     assert not same(weights(plain), weights(whole))
 
 
+@pytest.mark.parametrize("key", ["perceptual_weight", "critic_weight"])
 @pytest.mark.parametrize(
     "settings", [{"objective": "pcm"}, {"objective": "x0"}, {"states": "interpolated"}], ids=str
 )
-def test_objectives_that_land_nowhere_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="perceptual_weight: received 0.5, expected 0 unless"):
-        TrainConfig(perceptual_weight=0.5, **settings)
+def test_objectives_that_land_nowhere_are_refused(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}: received 0.5, expected 0 unless"):
+        TrainConfig(**{key: 0.5}, **settings)
