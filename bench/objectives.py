@@ -4,10 +4,10 @@
     python bench/objectives.py --shards demo/shards --out build/objectives --steps 300 --phases 2 --seeds 0
 
 Trains a student for each objective, number of phases and seed, at equal cost, and measures all on the same
-held-out layouts and noise. An objective may bring settings of [train] ("unrolled,batch_size=8"), and one may
-follow another, each with its share of the budget ("phased>unrolled"). Differences are to the first objective,
-paired over layouts, the seeds pooled; what another seed would change is seen in the lowest and highest error of a
-seed.
+held-out layouts and noise. An objective may bring settings of [train] ("unrolled,batch_size=8") or of another
+section ("phased,lora.rank=4"), and shards of its own ("lcm,shards=build/noised"). One may follow another, each
+with its share of the budget ("phased>unrolled"). Differences are to the first objective, paired over layouts, the
+seeds pooled; what another seed would change is seen in the lowest and highest error of a seed.
 
 Cost is UNet work: the rows that the objective puts through the UNet for a sample, counted by running it, a forward
 pass being 1 and its backward pass 1.5 with frozen weights and adapters, 2 with train.fold_adapters. The budget
@@ -23,14 +23,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.comparison import Kind, describe_solve, format_rows, make_rows, write_page
-from bench.students import Bench, comparing_parser, label_of
+from bench.students import Bench, comparing_parser, label_of, setting
 from common.config import load_config
 from common.errors import UsageError
 from common.scripts import run_script
@@ -53,8 +54,10 @@ class Stage:
     text: str
     """As it was asked for, e.g. "phased,loss=landing"."""
     settings: Mapping[str, object]
-    """Of [train]; all but the seed."""
+    """All but the seed, by key; those of [train] without its name."""
     work: UNetWork
+    shards: Path | None = None
+    """If not the usual ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,7 @@ class Arm:
         """Train its student, or go on with it."""
         ancestor = None
         for name, stage in zip(self.names(seed), self.stages, strict=True):
-            bench.train(name, {**stage.settings, "seed": seed}, ancestor)
+            bench.train(name, {**stage.settings, "seed": seed}, ancestor, stage.shards)
             ancestor = name
 
     def kind(self, seeds: Sequence[int], bench: Bench) -> Kind:
@@ -89,8 +92,12 @@ class Arm:
         return Kind(name=self.text, phases=self.phases, facts=facts, labels=labels)
 
 
-def plan_arms(options: argparse.Namespace, facts: ShardFacts) -> list[Arm]:
+def plan_arms(options: argparse.Namespace, facts_of: Callable[[Path], ShardFacts]) -> list[Arm]:
     """Return what is trained, the first objective first at each number of phases.
+
+    Args:
+        options: of the command.
+        facts_of: what training needs to know of a set.
 
     Raises:
         UsageError: an objective's settings are wrong, or do not fit the shards.
@@ -99,29 +106,31 @@ def plan_arms(options: argparse.Namespace, facts: ShardFacts) -> list[Arm]:
     for phases in options.phases:
         for text in options.objectives:
             stages = text.split(">")
-            found = [_plan_stage(stage, phases, options, facts, 1 / len(stages)) for stage in stages]
+            found = [_plan_stage(stage, phases, options, facts_of, 1 / len(stages)) for stage in stages]
             arms.append(Arm(text=text, phases=phases, stages=found))
     return arms
 
 
-def _plan_stage(text: str, phases: int, options: argparse.Namespace, facts: ShardFacts, share: float) -> Stage:
+def _plan_stage(
+    text: str, phases: int, options: argparse.Namespace, facts_of: Callable[[Path], ShardFacts], share: float
+) -> Stage:
     """Spend a share of the budget on an objective."""
     settings = {**parse_objective(text), "num_phases": phases}
+    shards = Path(str(settings.pop("shards"))).absolute() if "shards" in settings else None
     usual, train = (
-        load_config(
-            options.config, [*options.set, *(f"train.{key}={value}" for key, value in values.items())]
-        ).train
+        load_config(options.config, [*options.set, *map(setting, values, values.values())]).train
         for values in ({}, settings)
     )
-    work = count_work(train, plan_phases(train, facts)[0])
+    work = count_work(train, plan_phases(train, facts_of(shards or options.shards))[0])
     budget = share * options.steps * samples_of(usual) * UNetWork(with_gradient=1, without=0).passes(usual)
     steps = max(round(budget / (work.passes(train) * samples_of(train))), 1)
     settings |= {"max_steps": steps, "warmup_steps": round(WARMUP_SHARE * steps)}
-    return Stage(text=text, settings={**settings, "checkpoint_every": max(steps // 4, 1)}, work=work)
+    settings["checkpoint_every"] = max(steps // 4, 1)
+    return Stage(text=text, settings=settings, work=work, shards=shards)
 
 
 def parse_objective(text: str) -> dict[str, object]:
-    """Read OBJECTIVE[,KEY=VALUE...] as settings of [train].
+    """Read OBJECTIVE[,KEY=VALUE...] as settings, those of [train] without its name.
 
     Raises:
         UsageError: it is none.
@@ -148,7 +157,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     config = load_config(options.config, options.set)
-    arms = plan_arms(options, read_facts(ShardSet.open(options.shards)))
+    arms = plan_arms(options, cache(lambda shards: read_facts(ShardSet.open(shards))))
     bench = Bench.from_options(options)
     for count, seed in enumerate(options.seeds, 1):
         for arm in arms:

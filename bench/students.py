@@ -126,13 +126,13 @@ class Bench:
 
         Args:
             name: of its folder.
-            settings: of [train], by key.
+            settings: by key, those of [train] without its name.
             ancestor: name of the student that it is started from, if any.
             shards: that it is trained on, if not the usual ones.
         """
         place = ["--shards", shards or self.shards, "--out", self.run_of(name), "--resume", "auto"]
         place += [] if ancestor is None else ["--from", self.run_of(ancestor)]
-        sets = [word for key, value in settings.items() for word in ("--set", f"train.{key}={value}")]
+        sets = [word for key, value in settings.items() for word in ("--set", setting(key, value))]
         self._call(name, "train", *place, *sets)
 
     def evaluate(self, names: Iterable[str] | Mapping[str, Path], *more: str) -> None:
@@ -175,6 +175,11 @@ class Bench:
             last = log.read_text(errors="replace").splitlines()[-1]
             error = ERRORS.get(done.returncode, DataError)
             raise error(f"{command} of {name} ended with {done.returncode}: {last}; all of it is in {log}")
+
+
+def setting(key: str, value: object) -> str:
+    """Write a setting as `--set` takes it; a key without a section's name is one of [train]."""
+    return f"{key if '.' in key else f'train.{key}'}={value}"
 
 
 # Scores, with the seeds of one kind of student pooled.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from bench.comparison import Kind, cells, describe_solve, format_rows, make_rows, write_page
 from bench.objectives import parse_objective, plan_arms, samples_of
-from bench.students import Bench, label_of, load_kid
+from bench.students import Bench, label_of, load_kid, setting
 from common.config import PROJECT_ROOT, load_config
 from common.errors import UsageError
 from common.layouts import Layout, Line
@@ -38,12 +39,18 @@ LAYOUTS, RED, BLUE = 12, (255.0, 0.0, 0.0), (0.0, 0.0, 255.0)
 
 
 def options(*objectives: str, steps: int = 300) -> Namespace:
-    return Namespace(config=TINY, set=["train.batch_size=12"], objectives=objectives, phases=[4, 2], steps=steps)
+    given = {"config": TINY, "set": ["train.batch_size=12"], "shards": Path("usual")}
+    return Namespace(**given, objectives=objectives, phases=[4, 2], steps=steps)
+
+
+def facts_of(shards: Path) -> ShardFacts:
+    """Those of the usual set, and of one that `lcm` trains on."""
+    return FACTS if shards.name == "usual" else replace(FACTS, source="noised", has_predictions=True)
 
 
 def test_all_arms_cost_the_same() -> None:
     texts = ("phased", "pcm", "unrolled", "unrolled,batch_size=3", "phased,loss=landing>unrolled")
-    arms = plan_arms(options(*texts), FACTS)
+    arms = plan_arms(options(*texts), facts_of)
     assert [arm.text for arm in arms] == [*texts, *texts] and {arm.phases for arm in arms[:5]} == {4}
     for arm in arms:
         cost = 0.0
@@ -59,6 +66,14 @@ def test_all_arms_cost_the_same() -> None:
     assert arms[4].names(7) == ["phased-loss-landing-150-4-7", "phased-loss-landing-150-then-unrolled-38-4-7"]
 
 
+def test_an_arm_may_have_shards_and_settings_of_other_sections_of_its_own() -> None:
+    usual, rank, noised = plan_arms(options("phased", "phased,lora.rank=4", "lcm,shards=noised"), facts_of)[:3]
+    assert rank.stages[0].settings == {**usual.stages[0].settings, "lora.rank": "4"}
+    assert "shards" not in noised.stages[0].settings and noised.stages[0].settings["max_steps"] == 214
+    assert (usual.stages[0].shards, noised.stages[0].shards) == (None, Path("noised").absolute())
+    assert (setting("lora.rank", 4), setting("seed", 1)) == ("lora.rank=4", "train.seed=1")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -70,7 +85,7 @@ def test_all_arms_cost_the_same() -> None:
 )
 def test_an_objective_that_cannot_be_trained_is_refused_before_anything_is(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        plan_arms(options("phased", text), FACTS)
+        plan_arms(options("phased", text), facts_of)
     assert parse_objective("pcm,loss=l2") == {"objective": "pcm", "loss": "l2"}
 
 

@@ -246,7 +246,7 @@ def run_two(
 def test_two_processes_with_folded_adapters_a_critic_and_losses_looked_at_later_train_like_one(
     configure: Configure, base_folder: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """DistributedDataParallel averages neither: no gradient passes through folded adapters, and it has no critic."""
+    """DistributedDataParallel averages neither: no gradient passes through folded adapters, it has no critic."""
     settings = {**SETTINGS, "num_workers": 0, "max_steps": 4, "gradient_accumulation": 2, "ema_decay": 0.9}
     settings["critic_weight"] = 0.1
     (tmp_path / "small.toml").write_text(toml_of(base_folder, **settings, fold_adapters=True))
