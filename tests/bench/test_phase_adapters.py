@@ -1,0 +1,43 @@
+"""One adapter for each phase: each is trained on its own phase, and called in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.phase_adapters import KINDS, StudentOfPhases, _steps, trained_on
+from stage2_student.training import trainer
+from stage2_student.training.phases import even_phases
+
+
+class Constant(nn.Module):
+    """A student that predicts one number."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.unet, self.writenet, self.value = nn.Identity(), nn.Identity(), value
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        return torch.full_like(noisy_latents, self.value)
+
+
+def test_each_is_called_in_its_own_phase() -> None:
+    together = StudentOfPhases([Constant(1.0), Constant(2.0)], [999, 499])  # type: ignore[list-item]
+    z = torch.zeros(3, 4, 2, 2)
+    for t, expected in ((999, 1.0), (499, 2.0)):
+        assert together(z, torch.full((3,), t), None).unique().tolist() == [expected]
+
+
+def test_each_is_trained_on_its_own_phase_alone() -> None:
+    samples, settings = [(0, index) for index in range(30)], {"seed": 0, "num_rollouts": 1, "starts_only": True}
+    for phase, start in enumerate((0, 4)):
+        with trained_on(phase):
+            drawn = trainer.draw(samples, phases=even_phases(8, 2), **settings)  # type: ignore[arg-type]
+        assert drawn.state.unique().tolist() == [start]
+    assert trainer.draw(samples, phases=even_phases(8, 2), **settings).state.unique().tolist() == [0, 4]  # type: ignore[arg-type]
+
+
+def test_steps_are_shared_or_not() -> None:
+    assert [_steps(kind, 4, 300) for kind in KINDS] == [(300, "300"), (75, "4 x 75"), (300, "4 x 300")]
