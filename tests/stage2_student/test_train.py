@@ -130,9 +130,8 @@ def test_the_writenet_can_be_adapted_and_half_precision_bases_train(
     configure: Configure, shards: Path, tmp_path: Path
 ) -> None:
     lora = {"writenet": True, "writenet_targets": ("controlnet_down_blocks.*", "controlnet_mid_block")}
-    config = configure(
-        max_steps=2, lora=lora, model={"dtype": "bfloat16"}, mixed_precision="bf16", gradient_checkpointing=True
-    )
+    half = {"model": {"dtype": "bfloat16"}, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    config = configure(max_steps=2, lora=lora, perceptual_weight=0.5, critic_weight=0.1, **half)
     result = train(config, shards=shards, run=tmp_path / "run")
     trained = weights(result)
     assert any(name.startswith("writenet.controlnet_mid_block") for name in trained)

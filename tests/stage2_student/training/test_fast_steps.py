@@ -135,11 +135,13 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, write_shards(tmp_path_factory.mktemp("shards"), folder / "base.safetensors", samples=4)
 
 
+@pytest.mark.parametrize("looks", [{}, {"perceptual_weight": 0.5, "critic_weight": 0.5}], ids=str)
 def test_compiled_steps_have_the_losses_and_gradients_of_the_plain_one(
-    shallow: tuple[Path, Path], tmp_path: Path
+    shallow: tuple[Path, Path], tmp_path: Path, looks: dict[str, float]
 ) -> None:
+    """What the frozen base sees of landed states is not compiled."""
     base, shards = shallow
-    configure, lora = configure_for(base), {"lora": {"targets": ("to_k", "conv1"), **WRITENET}}
+    configure, lora = configure_for(base), {"lora": {"targets": ("to_k", "conv1"), **WRITENET}, **looks}
     expected = losses_and_gradients(make_trainer(configure, shards, tmp_path / "plain", lora), micro_batches=1)
     for name, settings in {"adapters": {}, "folded": FAST["both"]}.items():
         model = {**settings.get("model", {}), "compile": True}
