@@ -128,24 +128,28 @@ def machine_name() -> str:
     return f"{name}-{started}" if started else name
 
 
-def claim(descriptor: int, *, wait: bool = False) -> bool:
-    """Lock an open file; the kernel lets go when the process ends, however it ends.
+def claim(descriptor: int, path: Path) -> bool:
+    """Lock an open file without waiting; the kernel lets go when the process ends, however it ends.
 
     Args:
         descriptor: of the file.
-        wait: for whoever holds it. Of a file that no other process claims that is `is_locked`, for an instant.
+        path: its name.
 
     Returns:
-        False if another process holds it. A file system without locks grants every claim.
+        False if another process holds it, if only to look whether anybody does, or took its name away. A file
+        system without locks grants every claim.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-    return True
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(path: Path) -> bool | None:
@@ -172,15 +176,11 @@ def is_locked(path: Path) -> bool | None:
 
 
 @contextmanager
-def hold(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def hold(path: Path) -> Iterator[bool]:
     """Claim a file, made if missing, for as long as the context lasts and this process lives.
 
     Processes forked meanwhile let go of it at once: a lock goes with the last descriptor, and they may outlive
     this process by a moment.
-
-    Args:
-        path: the file.
-        wait: see `claim`.
 
     Yields:
         False if another process holds it.
@@ -188,7 +188,7 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[bool]:
     with path.open("ab") as lock:
         _HELD.add(lock.fileno())
         try:
-            yield claim(lock.fileno(), wait=wait)
+            yield claim(lock.fileno(), path)
         finally:
             _HELD.remove(lock.fileno())
 
@@ -214,22 +214,43 @@ def _become_another() -> None:
 os.register_at_fork(after_in_child=_become_another)
 
 
-@contextmanager
-def temporary_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Keep a file under a temporary name, locked until the context ends: who removes leftovers lets it be.
+def open_temporary(path: Path) -> tuple[Path, IO[bytes]]:
+    """Make a temporary file that is locked for as long as it is open: who removes leftovers lets it be.
 
-    Give it its name within the context. What still has the temporary name afterwards is removed.
+    In its first instant another process may look at it, and so hold its lock, or even take it for a dead writer's
+    and remove it: then another one is made.
 
     Args:
-        path: the name to be, for errors of the disk.
+        path: the name to be, also for errors of the disk.
+
+    Returns:
+        The temporary name, and the file, open for writing and reading back.
+    """
+    while True:
+        temporary = temporary_path(path)
+        with naming(path, temporary=temporary):
+            file = temporary.open("x+b")
+        if claim(file.fileno(), temporary):
+            return temporary, file
+        file.close()
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Keep a file of `open_temporary` until the context ends; give it its name within.
+
+    What still has the temporary name afterwards is removed.
+
+    Args:
+        path: the name to be, also for errors of the disk.
 
     Yields:
         The temporary name, and the file, open for writing and reading back.
     """
-    temporary = temporary_path(path)
+    temporary, file = open_temporary(path)
     try:
-        with naming(path, temporary=temporary), temporary.open("w+b") as file:
-            claim(file.fileno(), wait=True)
+        with naming(path, temporary=temporary), file:
             yield temporary, file
     finally:
         temporary.unlink(missing_ok=True)

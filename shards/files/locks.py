@@ -67,15 +67,14 @@ def state_of(path: Path, watch: Watch, *, local: bool = False) -> State:
     """
     machine, process = _maker(path)
     try:
+        status = path.stat()  # before its lock: who locks and writes in between is not taken for dead
         if (local or machine == machine_name()) and (locked := is_locked(path)) is not None:
-            status = path.stat()
             young = status.st_size == 0 and time.time() - status.st_mtime < LOCK_SECONDS
             about_to_lock = young and watch.process(process, machine) is not State.DEAD
             return State.ALIVE if locked or about_to_lock else State.DEAD
         found = watch.process(process, machine)
         if found is not None:
             return found
-        status = path.stat()
         return watch.look(path.name, (status.st_size, status.st_mtime_ns))  # compared with itself alone
     except FileNotFoundError:
         return State.ALIVE
@@ -103,6 +102,7 @@ def remove_leftovers(folder: Path, watch: Watch | None = None, *, local: bool = 
         The names of what was removed.
     """
     watch = watch or Watch(folder)
+    notes = _notes_of_the_dead(folder, watch)  # first: what they left was there by now
     removed = [
         path.name for path in temporaries(folder) if _if_dead(state_of(path, watch, local=local), path.unlink)
     ]
@@ -111,15 +111,25 @@ def remove_leftovers(folder: Path, watch: Watch | None = None, *, local: bool = 
             data = read_bytes(path)
             if claimed_by(watch, data) is State.DEAD and set_aside(path, data):
                 removed.append(f"claim of {path.name}")
-    for path in sorted((folder / TASKS_DIR).glob("*.json")):
-        with suppress(FileNotFoundError):
-            note = decode_note(read_bytes(path))
-            state = State.DEAD if note is None else watch.task(note.token, note.machine)
-            if _if_dead(state, path.unlink):
-                removed.append(path.name if note is None else f"note of task {note.task_index} on {note.host}")
+    for path, name in notes.items():  # last: without its note a file that is still empty counts as a living one's
+        path.unlink(missing_ok=True)
+        removed.append(name)
     if removed:
         logger.info("%s: removed what dead tasks left: %s", folder, shorten(removed))
     return removed
+
+
+def _notes_of_the_dead(folder: Path, watch: Watch) -> dict[Path, str]:
+    """Return the notes of dead tasks, and what people call them."""
+    found = {}
+    for path in sorted((folder / TASKS_DIR).glob("*.json")):
+        with suppress(FileNotFoundError):
+            note = decode_note(read_bytes(path))
+            if note is None:
+                found[path] = path.name
+            elif watch.task(note.token, note.machine) is State.DEAD:
+                found[path] = f"note of task {note.task_index} on {note.host}"
+    return found
 
 
 def unsure(folder: Path, watch: Watch) -> list[str]:

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from common.faults import naming
-from common.files import canonical_json, claim, fsync_dir, link_new, temporary_path
+from common.files import canonical_json, fsync_dir, link_new, open_temporary
 from shards.files.names import PLAN_DIR, SCHEMA
 from shards.files.plan import Plan, read_plan, segment_path
 
@@ -48,12 +48,8 @@ class PlanExtension:
         known = _known(plan)
         new = digests[find_first(np.concatenate([known, digests]))[len(known) :]]
         if len(new):
-            self._temporary = temporary_path(self._path)
+            self._temporary, self._file = open_temporary(self._path)  # nobody takes it for a dead task's
             with naming(self._path, temporary=self._temporary):
-                self._file = self._temporary.open("wb")
-                claim(
-                    self._file.fileno(), wait=True
-                )  # held as long as this lives: nobody takes it for a dead task's
                 _write(self._file, new, plan, samples_per_shard)
 
     def __enter__(self) -> PlanExtension:

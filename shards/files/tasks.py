@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -321,7 +321,10 @@ def _living_note(path: Path, data: bytes) -> Iterator[None]:
     """Keep a note, locked, from its first instant under its name until the context ends."""
     temporary = temporary_path(path)
     try:
-        with hold(temporary, wait=True):
+        with ExitStack() as held:
+            while not held.enter_context(hold(temporary)):  # somebody looks at it in its first instant
+                temporary.unlink(missing_ok=True)
+                temporary = temporary_path(path)
             temporary.write_bytes(data)
             temporary.rename(path)
             fsync_dir(path.parent)

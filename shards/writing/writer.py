@@ -20,17 +20,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import google_crc32c
 
 from common.errors import DataError, MachineError, reason
 from common.faults import blame
 from common.files import (
-    claim,
     create_once,
     fsync_dir,
     link_new,
+    open_temporary,
     read_bytes,
     sha256_file,
     temporary_path,
@@ -86,15 +86,12 @@ class ShardWriter:
         """Whether `commit` gave this writer's files their names, and not another's stood there already."""
         self._sink = _Sink()
         self._tar: Any = None  # webdataset's TarWriter
-        self._temporary = temporary_path(folder / self._name)
 
     def __enter__(self) -> ShardWriter:
         from webdataset.writer import TarWriter  # brings torch, which looking at a set does without
 
         with _named(self._folder / self._name):
-            file = self._temporary.open("xb")
-            claim(file.fileno(), wait=True)
-            self._sink.file = file
+            self._temporary, self._sink.file = open_temporary(self._folder / self._name)
         # nothing about when and by whom: a shard's bytes depend on its records alone
         self._tar = TarWriter(self._sink, user="", group="", mode=0o644, mtime=0, encoder=False)
         return self
@@ -235,6 +232,7 @@ class ShardWriter:
             again = temporary_path(final)
             if link_new(self._temporary, again):
                 again.replace(final)
+                again.unlink(missing_ok=True)  # which stays if both were this file already
         self._inode = final.stat().st_ino
         fsync_dir(self._folder)
         return True
@@ -265,7 +263,7 @@ class ShardWriter:
             raise ValueError(f"sample index {sample_index} after {self._last_index}: expected rising indices")
         self._last_index = sample_index
 
-    def _verify(self, file: BinaryIO) -> None:
+    def _verify(self, file: IO[bytes]) -> None:
         """Read the file back, from the disk as far as the kernel can be asked to, and compare."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -290,7 +288,7 @@ class _Sink:
     """What webdataset writes to: a file, hashed on the way. Without one it takes the rest of a shard given up."""
 
     def __init__(self) -> None:
-        self.file: BinaryIO | None = None
+        self.file: IO[bytes] | None = None
         self.hash = hashlib.sha256()
         self.size = 0
 

@@ -125,8 +125,10 @@ def main() -> int:
             f"{report.kills} SIGKILLs among {report.starts} starts of {options.tasks} tasks: {again} of"
             f" {options.inputs} inputs were solved again, at most {size * report.kills} expected\n"
         )
-        if contents(root / "one") != contents(root / "many"):
-            sys.stdout.write("BROKEN PROMISE: other bytes than one process's\n")
+        one, many = contents(root / "one"), contents(root / "many")
+        if one != many:
+            odd = ", ".join(sorted(name for name in {*one, *many} if one.get(name) != many.get(name)))
+            sys.stdout.write(f"BROKEN PROMISE: other bytes than one process's in {odd}\n")
             return 1
         return int(again > size * report.kills)
 

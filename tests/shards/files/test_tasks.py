@@ -6,7 +6,6 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +13,20 @@ from typing import Any
 
 import pytest
 
+from common import files
 from common.files import (
     canonical_json,
     claim,
     create_once,
     is_locked,
     machine_name,
+    open_temporary,
     temporary_file,
     temporary_path,
     write_bytes_atomic,
 )
-from shards.files.locks import remove_leftovers, temporaries
+from shards.files import locks
+from shards.files.locks import remove_leftovers, state_of, temporaries
 from shards.files.names import CLAIMS_DIR
 from shards.files.tasks import State, Task, Watch, claimed_by, decode_note, note_path, read_notes, set_aside
 from shards.looking.clean import clean
@@ -91,16 +93,73 @@ def test_who_removes_leftovers_lets_a_file_be_until_it_has_its_name(
     assert (tmp_path / "file").read_bytes() == b"content" and removed == [[]]
 
 
-def test_a_writer_gets_its_lock_also_while_somebody_looks_at_it(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with path.open("wb") as mine, path.open("rb") as looking:
-        fcntl.flock(looking.fileno(), fcntl.LOCK_SH)
-        assert not claim(mine.fileno())
-        threading.Timer(0.1, fcntl.flock, (looking.fileno(), fcntl.LOCK_UN)).start()
-        assert claim(mine.fileno(), wait=True) and is_locked(path)
-    with temporary_file(path) as (temporary, _file):
-        assert is_locked(temporary)
-    assert not temporary.exists()
+def look_at(path: Path) -> None:
+    """Hold its lock as long as this process lives, as `is_locked` does for an instant."""
+    fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_SH)
+
+
+@pytest.mark.parametrize("meet", [look_at, Path.unlink], ids=["looked at", "taken for a dead writer's"])
+def test_a_writer_whose_file_somebody_meets_before_it_is_locked_makes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meet: Callable[[Path], None]
+) -> None:
+    met: list[Path] = []
+
+    def claim_late(descriptor: int, path: Path) -> bool:
+        if not met:
+            met.append(path)
+            meet(path)
+        return claim(descriptor, path)
+
+    monkeypatch.setattr(files, "claim", claim_late)
+    with temporary_file(tmp_path / "file") as (temporary, _file):
+        assert temporary != met[0] and is_locked(temporary)
+        assert list(tmp_path.iterdir()) == [temporary]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_locked_and_written_while_it_is_judged_is_not_taken_for_a_dead_writers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = temporary_path(tmp_path / "file")
+    with temporary.open("x+b", buffering=0) as file:
+
+        def see_and_be_late(path: Path) -> bool | None:
+            found = is_locked(path)
+            assert not found and claim(file.fileno(), temporary)
+            file.write(b"content")
+            return found
+
+        monkeypatch.setattr(locks, "is_locked", see_and_be_late)
+        assert remove_leftovers(tmp_path) == [] and temporary.exists()
+
+
+def write_until_killed(folder: Path, ready: Any) -> None:
+    with Task(folder, 0, 2):
+        opened = open_temporary(folder / "shard-000000.tar")  # empty, as while its first records are solved
+        ready.set()
+        time.sleep(100)
+        opened[1].close()
+
+
+def test_an_empty_file_goes_before_its_tasks_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after its file was judged, and before its note was: without the note the file would count as new."""
+    with Task(tmp_path, 1, 2) as task:
+        ready = FORK.Event()
+        process = FORK.Process(target=write_until_killed, args=(tmp_path, ready))
+        process.start()
+        assert ready.wait(20)
+
+        def judge_and_kill(path: Path, watch: Watch, *, local: bool = False) -> State:
+            found = state_of(path, watch, local=local)
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "state_of", judge_and_kill)
+            remove_leftovers(tmp_path, task.watch)
+        remove_leftovers(tmp_path, task.watch)
+        assert not temporaries(tmp_path) and [note.task_index for note in read_notes(tmp_path)] == [1]
 
 
 def test_a_claim_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
