@@ -30,7 +30,9 @@ from bench.students import Bench, comparing_parser, label_of, setting
 from both_stages.evaluating import evaluate
 from both_stages.evaluation_parts import Question
 from common.config import Config, load_config
+from common.errors import UsageError
 from common.scripts import run_script
+from common.sections import TrainConfig
 from stage2_student.student.adapter import find_adapter
 from stage2_student.student.sample import LoadedStudent
 from stage2_student.student.student import Student
@@ -50,7 +52,7 @@ class OnePhase(Phases):
     @property
     def starts(self) -> tuple[int, ...]:
         """Its first state."""
-        return (self.boundaries[self.phase],)
+        return (self.boundaries[self.phase * self.stride],)
 
 
 class StudentOfPhases(Student):
@@ -79,7 +81,8 @@ def trained_on(phase: int) -> Iterator[None]:
     """Let training draw from one phase."""
 
     def draw_one(samples: Sequence[tuple[int, int]], *, phases: Phases, **more: Any) -> Draws:
-        return draw(samples, phases=OnePhase(boundaries=phases.boundaries, phase=phase), **more)
+        one = OnePhase(boundaries=phases.boundaries, labels=phases.labels, stride=phases.stride, phase=phase)
+        return draw(samples, phases=one, **more)
 
     with mock.patch.object(trainer, "draw", draw_one):
         yield
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of the student that learns all phases")
     parser.add_argument("--phases", type=int, nargs="+", default=[2])
     options = parser.parse_args()
+    _require_phases(load_config(options.config, options.set).train)
     bench = Bench.from_options(options)
     pairs = [(kind, phases) for phases in options.phases for kind in KINDS]
     for count, seed in enumerate(options.seeds, 1):
@@ -120,6 +124,20 @@ def main() -> None:
         measured = f"{bench.layouts} layouts, seeds {', '.join(map(str, options.seeds[:count]))}"
         write_page(bench.out, "phase_adapters", "One adapter, or one for each phase", measured, rows)
         print(f"\n{measured}\n{format_rows(rows)}\n", flush=True)
+
+
+def _require_phases(train: TrainConfig) -> None:
+    """Refuse settings by which a step of training is not one of a single phase, on the grid that it is sampled on.
+
+    Raises:
+        UsageError: they are such.
+    """
+    expected = {"objective": "phased", "states": "starts", "grid": "trailing"}
+    for key, value in expected.items():
+        if getattr(train, key) != value:
+            raise UsageError(
+                f"--set train.{key}: received {getattr(train, key)}, expected {value} for this comparison"
+            )
 
 
 def _name(kind: str, phases: int, seed: int) -> str:

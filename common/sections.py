@@ -182,10 +182,11 @@ class TrainConfig(Section):
     """Weight of that loss inside `positions`, 1 elsewhere."""
     critic_weight: NonNegativeFloat = 0.0
     """`phased` and `unrolled`: weight of a critic, which learns beside the student to tell its landed states from
-    the teacher's, by the same features; 0 for none. Together with the second loss it costs no more than that."""
+    the teacher's, by the same features; 0 for none. About a third as much work again."""
     critic_text_weight: NonNegativeFloat = 1.0
-    """Weight of the critic's scores inside `positions`, 1 elsewhere; 0: text is none of its business."""
-    critic_learning_rate: PositiveFloat = 1e-3
+    """What the critic asks of landed latents inside `positions` counts so much, 1 elsewhere; 0: it changes no
+    letter."""
+    critic_learning_rate: PositiveFloat = 3e-3
     """Of the critic's own AdamW."""
     max_steps: Count = 2000
     """Optimizer steps."""

@@ -68,7 +68,7 @@ class FoldedAdapters:
     The weights are up to date after `refresh`, which has to follow every change of A and B: an optimizer's step,
     values that were loaded, an average that takes their place. Backward passes add to the gradients of A and B as
     PEFT's would. No gradient passes through A and B themselves, so that a launcher's wrapper would wait for it in
-    vain: `reduce` does its work.
+    vain: `agreement.average_gradients` does its work.
     """
 
     def __init__(self, networks: Iterable[nn.Module], *, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:

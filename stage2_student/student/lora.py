@@ -247,7 +247,7 @@ def attach(model: nn.Module, part: str, tensors: Mapping[str, Tensor], *, rank: 
     load_parameters(lora_parameters(model), tensors, f"adapter of {part}")
 
 
-def load_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], what: str) -> None:
+def load_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
     """Copy stored tensors into parameters in place.
 
     Raises:

@@ -88,9 +88,9 @@ def _to_resume(learner: Learner) -> dict[str, Tensor]:
     """Return what is no adapter, as NAME/KEY: the optimizer's moments; a critic's weights and moments."""
     found = _moments(learner.optimizer, learner.parameters)
     if learner.critic is not None:
-        named = learner.critic.named()
-        found |= _moments(learner.critic.optimizer, named)
-        found |= {f"{name}/{_VALUE}": parameter.detach().cpu().contiguous() for name, parameter in named.items()}
+        found |= _moments(learner.critic.optimizer, learner.critic.named())
+        values = learner.critic.values()
+        found |= {f"{name}/{_VALUE}": value.detach().cpu().contiguous() for name, value in values.items()}
     return found
 
 
@@ -134,10 +134,9 @@ def restore(folder: Path, learner: Learner) -> None:
         found.setdefault(name, {})[kind] = tensor
     _restore_moments(folder, found, learner.optimizer, learner.parameters)
     if learner.critic is not None:
-        named = learner.critic.named()
         values = {name: kinds.pop(_VALUE) for name, kinds in found.items() if _VALUE in kinds}
-        load_parameters(named, values, f"checkpoint {folder}, critic")
-        _restore_moments(folder, found, learner.critic.optimizer, named)
+        load_parameters(learner.critic.values(), values, f"checkpoint {folder}, critic")
+        _restore_moments(folder, found, learner.critic.optimizer, learner.critic.named())
 
 
 def _restore_moments(

@@ -42,6 +42,8 @@ class LossCheck:
     accelerator: Accelerator
     name: Callable[[int], str]
     """A sample's key, by its index."""
+    to_lower: str = "train.learning_rate"
+    """Settings that may be too high."""
     _steps: list[_Step] = field(default_factory=list)
     _found: Tensor | None = None
 
@@ -97,5 +99,5 @@ class LossCheck:
         raise DataError(
             f"step {step.number}: {what} is not finite on sample {keys}"
             f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}; nothing was changed by this step: lower"
-            " train.learning_rate, or look with `verify` for samples that hold NaN; the last checkpoint is intact"
+            f" {self.to_lower}, or look with `verify` for samples that hold NaN; the last checkpoint is intact"
         )

@@ -106,18 +106,16 @@ def feature_distance(found: Sequence[Tensor], target: Sequence[Tensor], weights:
     return torch.stack(levels).mean(dim=0)
 
 
-def mean_score(scores: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Return a critic's scores as one figure for each sample, (B,): the mean over levels, of weighted cells.
+def mean_score(scores: Sequence[Tensor]) -> Tensor:
+    """Return a critic's scores as one figure for each sample, (B,): the mean over levels, of all cells.
 
     Args:
         scores: of the cells of each level, (B, 1, h_l, w_l) float32.
-        weights: likewise.
     """
-    levels = [per_sample(score, weight) for score, weight in zip(scores, weights, strict=True)]
-    return torch.stack(levels).mean(dim=0)
+    return torch.stack([per_sample(score) for score in scores]).mean(dim=0)
 
 
-def hinge_loss(landed: Sequence[Tensor], recorded: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+def hinge_loss(landed: Sequence[Tensor], recorded: Sequence[Tensor]) -> Tensor:
     """Return how badly a critic tells landed states from recorded ones, (B,): 0 at margins of 1, 2 by ignorance.
 
     max(0, 1 + D(landed)) + max(0, 1 - D(recorded)), averaged as by `mean_score`.
@@ -125,12 +123,21 @@ def hinge_loss(landed: Sequence[Tensor], recorded: Sequence[Tensor], weights: Se
     Args:
         landed: D of landed states, (B, 1, h_l, w_l) float32 of each level.
         recorded: D of the teacher's.
-        weights: of the cells, likewise.
 
     Source: Lim & Ye 2017 (Geometric GAN, arXiv 1705.02894), equation 12.
     """
     both = zip(landed, recorded, strict=True)
-    return mean_score([(1 + one).relu() + (1 - other).relu() for one, other in both], weights)
+    return mean_score([(1 + one).relu() + (1 - other).relu() for one, other in both])
+
+
+def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
+    """Return the same values, whose gradient is multiplied by a factor on its way back.
+
+    Args:
+        values: (B, C, h, w).
+        factor: (B, 1, h, w).
+    """
+    return values.detach() + factor * (values - values.detach())
 
 
 def region_weights(positions: Tensor, size: tuple[int, int], weight: float) -> Tensor:
@@ -161,5 +168,4 @@ def per_sample(loss: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is None:
         return loss.mean(dim=(1, 2, 3))
     weights = weights.expand_as(loss)
-    total = weights.sum(dim=(1, 2, 3)).clamp(min=1e-8)  # 0 if no cell counts
-    return (weights * loss).sum(dim=(1, 2, 3)) / total
+    return (weights * loss).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))

@@ -32,7 +32,7 @@ ROUNDING = ("model.channels_last", "model.compile", "train.deterministic", "trai
 is told that its bits will not be those of a run that never stopped."""
 
 ONLY_IF_SET: dict[str, Any] = {
-    "critic_learning_rate": 1e-3,
+    "critic_learning_rate": 3e-3,
     "critic_text_weight": 1.0,
     "critic_weight": 0.0,
     "draws_per_sample": 1,
@@ -43,16 +43,26 @@ ONLY_IF_SET: dict[str, Any] = {
 }
 """Keys that came later, and what runs begun before have."""
 
+IDLE_WITHOUT = {
+    "train.critic_weight": ("train.critic_learning_rate", "train.critic_text_weight"),
+    "train.perceptual_weight": ("train.perceptual_text_weight",),
+}
+"""Keys that say nothing where another one is 0."""
 
 _GLOBAL_BATCH, _ACCUMULATION = "global_batch (train.batch_size x processes)", "train.gradient_accumulation"
 
 
 def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity with the samples of a step in one figure: how ranks and micro batches split them is free.
+    """Return an identity with all keys that say something, and the samples of a step in one figure.
+
+    How ranks and micro batches split these is free.
 
     The samples of a step are one piece of the stream of samples, and its loss is their mean, in any split.
     """
-    rest = dict(identity)
+    rest = {f"train.{key}": value for key, value in ONLY_IF_SET.items()} | dict(identity)
+    for weight, idle in IDLE_WITHOUT.items():
+        for key in () if rest[weight] else idle:
+            del rest[key]
     samples = rest.pop(_GLOBAL_BATCH, 0) * rest.pop(_ACCUMULATION, 1)
     return {**rest, "samples a step (train.batch_size x train.gradient_accumulation x processes)": samples}
 

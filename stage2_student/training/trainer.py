@@ -100,7 +100,8 @@ class Trainer:
             )
         work = count_work(self.plan.config.train, self.plan.phases)
         self.unet_passes = work.passes(self.plan.config.train) * self.samples_a_step
-        self._check = LossCheck(accelerator=self.accelerator, name=self.plan.shards.key)
+        rates = "train.learning_rate" + (", train.critic_weight" if self.learner.critic else "")
+        self._check = LossCheck(accelerator=self.accelerator, name=self.plan.shards.key, to_lower=rates)
         self._vote = StopVote(self.accelerator, later=self.look_later)
 
     @property

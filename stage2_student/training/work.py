@@ -16,9 +16,9 @@ from stage2_student.training.phases import Phases, draw, trains_at_starts
 BACKWARD, BACKWARD_FOLDED = 1.5, 2.0
 """Cost of a backward pass in forward passes: gradients of activations, and of the adapters or of all weights that
 they are folded into (see stage2_student/student/folding.py)."""
-LOOK = 0.9
-"""Cost of comparing a landed state with the teacher's: down and middle blocks are 0.31 of a forward pass of the
-released network (0.27 of the embedded one's), by torch.utils.flop_counter; twice forward, and once backward."""
+LOOK = 0.3
+"""Cost of a pass through the base's down and middle blocks: 0.31 of a forward pass of the released network, 0.27
+of the embedded one's, by torch.utils.flop_counter. The critic's heads, 0.001 and 0.07, are not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,11 @@ class UNetWork:
     def passes(self, train: TrainConfig) -> float:
         """Return the work of a sample in forward passes."""
         backward = BACKWARD_FOLDED if train.fold_adapters else BACKWARD
-        return self.without + self.with_gradient * (1 + backward) + self.looks * LOOK
+        losses = (train.perceptual_weight > 0) + (train.critic_weight > 0)
+        look = LOOK * (
+            1 + 2 * losses
+        )  # at the teacher's state, and forward and backward at the landed one for each
+        return self.without + self.with_gradient * (1 + backward) + self.looks * look
 
     def __str__(self) -> str:
         without = f" + {self.without}" if self.without else ""

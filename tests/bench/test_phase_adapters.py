@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.phase_adapters import KINDS, StudentOfPhases, _steps, trained_on
+from bench.phase_adapters import KINDS, StudentOfPhases, _require_phases, _steps, trained_on
+from common.errors import UsageError
+from common.sections import TrainConfig
 from stage2_student.training import trainer
 from stage2_student.training.phases import even_phases
 
@@ -37,6 +40,13 @@ def test_each_is_trained_on_its_own_phase_alone() -> None:
             drawn = trainer.draw(samples, phases=even_phases(8, 2), **settings)  # type: ignore[arg-type]
         assert drawn.state.unique().tolist() == [start]
     assert trainer.draw(samples, phases=even_phases(8, 2), **settings).state.unique().tolist() == [0, 4]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"objective": "pcm"}, {"states": "all"}, {"grid": "upstream"}], ids=str)
+def test_what_does_not_train_one_phase_is_refused(settings: dict[str, Any]) -> None:
+    (key,) = settings
+    with pytest.raises(UsageError, match=f"train.{key}: received {settings[key]}, expected"):
+        _require_phases(TrainConfig(num_phases=2, **settings))
 
 
 def test_steps_are_shared_or_not() -> None:

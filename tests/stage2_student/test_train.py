@@ -218,6 +218,16 @@ def test_resuming_with_other_settings_is_refused_and_names_them(
         train(other, shards=shards, run=tmp_path / "run", resume="auto")
 
 
+def test_settings_that_say_nothing_do_not_matter_and_those_of_later_versions_have_their_defaults(
+    configure: Configure, shards: Path, tmp_path: Path
+) -> None:
+    train(configure(max_steps=1), shards=shards, run=tmp_path / "run")
+    idle = configure(max_steps=2, critic_learning_rate=0.1, critic_text_weight=0.0, perceptual_text_weight=2.0)
+    assert train(idle, shards=shards, run=tmp_path / "run", resume="auto").resumed_from == 1
+    with pytest.raises(DataError, match=r"train\.critic_weight: received 0\.5, expected 0\.0\)"):
+        train(configure(critic_weight=0.5), shards=shards, run=tmp_path / "run", resume="auto")
+
+
 def test_starting_over_an_existing_run_is_refused(configure: Configure, shards: Path, tmp_path: Path) -> None:
     train(configure(max_steps=1), shards=shards, run=tmp_path / "run")
     with pytest.raises(UsageError, match="--resume auto"):

@@ -32,15 +32,23 @@ def test_calls_are_those_that_the_objective_makes(settings: dict[str, object], c
     assert (found.with_gradient, found.without) == calls
 
 
-@pytest.mark.parametrize("weights", [{"perceptual_weight": 0.1}, {"critic_weight": 0.1, "perceptual_weight": 1.0}])
+@pytest.mark.parametrize(
+    ("weights", "cost"),
+    [
+        ({"perceptual_weight": 0.1}, 0.9),
+        ({"critic_weight": 0.1}, 0.9),
+        ({"critic_weight": 0.1, "perceptual_weight": 1.0}, 1.5),
+    ],
+)
 @pytest.mark.parametrize(("objective", "looks"), [("phased", 1), ("unrolled", 4)])
-def test_what_the_base_sees_of_a_landed_state_is_paid_for_once(
-    objective: str, looks: int, weights: dict[str, float]
+def test_what_the_base_sees_of_a_landed_state_is_paid_for(
+    objective: str, looks: int, weights: dict[str, float], cost: float
 ) -> None:
     plain = TrainConfig(num_phases=4, objective=objective)  # type: ignore[arg-type]
-    found, without = (count_work(one, even_phases(8, 4)) for one in (plain.replace(**weights), plain))
+    train = plain.replace(**weights)
+    found, without = (count_work(one, even_phases(8, 4)) for one in (train, plain))
     assert (found.looks, without.looks) == (looks, 0)
-    assert found.passes(plain) == pytest.approx(without.passes(plain) + 0.9 * looks)
+    assert found.passes(train) == pytest.approx(without.passes(plain) + cost * looks)
 
 
 def test_a_backward_pass_through_folded_adapters_costs_more() -> None:
