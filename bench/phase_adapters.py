@@ -31,7 +31,7 @@ from both_stages.evaluating import evaluate
 from both_stages.evaluation_parts import Question
 from common.config import Config, load_config
 from common.errors import UsageError
-from common.scripts import run_script
+from common.scripts import run_script, start_training
 from common.sections import TrainConfig
 from stage2_student.student.adapter import find_adapter
 from stage2_student.student.sample import LoadedStudent
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of the student that learns all phases")
     parser.add_argument("--phases", type=int, nargs="+", default=[2])
     options = parser.parse_args()
+    start_training(threads=0)
     _require_phases(load_config(options.config, options.set).train)
     bench = Bench.from_options(options)
     pairs = [(kind, phases) for phases in options.phases for kind in KINDS]
@@ -169,6 +170,7 @@ def _train(kind: str, phases: int, seed: int, options: argparse.Namespace, bench
     config = load_config(options.config, [*options.set, *map(setting, settings, settings.values())])
     runs = [bench.run_of(f"{name}-phase-{phase + 1}") for phase in range(phases)]
     for phase, run in enumerate(runs):
+        print(f"train {run.name}", flush=True)
         with trained_on(phase):
             train(config, shards=options.shards, run=run, resume="auto")
     return runs
