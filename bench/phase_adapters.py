@@ -93,12 +93,14 @@ def sampled_together(groups: Mapping[Path, Sequence[Path]]) -> Iterator[None]:
     """Let a student be loaded with those of its later phases.
 
     Args:
-        groups: the runs of all phases, by the adapter of the first.
+        groups: the run of all phases, or those of each, by the first one's adapter.
     """
     load = LoadedStudent.load
 
     def load_group(config: Config, adapter: Path, steps: int | None = None) -> LoadedStudent:
         found = [load(config, run, steps) for run in groups[find_adapter(adapter)]]
+        if len(found) == 1:
+            return found[0]
         together = StudentOfPhases([one.student for one in found], found[0].card.timesteps)
         return dataclasses.replace(found[0], student=together)
 
