@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.phase_adapters import KINDS, StudentOfPhases, _require_phases, _steps, trained_on
+from bench.phase_adapters import KINDS, StudentOfPhases, _require_phases, _steps, sampled_together, trained_on
 from common.errors import UsageError
 from common.sections import TrainConfig
+from stage2_student.student.sample import LoadedStudent
 from stage2_student.training import trainer
 from stage2_student.training.phases import even_phases
 
@@ -31,6 +34,26 @@ def test_each_is_called_in_its_own_phase() -> None:
     z = torch.zeros(3, 4, 2, 2)
     for t, expected in ((999, 1.0), (499, 2.0)):
         assert together(z, torch.full((3,), t), None).unique().tolist() == [expected]
+
+
+def test_students_of_phases_are_put_together_and_others_left_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in ("first", "second", "alone")]
+    for path in paths:
+        path.touch()
+
+    def load(config: Any, adapter: Path, steps: int | None = None) -> LoadedStudent:
+        card: Any = SimpleNamespace(timesteps=(999, 499))
+        student: Any = Constant(float(paths.index(adapter)))
+        return LoadedStudent(student=student, card=card, device=torch.device("cpu"))
+
+    monkeypatch.setattr(LoadedStudent, "load", staticmethod(load))
+    first, second, alone = paths
+    with sampled_together({first: [first, second], alone: [alone]}):
+        found: Any = [LoadedStudent.load(None, path).student for path in (first, alone)]  # type: ignore[arg-type]
+    z, t = torch.zeros(1, 4, 2, 2), torch.tensor([499])
+    assert [float(student(z, t, None).mean()) for student in found] == [1.0, 2.0]
 
 
 def test_each_is_trained_on_its_own_phase_alone() -> None:
