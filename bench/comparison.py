@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.students import Kid, load_kid, load_scores, pool, ratio
@@ -14,7 +14,7 @@ from stage2_student.evaluation.metrics import Estimate, Grouped, estimate, paire
 from stage2_student.report.charts import Axis, Point, Series, all_widths, legend, line_chart
 from stage2_student.report.markup import Markup, join, tag
 from stage2_student.report.parts import document, section
-from stage2_student.report.plots import log_ticks, look
+from stage2_student.report.plots import axis_from_zero, log_ticks, look
 from stage2_student.report.tables import table
 
 _ROOM = 1.4
@@ -173,10 +173,19 @@ def format_rows(rows: Sequence[Row]) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Along:
+    """What scores are plotted against, on a logarithmic axis."""
+
+    name: str = "UNet calls"
+    place: Callable[[Row], int] = lambda row: row.phases
+    """A row's place."""
+
+
 def write_page(
-    out: Path, name: str, title: str, measured: str, rows: Sequence[Row], chart: Markup | None = None
+    out: Path, name: str, title: str, measured: str, rows: Sequence[Row], along: Along | None = None
 ) -> None:
-    """Write OUT/NAME.html, with a chart and the table, and the figures as OUT/NAME.json.
+    """Write OUT/NAME.html, with charts and the table, and the figures as OUT/NAME.json.
 
     Args:
         out: folder.
@@ -184,17 +193,20 @@ def write_page(
         title: the page's heading.
         measured: on what, for the table.
         rows: at least one.
-        chart: of the errors; None for that of `error_chart`.
+        along: what is plotted against; None for the student's UNet calls.
     """
+    along = along or Along()
     intro = "Distance of the final latents from the teacher's own solve, the seeds pooled, with 95 % intervals."
+    looks = "Distance between the distributions of the images and of the true ones, likewise; lower is better."
     found = [cells(row) for row in rows]
     columns = list(found[0])[2:]
     split = columns.index("Sen. Acc, %")
     parts = (
-        section("Endpoint error", intro, join(chart or error_chart(rows), _table(found, columns[:split]))),
+        section("Endpoint error", intro, join(_error_chart(rows, along), _table(found, columns[:split]))),
+        section("KID", looks, _kid_chart(rows, along)),
         section("Text, colours, KID", measured, _table(found, columns[split:])),
     )
-    page = document(title, tag("header", tag("h1", title)), tag("main", *parts))
+    page = document(title, tag("header", tag("h1", title)), tag("main", *filter(None, parts)))
     write_bytes_atomic(out / f"{name}.html", page.encode())
     write_bytes_atomic(out / f"{name}.json", canonical_json([dataclasses.asdict(row) for row in rows]))
 
@@ -205,36 +217,49 @@ def _table(found: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Markup
     return table(head, [(line[""], [line[column] for column in head[1:]], "") for line in found])
 
 
-def error_chart(
-    rows: Sequence[Row], *, along: str = "UNet calls", place: Callable[[Row], int] = lambda row: row.phases
-) -> Markup:
-    """Plot endpoint errors against the student's UNet calls, both logarithmic; a curve for each kind.
+def _error_chart(rows: Sequence[Row], along: Along) -> Markup:
+    low, high = min(row.error.low for row in rows) / 1.1, max(row.error.high for row in rows) * 1.1
+    y = Axis(label="", low=low, high=high, ticks=log_ticks(low, high), logarithmic=True)
+    return _chart("Endpoint error", rows, along, y, [row.error for row in rows])
 
-    Args:
-        rows: at least one.
-        along: what errors are plotted against, if not these.
-        place: a row's place on that axis.
-    """
+
+def _kid_chart(rows: Sequence[Row], along: Along) -> Markup | None:
+    """Plot KID from 0 on; None if it was not measured."""
+    found = [row.kid for row in rows if row.kid is not None]
+    if len(found) < len(rows):
+        return None
+    y = axis_from_zero(max(kid.high for kid in found))
+    return _chart("KID", rows, along, y, [replace(kid, low=max(kid.low, 0.0)) for kid in found])
+
+
+def _chart(title: str, rows: Sequence[Row], along: Along, y: Axis, values: Sequence[Estimate]) -> Markup:
+    """Plot a value of each row, with its interval; a curve for each kind."""
     names = list(dict.fromkeys(row.name for row in rows))
     series = []
     for index, name in enumerate(names):
-        of_kind = sorted((row for row in rows if row.name == name), key=place)
-        aside = index - (len(names) - 1) / 2
+        of_kind = sorted(
+            ((along.place(row), value) for row, value in zip(rows, values, strict=True) if row.name == name),
+            key=lambda pair: pair[0],
+        )
         color, dash = look(index)
-        points = tuple(_point(row, place(row), along, aside) for row in of_kind)
+        aside = index - (len(names) - 1) / 2
+        points = tuple(
+            Point(
+                x=place,
+                y=value.value,
+                low=value.low,
+                high=value.high,
+                note=f"{name}, {place} {along.name}: {value.value:.4f}",
+                shift=aside,
+            )
+            for place, value in of_kind
+        )
         series.append(Series(label=name, points=points, color=color, dash=dash))
-    places = sorted({place(row) for row in rows})
-    ticks = tuple((float(count), f"{count}") for count in places)
-    x = Axis(label=along, low=places[0] / _ROOM, high=places[-1] * _ROOM, ticks=ticks, logarithmic=True)
-    low, high = min(row.error.low for row in rows) / 1.1, max(row.error.high for row in rows) * 1.1
-    y = Axis(label="", low=low, high=high, ticks=log_ticks(low, high), logarithmic=True)
+    places = sorted({along.place(row) for row in rows})
+    ticks = tuple((float(place), f"{place}") for place in places)
+    x = Axis(label=along.name, low=places[0] / _ROOM, high=places[-1] * _ROOM, ticks=ticks, logarithmic=True)
 
     def plot(width: int, height: int) -> Markup:
-        return line_chart(f"Endpoint error against {along}", series, x, y, width=width, height=height)
+        return line_chart(f"{title} against {along.name}", series, x, y, width=width, height=height)
 
     return join(legend(series), all_widths(plot))
-
-
-def _point(row: Row, place: int, along: str, aside: float) -> Point:
-    note = f"{row.name}, {place} {along}: {row.error.value:.4f}"
-    return Point(x=place, y=row.error.value, low=row.error.low, high=row.error.high, note=note, shift=aside)

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.comparison import Kind, Row, error_chart, format_rows, make_rows, write_page
+from bench.comparison import Along, Kind, format_rows, make_rows, write_page
 from bench.students import Bench, comparing_parser, label_of
 from common.errors import UsageError
 from common.scripts import run_script
-from stage2_student.report.markup import Markup
 from stage2_student.student.checkpoint_folders import CHECKPOINTS_DIR, checkpoint_name
 
 
@@ -68,13 +66,9 @@ def main() -> None:
     measured = (
         f"{bench.layouts} layouts, students of {phases} steps, seeds {seeds}; differences are to the first line"
     )
-    write_page(bench.out, "data_curve", "Inputs and steps of training", measured, rows, chart=steps_chart(rows))
+    along = Along(name="steps", place=lambda row: int(row.facts["steps"]))
+    write_page(bench.out, "data_curve", "Inputs and steps of training", measured, rows, along)
     print(f"\n{measured}\n{format_rows(rows)}\n", flush=True)
-
-
-def steps_chart(rows: Sequence[Row]) -> Markup:
-    """Plot endpoint errors against steps of training; a curve for each number of inputs."""
-    return error_chart(rows, along="steps", place=lambda row: int(row.facts["steps"]))
 
 
 if __name__ == "__main__":

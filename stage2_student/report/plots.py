@@ -18,6 +18,8 @@ COLORS, DASHES = 8, 4
 """Of the page's style; the first two colours are the teacher's alone."""
 _TEACHERS = ("teacher, trailing grid", "teacher, AnyText2's own grid")
 _UNGUIDED = "teacher, trailing grid, no guidance"
+TICKS = 5
+"""Marks on an axis, about."""
 MAX_CURVE_POINTS = 240
 """A longer curve is averaged into this many points."""
 
@@ -132,7 +134,7 @@ def loss_plot(trainings: Sequence[Training]) -> Markup | None:
     if not values:
         return None
     last = max(point.x for one in series for point in one.points)
-    step = nice_step(last / 5)
+    step = nice_step(last / TICKS)
     x = Axis(
         label="optimizer steps",
         low=0,
@@ -160,6 +162,15 @@ def nice_step(rough: float) -> float:
     """Return the smallest 1, 2 or 5 times a power of ten that is at least as large."""
     power = 10 ** math.floor(math.log10(rough))
     return float(next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9)))
+
+
+def axis_from_zero(highest: float) -> Axis:
+    """Return an upright scale from 0 to a round number at or above the highest value."""
+    step = nice_step(max(highest, 1e-9) / TICKS)
+    count = math.ceil(highest / step * (1 - 1e-9)) or 1
+    return Axis(
+        label="", low=0, high=count * step, ticks=tuple((i * step, f"{i * step:g}") for i in range(count + 1))
+    )
 
 
 def log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from stage2_student.evaluation.metrics import Estimate
 from stage2_student.report.charts import Axis, Point, Reference, Series, all_widths, legend, line_chart
 from stage2_student.report.markup import Markup, join
-from stage2_student.report.plots import nice_step
+from stage2_student.report.plots import TICKS, axis_from_zero, nice_step
 from stage2_student.report.words import interval, percent
 from stage2_student.watching.log import Measured
 
 Pick = Callable[[Measured], Estimate | None]
-_CHARTS_TICKS = 5
 
 
 def error_curve(measured: Sequence[Measured]) -> Markup | None:
@@ -25,7 +24,7 @@ def error_curve(measured: Sequence[Measured]) -> Markup | None:
             _series("in the boxes of text", measured, lambda one: one.endpoint_error_inside, 3, dash=1),
             _series("outside of them", measured, lambda one: one.endpoint_error_outside, 4, dash=2),
         ],
-        _axis_from_zero,
+        axis_from_zero,
     )
 
 
@@ -50,7 +49,7 @@ def accuracy_curve(measured: Sequence[Measured], teacher: Estimate | None) -> Ma
 def color_curve(measured: Sequence[Measured]) -> Markup | None:
     """Plot how far the text's colours are from the teacher's, by step."""
     series = [_series("ΔE of the text from the teacher's", measured, lambda one: one.color, 2)]
-    return _curve("Colour against training steps", series, _axis_from_zero)
+    return _curve("Colour against training steps", series, axis_from_zero)
 
 
 def _series(label: str, measured: Sequence[Measured], pick: Pick, color: int, dash: int = 0) -> Series:
@@ -79,14 +78,6 @@ def _curve(
 
 
 def _steps_axis(last: float) -> Axis:
-    step = max(nice_step(last / _CHARTS_TICKS), 1)
+    step = max(nice_step(last / TICKS), 1)
     ticks = tuple((i * step, f"{i * step:g}") for i in range(math.floor(last / step) + 1))
     return Axis(label="optimizer steps", low=0, high=last, ticks=ticks)
-
-
-def _axis_from_zero(highest: float) -> Axis:
-    step = nice_step(max(highest, 1e-9) / _CHARTS_TICKS)
-    count = math.ceil(highest / step * (1 - 1e-9)) or 1
-    return Axis(
-        label="", low=0, high=count * step, ticks=tuple((i * step, f"{i * step:g}") for i in range(count + 1))
-    )

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from bench.comparison import Differences, Row
-from bench.data_curve import steps_chart
+from pathlib import Path
+
+from bench.comparison import Along, Differences, Row, write_page
 from stage2_student.evaluation.metrics import Estimate
 
 
@@ -19,9 +20,12 @@ def row(inputs: int, steps: int, error: float) -> Row:
     )
 
 
-def test_the_chart_has_a_curve_for_each_number_of_inputs() -> None:
+def test_the_chart_has_a_curve_for_each_number_of_inputs(tmp_path: Path) -> None:
     rows = [row(inputs, steps, 1 / (inputs * steps)) for inputs in (100, 1000) for steps in (50, 100, 200)]
-    chart = str(steps_chart(rows))
+    along = Along(name="steps", place=lambda row: int(row.facts["steps"]))
+    write_page(tmp_path, "curve", "Inputs", "measured", rows, along)
+    chart = (tmp_path / "curve.html").read_text()
+    assert "KID against" not in chart  # it was not measured
     assert chart.index("100 inputs") < chart.index("1000 inputs")
     for one in rows:
         assert f"{one.name}, {one.facts['steps']} steps: {one.error.value:.4f}" in chart

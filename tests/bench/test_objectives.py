@@ -188,7 +188,10 @@ def test_the_table_and_the_page_say_what_was_found(evaluation: Path, tmp_path: P
     assert solve.startswith("the solve itself: Sen. Acc 100.0 %, colour 100.0 %, KID ")
     write_page(tmp_path, "compared", "Near and far", solve, rows)
     page = (tmp_path / "compared.html").read_text()
-    assert page.count("<polyline") == 0 and page.count("<circle") == 3 * 2 + 2  # three widths, two legend entries
+    assert page.count("<polyline") == 0 and page.count("<circle") == 2 * (
+        3 * 2 + 2
+    )  # charts, widths, legend entries
+    assert "KID against UNet calls" in page and f"near, 2 UNet calls: {near['KID']}" in page
     assert "+100.0 [+100.0, +100.0]" in page and solve in page
     near, far = json.loads((tmp_path / "compared.json").read_text())
     assert near["against"]["error_ratio"] is None and far["against"]["error_ratio"]["value"] == pytest.approx(2)
