@@ -128,16 +128,12 @@ def machine_name() -> str:
     return f"{name}-{started}" if started else name
 
 
-def claim(descriptor: int, path: Path) -> bool:
+def claim(descriptor: int) -> bool:
     """Lock an open file without waiting; the kernel lets go when the process ends, however it ends.
 
-    Args:
-        descriptor: of the file.
-        path: its name.
-
     Returns:
-        False if another process holds it, if only to look whether anybody does, or took its name away. A file
-        system without locks grants every claim.
+        False if another process holds it, if only to look whether anybody does. A file system without locks grants
+        every claim.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,10 +142,7 @@ def claim(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+    return True
 
 
 def is_locked(path: Path) -> bool | None:
@@ -188,7 +181,7 @@ def hold(path: Path) -> Iterator[bool]:
     with path.open("ab") as lock:
         _HELD.add(lock.fileno())
         try:
-            yield claim(lock.fileno(), path)
+            yield claim(lock.fileno())
         finally:
             _HELD.remove(lock.fileno())
 
@@ -230,7 +223,7 @@ def open_temporary(path: Path) -> tuple[Path, IO[bytes]]:
         temporary = temporary_path(path)
         with naming(path, temporary=temporary):
             file = temporary.open("x+b")
-        if claim(file.fileno(), temporary):
+        if claim(file.fileno()) and temporary.exists():
             return temporary, file
         file.close()
         temporary.unlink(missing_ok=True)

@@ -322,7 +322,7 @@ def _living_note(path: Path, data: bytes) -> Iterator[None]:
     temporary = temporary_path(path)
     try:
         with ExitStack() as held:
-            while not held.enter_context(hold(temporary)):  # somebody looks at it in its first instant
+            while not (held.enter_context(hold(temporary)) and temporary.exists()):  # as in `open_temporary`
                 temporary.unlink(missing_ok=True)
                 temporary = temporary_path(path)
             temporary.write_bytes(data)

@@ -104,11 +104,11 @@ def test_a_writer_whose_file_somebody_meets_before_it_is_locked_makes_another(
 ) -> None:
     met: list[Path] = []
 
-    def claim_late(descriptor: int, path: Path) -> bool:
+    def claim_late(descriptor: int) -> bool:
         if not met:
-            met.append(path)
-            meet(path)
-        return claim(descriptor, path)
+            met.extend(tmp_path.iterdir())
+            meet(met[0])
+        return claim(descriptor)
 
     monkeypatch.setattr(files, "claim", claim_late)
     with temporary_file(tmp_path / "file") as (temporary, _file):
@@ -125,7 +125,7 @@ def test_a_file_that_is_locked_and_written_while_it_is_judged_is_not_taken_for_a
 
         def see_and_be_late(path: Path) -> bool | None:
             found = is_locked(path)
-            assert not found and claim(file.fileno(), temporary)
+            assert not found and claim(file.fileno())
             file.write(b"content")
             return found
 
