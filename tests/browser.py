@@ -49,9 +49,13 @@ def open_chromium(profile: Path, *flags: str) -> Iterator[Chrome]:
 
 
 def open_at(browser: Chrome, address: str, width: int) -> None:
-    """Open a page in a window of so many pixels' width, 900 high; a narrow one is a phone's."""
+    """Open a page in a window of so many pixels' width, 900 high, and wait until it is drawn; narrow is a phone's.
+
+    On a busy machine Chromium loads a page before it has laid all of it out for the new width.
+    """
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get_log("browser")
     browser.get_log("performance")
     browser.get(address)
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
