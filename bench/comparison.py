@@ -140,7 +140,7 @@ def cells(row: Row) -> dict[str, str]:
         "phases": f"{row.phases}",
         **row.facts,
         "error": _plain(row.error, 1, 4),
-        "of seeds": f"{min(row.of_seeds):.4f} to {max(row.of_seeds):.4f}",
+        "of seeds": f"{min(row.of_seeds):.4f} to {max(row.of_seeds):.4f}" if len(row.of_seeds) > 1 else "",
         "error, % more": _signed(less.error_ratio, 100, 1, 1),
         "Sen. Acc, %": _plain(row.sen_acc, 100, 1),
         "Sen. Acc, points": _signed(less.sen_acc, 100, 1),
