@@ -181,6 +181,31 @@ def test_the_critic_pulls_at_what_landed_and_the_loss_that_is_logged_leaves_it_o
         assert looking(latents(1), **alone).tolist() == [0.0] * 3
 
 
+def test_descent_leads_to_higher_scores(student: Student) -> None:
+    seen: list[Tensor] = []
+
+    class Likes:
+        """Scores by the first feature."""
+
+        def score(self, landed: list[Tensor], recorded: list[Tensor]) -> Tensor:
+            assert landed[0].requires_grad and not recorded[0].requires_grad
+            seen.append(landed[0][:, 0].mean(dim=(1, 2)))
+            return seen[-1]
+
+    eyes = perception(student, critic_weight=0.5, perceptual_weight=0.0)
+    object.__setattr__(eyes, "critic", Likes())
+    draws = Draws(rollout=torch.zeros(3).long(), state=torch.zeros(3).long(), position=torch.full((3,), 0.5))
+    perceive = eyes.of_batch(conditioning(), draws, [(0, 4), (0, 5), (1, 6)], nullcontext)
+    t, t_end = torch.tensor([999, 499, 249]), torch.tensor([499, 249, CLEAN])
+
+    def look(landed: Tensor) -> Tensor:
+        return perceive(landed, latents(2), t, t_end)
+
+    pull = gradient(look)
+    look((latents(1) - 0.1 * pull / pull.norm()).requires_grad_())
+    assert bool((seen[1] > seen[0]).all())
+
+
 def test_text_is_pulled_at_as_much_as_it_is_told(looking: Callable[..., Tensor]) -> None:
     inside = text_cells(conditioning().hints.positions, (8, 8)).bool().expand(-1, 6, -1, -1)
     assert inside.any() and not inside.all()
