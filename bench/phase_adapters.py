@@ -26,6 +26,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.comparison import Kind, format_rows, make_rows, write_page
+from bench.objectives import WARMUP_SHARE
 from bench.students import Bench, comparing_parser, label_of, setting
 from both_stages.evaluating import evaluate
 from both_stages.evaluation_parts import Question
@@ -164,7 +165,7 @@ def _train(kind: str, phases: int, seed: int, options: argparse.Namespace, bench
     """Train the students of a kind, or go on with them; returns their runs."""
     steps, _ = _steps(kind, phases, options.steps)
     settings = {"num_phases": phases, "seed": seed, "max_steps": steps, "checkpoint_every": steps}
-    settings |= {"warmup_steps": round(0.1 * steps)}
+    settings |= {"warmup_steps": round(WARMUP_SHARE * steps)}
     name = _name(kind, phases, seed)
     if kind == KINDS[0]:
         bench.train(name, settings)

@@ -41,7 +41,7 @@ class Perception:
     alphas_cumprod: Tensor
     """The noise schedule, (1000,) float32, on the training device."""
     critic: Critic | None = None
-    """Judges wherever gradients are wanted; a held-out loss that it took part in would move with it."""
+    """Judges, and learns, only where gradients are wanted: never from records that are not trained on."""
 
     def of_batch(
         self,

@@ -21,6 +21,7 @@ from stage2_student.student.student import Student
 from stage2_student.train import train
 from stage2_student.training.critic import Critic
 from stage2_student.training.losses import hinge_loss, mean_score
+from stage2_student.training.objectives import Perceive
 from stage2_student.training.phases import Draws
 from stage2_student.training.runlog import read_log
 from tests.stage2_student.conftest import Configure
@@ -138,20 +139,26 @@ def test_a_gradient_that_is_not_finite_leaves_the_heads_finite() -> None:
     assert all(bool(parameter.isfinite().all()) for parameter in one.parameters())
 
 
+def eyes(student: Student, critic: Any, **settings: float) -> Perceive:
+    """Looks at landed latents of three samples."""
+    looking = perception(student, **settings)
+    object.__setattr__(looking, "critic", critic)
+    draws = Draws(rollout=torch.zeros(3).long(), state=torch.zeros(3).long(), position=torch.full((3,), 0.5))
+    return looking.of_batch(conditioning(), draws, [(0, 4), (0, 5), (1, 6)], nullcontext)
+
+
+def look_by(perceive: Perceive, landed: Tensor) -> Tensor:
+    """Look at them beside recorded ones."""
+    return perceive(landed, latents(2), torch.tensor([999, 499, 249]), torch.tensor([499, 249, CLEAN]))
+
+
 @pytest.fixture
 def looking(student: Student) -> Callable[..., Tensor]:
-    """Looks at landed latents of three samples beside recorded ones."""
+    """Looks with one critic, or without if it has no weight."""
     one = Critic(student.unet.feature_channels, TrainConfig(critic_weight=1.0))
-    draws = Draws(rollout=torch.zeros(3).long(), state=torch.zeros(3).long(), position=torch.full((3,), 0.5))
-    t, t_end = torch.tensor([999, 499, 249]), torch.tensor([499, 249, CLEAN])
 
     def look(landed: Tensor, **settings: float) -> Tensor:
-        eyes = perception(student, **settings)
-        object.__setattr__(eyes, "critic", one if settings["critic_weight"] else None)
-        seen: Tensor = eyes.of_batch(conditioning(), draws, [(0, 4), (0, 5), (1, 6)], nullcontext)(
-            landed, latents(2), t, t_end
-        )
-        return seen
+        return look_by(eyes(student, one if settings["critic_weight"] else None, **settings), landed)
 
     return look
 
@@ -192,14 +199,10 @@ def test_descent_leads_to_higher_scores(student: Student) -> None:
             seen.append(landed[0][:, 0].mean(dim=(1, 2)))
             return seen[-1]
 
-    eyes = perception(student, critic_weight=0.5, perceptual_weight=0.0)
-    object.__setattr__(eyes, "critic", Likes())
-    draws = Draws(rollout=torch.zeros(3).long(), state=torch.zeros(3).long(), position=torch.full((3,), 0.5))
-    perceive = eyes.of_batch(conditioning(), draws, [(0, 4), (0, 5), (1, 6)], nullcontext)
-    t, t_end = torch.tensor([999, 499, 249]), torch.tensor([499, 249, CLEAN])
+    perceive = eyes(student, Likes(), critic_weight=0.5, perceptual_weight=0.0)
 
     def look(landed: Tensor) -> Tensor:
-        return perceive(landed, latents(2), t, t_end)
+        return look_by(perceive, landed)
 
     pull = gradient(look)
     look((latents(1) - 0.1 * pull / pull.norm()).requires_grad_())
